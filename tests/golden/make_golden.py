@@ -1,12 +1,12 @@
 """Small random models of each family with the logits that transformers computes for them.
 
-Needs torch and transformers, which the project itself does not depend on; nothing is downloaded. From the repository root,
-with a Python that holds the versions named in README.md:
+Needs torch and transformers, which the project itself does not depend on; nothing is downloaded. From the
+repository root, with a Python that holds the versions named in README.md:
 
     python tests/golden/make_golden.py
 
 One directory per family:
-    config_hub.json     the configuration spelled as checkpoints on the hub spell it (rope_theta, rope_scaling, defaults left out)
+    config_hub.json     the configuration as checkpoints on the hub spell it (rope_theta, rope_scaling, no defaults)
     config.json         the same one as transformers 5 writes it (rope_parameters, layer_types, every default said)
     model.safetensors   the state dict, bfloat16 (the logits come from exactly these values, held in float32)
     io.safetensors      tokens [B,T] int32 and logits [B,T,V] float32
@@ -23,86 +23,111 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 B, T, V = 2, 37, 101
 HERE = Path(__file__).parent
-BASE = {
-    "vocab_size": V,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+
+
+def hub_config(model_type: str, **fields) -> dict:
+    base = {
+        "vocab_size": V,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return {"model_type": model_type} | base | fields
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # family: (hub configuration, changes that must each move the logits: proof that the feature is exercised at this size)
 FAMILIES = {
     "llama2": (
-        {"model_type": "llama", **BASE, "num_key_value_heads": 3, "hidden_act": "silu", "rms_norm_eps": 1e-5},
+        hub_config("llama", num_key_value_heads=3, hidden_act="silu", rms_norm_eps=1e-5),
         [{"rms_norm_eps": 1e-2}, {"rope_theta": 500.0}],
     ),
     "llama3": (
-        {
-            **{"model_type": "llama", **BASE, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16},
-            **{"rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
-            "rope_scaling": {
-                **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-                "original_max_position_embeddings": 32,
-            },
-        },
+        hub_config(
+            "llama",
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=16,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            rope_theta=10000.0,
+            rope_scaling={**LLAMA3, "original_max_position_embeddings": 32},
+        ),
         [{"rope_scaling": None}, {"rope_theta": 500000.0}],
     ),
     "llama_linear": (
-        {"model_type": "llama", **BASE, "rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        hub_config("llama", rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 4.0}),
         [{"rope_scaling": None}],
     ),
     "llama_yarn": (
-        {
-            **{"model_type": "llama", **BASE, "rope_theta": 100.0},
-            "rope_scaling": {
-                **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-                **{"beta_fast": 4.0, "beta_slow": 1.0},
-            },
-        },
-        [
-            {"rope_scaling": None},
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
-            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        ],
+        hub_config("llama", rope_theta=100.0, rope_scaling={**YARN, "beta_fast": 4.0, "beta_slow": 1.0}),
+        [{"rope_scaling": None}, {"rope_scaling": YARN}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}],
     ),
     "mistral": (
-        {"model_type": "mistral", **BASE, "sliding_window": 8, "rope_theta": 10000.0, "rms_norm_eps": 1e-5},
+        hub_config("mistral", sliding_window=8, rope_theta=10000.0, rms_norm_eps=1e-5),
         [{"sliding_window": None}, {"sliding_window": 9}],
     ),
     "qwen2": (
-        {
-            **{"model_type": "qwen2", **BASE, "num_attention_heads": 4, "num_key_value_heads": 2},
-            **{"tie_word_embeddings": True, "rope_theta": 1000000.0},
-            **{"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
-        },
+        hub_config(
+            "qwen2",
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            rope_theta=1000000.0,
+            use_sliding_window=False,
+            sliding_window=8,
+            max_window_layers=1,
+        ),
         [{"use_sliding_window": True}, {"rope_theta": 10000.0}],
     ),
     "qwen3": (
-        {
-            **{"model_type": "qwen3", **BASE, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-            **{"tie_word_embeddings": False, "rope_theta": 1000000.0, "attention_bias": False},
-            **{"use_sliding_window": False, "sliding_window": None, "max_window_layers": 2},
-        },
+        hub_config(
+            "qwen3",
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=False,
+            rope_theta=1000000.0,
+            attention_bias=False,
+            use_sliding_window=False,
+            sliding_window=None,
+            max_window_layers=2,
+        ),
         [{"rms_norm_eps": 1e-2}],
     ),
     "smollm2": (
-        {
-            **{"model_type": "llama", **BASE, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
-            **{"tie_word_embeddings": True, "rope_theta": 100000.0, "rope_scaling": None, "rms_norm_eps": 1e-5},
-        },
+        hub_config(
+            "llama",
+            hidden_size=72,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            rope_theta=100000.0,
+            rope_scaling=None,
+            rms_norm_eps=1e-5,
+        ),
         [{"rope_theta": 10000.0}],
     ),
     "gemma2": (
-        {
-            **{"model_type": "gemma2", **BASE, "num_hidden_layers": 4, "num_attention_heads": 4},
-            **{"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8},
-            **{"attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0, "rope_theta": 10000.0},
-            "hidden_activation": "gelu_pytorch_tanh",
-        },
+        hub_config(
+            "gemma2",
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=8,
+            attn_logit_softcapping=4.0,
+            final_logit_softcapping=5.0,
+            rope_theta=10000.0,
+            hidden_activation="gelu_pytorch_tanh",
+        ),
         [
             {"attn_logit_softcapping": None},
             {"final_logit_softcapping": None},
@@ -113,12 +138,20 @@ FAMILIES = {
         ],
     ),
     "gemma3": (
-        {
-            **{"model_type": "gemma3_text", **BASE, "num_hidden_layers": 7, "num_attention_heads": 4},
-            **{"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 8},
-            **{"rope_theta": 10000.0, "rope_local_base_freq": 100.0, "sliding_window_pattern": 6},
-            **{"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "hidden_activation": "gelu_pytorch_tanh"},
-        },
+        hub_config(
+            "gemma3_text",
+            num_hidden_layers=7,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=12,
+            sliding_window=8,
+            sliding_window_pattern=6,
+            rope_theta=10000.0,
+            rope_local_base_freq=100.0,
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+            hidden_activation="gelu_pytorch_tanh",
+        ),
         [
             {"rope_scaling": None},
             {"rope_local_base_freq": 10000.0},
@@ -145,9 +178,7 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
         if "norm" in name:
             centre = 0.0 if model.config.model_type.startswith("gemma") else 1.0
             value = centre + 0.3 * noise
-        elif name.endswith("bias"):
-            value = 0.5 * noise
-        elif "embed_tokens" in name:
+        elif name.endswith("bias") or "embed_tokens" in name:
             value = 0.5 * noise
         elif "q_proj" in name or "k_proj" in name:
             value = 1.5 * noise / w.shape[1] ** 0.5
