@@ -1,0 +1,238 @@
+"""Frozen configurations. Every divisibility and range check stands here, with the numbers and the remedy."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from sharding_rules.rules import MESH_AXES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context they were trained on.
+
+    kind: "linear" (Chen et al. 2023), "llama3" (Llama 3.1 model card), "yarn" (Peng et al. 2023, arXiv 2309.00071).
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_seq_len: int = 8192
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: cos and sin are multiplied by it; None: 0.1 ln(factor) + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3 are values of this."""
+
+    name: str = "custom"
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int = 4096
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # Gemma scales by 1 + w
+    post_norms: bool = False  # Gemma 2/3 norm what a block returns as well
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False  # Gemma multiplies embeddings by sqrt(D)
+    query_scale: float | None = None  # None: head_dim ** -0.5
+    attn_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None  # None: local layers rotate as the global ones do
+    window: int | None = None  # how many tokens, itself included, a local layer sees
+    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the depth
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the masters
+
+    def __post_init__(self):
+        for field in ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
+                f"use num_kv_heads in {_divisors(self.num_heads)}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings rotate pairs, use an even head_dim")
+        if "local" in self.layer_pattern and not self.window:
+            raise ValueError("layer_pattern has local layers but window is not set; set window to a number of tokens")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1 token")
+        if not self.layer_pattern:
+            raise ValueError("layer_pattern is empty; use ('global',)")
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """For each layer whether it attends inside `window` only."""
+        return tuple(self.layer_pattern[i % len(self.layer_pattern)] == "local" for i in range(self.num_layers))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward matmul FLOPs for one token: 6 per weight it meets, and causal attention at seq_len."""
+        attn = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        weights = self.num_layers * (attn + 3 * self.embed_dim * self.mlp_dim) + self.vocab_size * self.embed_dim
+        keys = sum(min(seq_len / 2, self.window or seq_len) if local else seq_len / 2 for local in self.local_layers)
+        return 6.0 * weights + 12.0 * self.num_heads * self.head_dim * keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes, outermost first. One of them may be -1: it takes the devices that are left."""
+
+    pp: int = 1
+    dp: int = 1
+    fsdp: int = 1
+    ep: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    def __post_init__(self):
+        for axis in MESH_AXES:
+            size = getattr(self, axis)
+            if size == 0 or size < -1:
+                raise ValueError(f"{axis}={size}: a mesh axis is a positive size, or -1 for what is left")
+        if sum(getattr(self, axis) == -1 for axis in MESH_AXES) > 1:
+            raise ValueError(f"only one mesh axis may be -1, got {self}")
+
+    def __str__(self):
+        shown = [f"{a}={getattr(self, a)}" for a in MESH_AXES if getattr(self, a) != 1]
+        return ",".join(shown) or "one device"
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshConfig":
+        """`fsdp=4,tp=2` -> MeshConfig(fsdp=4, tp=2)."""
+        sizes = {}
+        for part in filter(None, text.replace(" ", "").split(",")):
+            axis, _, size = part.partition("=")
+            if axis not in MESH_AXES or not size.lstrip("-").isdigit():
+                raise ValueError(f"mesh {text!r}: {part!r} is not axis=size with an axis of {' '.join(MESH_AXES)}")
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
+    def fill(self, num_devices: int) -> "MeshConfig":
+        """The same mesh with its -1 resolved; raises ValueError when it does not multiply to num_devices."""
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        free = [axis for axis, size in sizes.items() if size == -1]
+        known = math.prod(size for size in sizes.values() if size != -1)
+        if free and num_devices % known == 0:
+            sizes[free[0]] = num_devices // known
+        elif free or known != num_devices:
+            raise ValueError(
+                f"mesh {self} needs {'a multiple of ' if free else ''}{known} devices but {num_devices} are there; "
+                f"change a size, or set one axis to -1 to take what is left"
+            )
+        return MeshConfig(**sizes)
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse a mesh on which tensor parallelism would split nothing of the attention."""
+        if self.tp > 1 and model.num_heads % self.tp and model.mlp_dim % self.tp:
+            both = math.gcd(model.num_heads, model.mlp_dim)
+            raise ValueError(
+                f"tp={self.tp} divides neither num_heads={model.num_heads} nor mlp_dim={model.mlp_dim}; "
+                f"use tp in {_divisors(both)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and a decay; weight decay leaves norms and biases alone."""
+
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1  # of the learning rate, at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into rows."""
+
+    source: str = "stdlib"  # "stdlib" (the running Python's own library), a directory, or a .jsonl file
+    suffixes: tuple[str, ...] = (".py", ".txt", ".md", ".rst")  # of the files taken from a directory
+    text_key: str = "text"  # of a JSON line
+    tokenizer: str = "bytes"  # "bytes", "bpe:4096" (trained on the corpus), or a tokenizer.json
+    seq_len: int = 512
+    batch_size: int = 16  # rows in a step, over the whole mesh
+    holdout: float = 0.02  # share of the documents kept for validation
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.seq_len < 2 or self.batch_size < 1:
+            raise ValueError(f"seq_len={self.seq_len} must be at least 2 and batch_size={self.batch_size} at least 1")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout={self.holdout} must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep. Steps that are multiples of keep_every are kept for good."""
+
+    every: int = 100
+    keep_last: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep_last < 1:
+            raise ValueError(f"checkpoint every={self.every} and keep_last={self.keep_last} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run: everything that its result depends on."""
+
+    model: ModelConfig
+    out: str = "runs/default"
+    steps: int = 1000
+    mesh: MeshConfig = MeshConfig(fsdp=-1)
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    accum_steps: int = 1  # micro-batches in a step
+    remat: Literal["none", "dots", "full"] = "none"
+    z_loss: float = 0.0  # weight of mean(logsumexp(logits) ** 2)
+    loss_chunk: int = 2048  # tokens per device whose logits are held at a time
+    eval_every: int = 100
+    eval_batches: int = 8
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if self.data.batch_size % self.accum_steps:
+            raise ValueError(
+                f"batch_size={self.data.batch_size} is not divisible by accum_steps={self.accum_steps}; "
+                f"use accum_steps in {_divisors(self.data.batch_size)}"
+            )
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"seq_len={self.data.seq_len} is longer than the model's max_seq_len={self.model.max_seq_len}; "
+                f"shorten the rows or raise model.max_seq_len"
+            )
+
+
+def _divisors(n: int) -> set[int]:
+    return {d for d in range(1, n + 1) if n % d == 0} if n <= 128 else {d for d in (1, 2, 4, 8, 16, 32, 64) if n % d == 0}

@@ -1,0 +1,76 @@
+"""The layers of a decoder: pure functions of arrays, each readable on its own. Shapes in the house's letters."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxscale.config import RopeScaling
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float, offset: float = 0.0) -> Array:
+    """Root-mean-square norm over the last dim (Zhang & Sennrich 2019), computed in float32, returned in x's dtype."""
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+    scale = scale.astype(jnp.float32) + offset
+    return (h * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], inv_freq: np.ndarray, scale: float = 1.0) -> Array:
+    """Rotate the halves of the last dim by position (Su et al. 2021), angles in float32.
+
+    Args:
+      x: queries or keys.
+      positions: of each token in its document; int32, since bfloat16 would round 257 to 256.
+      inv_freq: [H/2] radians per position, from `rope_frequencies`.
+      scale: multiplies cos and sin (YaRN's attention factor).
+    """
+    angle = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inv_freq, jnp.float32)[None, None, None, :]
+    cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def mlp(y: Float[Array, "B T D"], w_gate: Array, w_up: Array, activation: str) -> Float[Array, "B T F"]:
+    """The gated hidden layer (Shazeer 2020): act(y W_gate) * (y W_up)."""
+    return act(jnp.einsum("BTD,DF->BTF", y, w_gate), activation) * jnp.einsum("BTD,DF->BTF", y, w_up)
+
+
+def act(x: Array, kind: str) -> Array:
+    if kind == "silu":
+        return jax.nn.silu(x)
+    return jax.nn.gelu(x, approximate=kind == "gelu_tanh")
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """Squash to (-cap, cap); the identity for None (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
+    """Inverse frequencies [H/2] in float64 numpy (they are constants of the program) and the factor on cos and sin."""
+    inv_freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return inv_freq, 1.0
+    if scaling.kind == "linear":
+        return inv_freq / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        # Wavelengths beyond the old context are stretched, short ones stay, those between blend.
+        turns = scaling.original_max_seq_len * inv_freq / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        return (1 - blend) * inv_freq / scaling.factor + blend * inv_freq, 1.0
+
+    # YaRN: a ramp over the dims between those that turn beta_fast and beta_slow times in the old context.
+    def dim_of(turns: float) -> float:
+        return head_dim * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dim_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dim_of(scaling.beta_slow)), head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return inv_freq / scaling.factor * ramp + inv_freq * (1 - ramp), factor

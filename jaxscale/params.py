@@ -1,0 +1,110 @@
+"""ParamSpec: one line per parameter says its shape, logical axes, initial values and dtype."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from sharding_rules.resolve import Resolution, resolve_spec
+from sharding_rules.rules import Rules
+
+Init = Callable[..., jax.Array]  # (key, shape, dtype, *, out_sharding) -> array
+
+
+def normal(stddev: float) -> Init:
+    """Normal values cut at two standard deviations would change the scale; plain normal keeps `stddev` as it is said."""
+
+    def init(key, shape, dtype, *, out_sharding=None):
+        return stddev * jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+
+    return init
+
+
+def constant(value: float) -> Init:
+    def init(key, shape, dtype, *, out_sharding=None):
+        return jnp.full(shape, value, dtype, out_sharding=out_sharding)
+
+    return init
+
+
+@dataclasses.dataclass(frozen=True)  # deliberately no pytree node: a ParamSpec is a leaf
+class ParamSpec:
+    """shape, logical axis of each dim (None: never split), initialiser, dtype at rest."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Init
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"ParamSpec shape {self.shape} and axes {self.axes} differ in length")
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`layers/attn/wq` for a pytree key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def init_params(key: jax.Array, specs: Any, mesh: jax.sharding.Mesh | None = None, rules: Rules | None = None) -> Any:
+    """Random parameters, each created in its own shards; the same bits on every mesh.
+
+    Args:
+      key: a PRNG key. Each parameter draws from a key folded with its path, so that adding one changes no other.
+      specs: a tree of ParamSpec.
+      mesh, rules: where the parameters go; without a mesh they are made on the default device.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(specs)
+
+    def init(key):
+        out = []
+        for path, spec in leaves:
+            leaf_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+            where = None if mesh is None else resolve_param(spec, mesh, _need(rules)).spec
+            out.append(spec.init(leaf_key, spec.shape, jnp.dtype(spec.dtype), out_sharding=where))
+        return jax.tree.unflatten(treedef, out)
+
+    if mesh is None:
+        return jax.jit(init)(key)
+    with jax.set_mesh(mesh):
+        return jax.jit(init)(key)
+
+
+def abstract_params(specs: Any, mesh: Any = None, rules: Rules | None = None) -> Any:
+    """The same tree as ShapeDtypeStructs, with shardings when a (possibly abstract) mesh is given."""
+    if mesh is None:
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)), specs)
+    shardings = param_shardings(specs, mesh, _need(rules))
+    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype), sharding=sh), specs, shardings)
+
+
+def param_shardings(specs: Any, mesh: Any, rules: Rules) -> Any:
+    """specs + rules + mesh -> a tree of NamedSharding, the same structure."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, resolve_param(s, mesh, rules).spec), specs)
+
+
+def resolve_param(spec: ParamSpec, mesh: Any, rules: Rules) -> Resolution:
+    """Where one parameter rests, and why if not where the rules ask."""
+    return resolve_spec(spec.shape, spec.axes, rules.params, dict(mesh.shape), rules.spill)
+
+
+def num_params(specs: Any) -> int:
+    """How many numbers a tree of specs (or arrays) holds."""
+    return sum(jnp.size(s) if isinstance(s, jax.Array) else _prod(s.shape) for s in jax.tree.leaves(specs))
+
+
+def _prod(shape: tuple[int, ...]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out
+
+
+def _need(rules: Rules | None) -> Rules:
+    if rules is None:
+        raise ValueError("a mesh needs rules: pass rules=sharding_rules.MEGATRON_FSDP or your own")
+    return rules
