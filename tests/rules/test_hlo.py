@@ -110,7 +110,8 @@ def test_a_scanned_partitioned_program():
 
 
 def _module(instruction: str, extra: str = "", header: str = "num_partitions=8") -> str:
-    return f"HloModule m, {header}\n\n{extra}\nENTRY %main (p: f32[16]) -> f32[16] {{\n  %p = f32[16,4]{{1,0:T(8,128)}} parameter(0)\n  {instruction}\n}}\n"
+    main = f"%p = f32[16,4]{{1,0:T(8,128)}} parameter(0)\n  {instruction}"
+    return f"HloModule m, {header}\n\n{extra}\nENTRY %main (p: f32[16,4]) -> f32[16,4] {{\n  {main}\n}}\n"
 
 
 @pytest.mark.parametrize(
