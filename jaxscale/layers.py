@@ -33,9 +33,12 @@ def rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], inv_freq: np.
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def mlp(y: Float[Array, "B T D"], w_gate: Array, w_up: Array, activation: str) -> Float[Array, "B T F"]:
-    """The gated hidden layer (Shazeer 2020): act(y W_gate) * (y W_up)."""
-    return act(jnp.einsum("BTD,DF->BTF", y, w_gate), activation) * jnp.einsum("BTD,DF->BTF", y, w_up)
+def gated_mlp(y: Float[Array, "B T D"], p: dict[str, Array], activation: str) -> Float[Array, "B T F"]:
+    """The hidden layer of a gated MLP (Shazeer 2020): act(y W_gate + b_gate) * (y W_up + b_up), biases where there are."""
+    gate, up = jnp.einsum("BTD,DF->BTF", y, p["w_gate"]), jnp.einsum("BTD,DF->BTF", y, p["w_up"])
+    if "b_gate" in p:
+        gate, up = gate + p["b_gate"][None, None], up + p["b_up"][None, None]
+    return act(gate, activation) * up
 
 
 def act(x: Array, kind: str) -> Array:

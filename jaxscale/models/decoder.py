@@ -1,0 +1,273 @@
+"""The decoder: Llama 2/3, Mistral, Qwen2/3, SmolLM2 and Gemma 2/3 by configuration. Layers are stacked and scanned."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxscale.config import ModelConfig
+from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_cap
+from jaxscale.parallel import tensor
+from jaxscale.params import ParamSpec, constant, normal
+from jaxscale.sharding import constrain, einsum, gather_params
+from pallas_kernels import attention
+from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+Params = dict[str, Any]
+Cache = dict[str, Array]
+Remat = Literal["none", "dots", "full"]
+
+RESIDUAL = ("batch", "norm_seq", "embed")  # between the blocks, split by sequence over tp
+INSIDE = ("batch", "seq", "embed")  # where a block begins: whole over tp
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    cfg: ModelConfig,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    rules: Rules = MEGATRON_FSDP,
+    remat: Remat = "none",
+) -> Float[Array, "B T V"]:
+    """Logits in float32. Tokens attend causally within their segment (0 is padding); positions default to 0..T-1."""
+    x, _ = hidden(params, tokens, cfg, segment_ids=segment_ids, positions=positions, rules=rules, remat=remat)
+    return logits(params, x, cfg, rules)
+
+
+def loss_fn(
+    params: Params,
+    batch: dict[str, Array],
+    cfg: ModelConfig,
+    *,
+    rules: Rules = MEGATRON_FSDP,
+    remat: Remat = "none",
+    z_loss: float = 0.0,
+    chunk: int = 2048,
+) -> tuple[Array, dict[str, Array]]:
+    """Mean next-token loss in nats over the tokens with a label, and its parts.
+
+    Args:
+      batch: int32 [B, T] each: tokens, labels (-1: none), segment_ids, positions.
+
+    Returns:
+      loss: nll, plus z_loss times the mean squared logsumexp (PaLM, arXiv 2204.02311).
+      parts: nll, and weight: the number of labels, by which micro-batches are averaged.
+    """
+    x, _ = hidden(
+        params,
+        batch["tokens"],
+        cfg,
+        segment_ids=batch.get("segment_ids"),
+        positions=batch.get("positions"),
+        rules=rules,
+        remat=remat,
+    )
+    labels = batch["labels"]
+    with jax.named_scope("loss"):
+        nll, lse = tensor.token_losses(
+            x, _head(params, cfg, rules), labels, chunk=chunk, logit_soft_cap=cfg.logit_soft_cap, rules=rules
+        )
+        counted = constrain((labels >= 0).astype(jnp.float32), ("batch", "seq"), rules)
+        weight = counted.sum()
+        scale = 1.0 / jnp.maximum(weight, 1.0)
+        mean_nll = (nll * counted).sum() * scale
+        loss = mean_nll
+        if z_loss:
+            loss = loss + z_loss * (lse * lse * counted).sum() * scale
+    return loss, {"nll": mean_nll, "weight": weight}
+
+
+def hidden(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    cfg: ModelConfig,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+    rules: Rules = MEGATRON_FSDP,
+    remat: Remat = "none",
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Activations after the last norm, and the cache with these tokens' keys and values written at their positions."""
+    specs, dtype = param_specs(cfg), jnp.dtype(cfg.dtype)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    tokens, positions = (constrain(x, ("batch", "seq"), rules) for x in (tokens, positions))
+    if segment_ids is not None:
+        segment_ids = constrain(segment_ids, ("batch", "seq"), rules)
+
+    with jax.named_scope("embed"):
+        table = gather_params(params["embed"], specs["embed"], dtype, rules)
+        x = tensor.embed(table, tokens, rules)
+        if cfg.scale_embeddings:
+            x = x * jnp.asarray(cfg.embed_dim**0.5, dtype)
+
+    def layer(x, stacked):
+        p, local, layer_cache = stacked
+        p = gather_params(p, specs["layers"], dtype, rules)
+        return _layer(p, x, cfg, local, positions, segment_ids, layer_cache, rules)
+
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+    local = jnp.asarray(cfg.local_layers)
+    x, cache = jax.lax.scan(layer, x, (params["layers"], local, cache))
+    with jax.named_scope("final_norm"):
+        scale = gather_params(params["final_norm"], specs["final_norm"], jnp.float32, rules)
+        return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset), cache
+
+
+def logits(
+    params: Params, x: Float[Array, "B T D"], cfg: ModelConfig, rules: Rules = MEGATRON_FSDP
+) -> Float[Array, "B T V"]:
+    """Float32 logits of activations, split over the vocabulary."""
+    x = constrain(x, INSIDE, rules)
+    out = jnp.einsum("BTD,DV->BTV", x, _head(params, cfg, rules), preferred_element_type=jnp.float32)
+    return soft_cap(out, cfg.logit_soft_cap)
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, max_len: int) -> dict[str, ParamSpec]:
+    """Specs of the key-value cache [L, B, S, K, H]; make it with `init_params`, rules and mesh as for parameters."""
+    shape = (cfg.num_layers, batch_size, max_len, cfg.num_kv_heads, cfg.head_dim)
+    spec = ParamSpec(shape, ("layers", "batch", None, "kv_heads", None), constant(0.0), cfg.dtype)
+    return {"k": spec, "v": spec}
+
+
+@functools.lru_cache(maxsize=32)
+def param_specs(cfg: ModelConfig) -> dict[str, Any]:
+    """Shape, logical axes, initial values and dtype of every parameter."""
+    L, D, F, V = cfg.num_layers, cfg.embed_dim, cfg.mlp_dim, cfg.vocab_size
+    N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+
+    def spec(*dims: tuple[int, str | None], init):
+        return ParamSpec(tuple(size for size, _ in dims), tuple(name for _, name in dims), init, cfg.param_dtype)
+
+    layers, embed = (L, "layers"), (D, "embed")
+    ones, zeros = constant(1.0 - cfg.norm_offset), constant(0.0)
+    # What writes into the residual stream starts smaller by the number of writes (GPT-2).
+    into = normal(D**-0.5)
+    out_of = lambda fan_in: normal(fan_in**-0.5 * (2 * L) ** -0.5)  # noqa: E731
+    norm = spec(layers, embed, init=ones)
+
+    attn = {
+        "wq": spec(layers, embed, (N, "q_heads"), (H, "head_dim"), init=into),
+        "wk": spec(layers, embed, (K, "kv_heads"), (H, "head_dim"), init=into),
+        "wv": spec(layers, embed, (K, "kv_heads"), (H, "head_dim"), init=into),
+        "wo": spec(layers, (N, "q_heads"), (H, "head_dim"), embed, init=out_of(N * H)),
+    }
+    if cfg.qkv_bias:
+        attn |= {
+            "bq": spec(layers, (N, "q_heads"), (H, "head_dim"), init=zeros),
+            "bk": spec(layers, (K, "kv_heads"), (H, "head_dim"), init=zeros),
+            "bv": spec(layers, (K, "kv_heads"), (H, "head_dim"), init=zeros),
+        }
+    if cfg.out_bias:
+        attn["bo"] = spec(layers, embed, init=zeros)
+    if cfg.qk_norm:
+        attn |= {
+            "q_norm": spec(layers, (H, "head_dim"), init=ones),
+            "k_norm": spec(layers, (H, "head_dim"), init=ones),
+        }
+    ffn = {
+        "w_gate": spec(layers, embed, (F, "mlp"), init=into),
+        "w_up": spec(layers, embed, (F, "mlp"), init=into),
+        "w_down": spec(layers, (F, "mlp"), embed, init=out_of(F)),
+    }
+    if cfg.mlp_bias:
+        ffn |= {
+            "b_gate": spec(layers, (F, "mlp"), init=zeros),
+            "b_up": spec(layers, (F, "mlp"), init=zeros),
+            "b_down": spec(layers, embed, init=zeros),
+        }
+    block = {"attn_norm": norm, "attn": attn, "mlp_norm": norm, "mlp": ffn}
+    if cfg.post_norms:
+        block |= {"attn_post_norm": norm, "mlp_post_norm": norm}
+    specs = {
+        "embed": spec((V, "vocab"), embed, init=normal(D**-0.5 if cfg.tie_embeddings else 1.0)),
+        "layers": block,
+        "final_norm": spec(embed, init=ones),
+    }
+    if not cfg.tie_embeddings:
+        specs["head"] = spec(embed, (V, "vocab"), init=into)
+    return specs
+
+
+def _layer(p, x, cfg, local, positions, segment_ids, cache, rules):
+    norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+    with jax.named_scope("attention"):
+        y = constrain(norm(x, p["attn_norm"]), INSIDE, rules)
+        y, cache = _attention_block(p["attn"], y, cfg, local, positions, segment_ids, cache, rules)
+        x = x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y)
+    with jax.named_scope("mlp"):
+        y = constrain(norm(x, p["mlp_norm"]), INSIDE, rules)
+        y = _mlp_block(p["mlp"], y, cfg, rules)
+        x = x + (norm(y, p["mlp_post_norm"]) if cfg.post_norms else y)
+    return x, cache
+
+
+def _attention_block(p, y, cfg, local, positions, segment_ids, cache, rules):
+    q = jnp.einsum("BTD,DNH->BTNH", y, p["wq"])
+    k = jnp.einsum("BTD,DKH->BTKH", y, p["wk"])
+    v = jnp.einsum("BTD,DKH->BTKH", y, p["wv"])
+    if cfg.qkv_bias:
+        q, k, v = (x + p[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
+    if cfg.qk_norm:
+        q = rms_norm(q, p["q_norm"], eps=cfg.norm_eps, offset=cfg.norm_offset)
+        k = rms_norm(k, p["k_norm"], eps=cfg.norm_eps, offset=cfg.norm_offset)
+
+    def attend(is_local: bool, q, k, v):
+        theta = cfg.local_rope_theta if is_local and cfg.local_rope_theta else cfg.rope_theta
+        scaling = None if is_local and cfg.local_rope_theta else cfg.rope_scaling
+        inv_freq, factor = rope_frequencies(cfg.head_dim, theta, scaling)
+        q, k = (rope(x, positions, inv_freq, factor) for x in (q, k))
+        new, kv_positions, segments = None, positions, None
+        if segment_ids is not None:
+            segments = (segment_ids, segment_ids)
+        if cache is not None:
+            new = {"k": _write(cache["k"], k, positions), "v": _write(cache["v"], v, positions)}
+            k, v = new["k"], new["v"]
+            slots = jnp.arange(k.shape[1], dtype=jnp.int32)
+            kv_positions = constrain(jnp.broadcast_to(slots[None], k.shape[:2]), ("batch", None), rules)
+            segments = None  # slots beyond a sequence's position are causally hidden
+        attend_one = functools.partial(
+            attention,
+            causal=True,
+            window=cfg.window if is_local else None,
+            soft_cap=cfg.attn_soft_cap,
+            scale=cfg.query_scale,
+        )
+        return tensor.attention(attend_one, q, k, v, (positions, kv_positions), segments, rules), new
+
+    kinds = set(cfg.local_layers)
+    if len(kinds) == 1:
+        o, cache = attend(kinds.pop(), q, k, v)
+    else:  # one program for each kind of layer, chosen as the scan goes: the kernels see static windows
+        o, cache = jax.lax.cond(local, functools.partial(attend, True), functools.partial(attend, False), q, k, v)
+    out = einsum("BTNH,NHD->BTD", o, p["wo"], axes=RESIDUAL, rules=rules)
+    if cfg.out_bias:
+        out = out + p["bo"][None, None]
+    return out, cache
+
+
+def _mlp_block(p, y, cfg, rules):
+    h = gated_mlp(y, p, cfg.activation)
+    out = einsum("BTF,FD->BTD", h, p["w_down"], axes=RESIDUAL, rules=rules)
+    return out + p["b_down"][None, None] if cfg.mlp_bias else out
+
+
+def _head(params, cfg, rules):
+    """[D, V] in the computation's dtype."""
+    specs = param_specs(cfg)
+    if cfg.tie_embeddings:
+        return gather_params(params["embed"], specs["embed"], jnp.dtype(cfg.dtype), rules).T
+    return gather_params(params["head"], specs["head"], jnp.dtype(cfg.dtype), rules)
+
+
+def _write(cache: Array, new: Array, positions: Array) -> Array:
+    """[B, S, K, H] with `new` [B, T, K, H] written at each row's first position onwards."""
+    write = jax.vmap(lambda row, x, start: jax.lax.dynamic_update_slice_in_dim(row, x, start, axis=0))
+    return write(cache, new.astype(cache.dtype), positions[:, 0])
