@@ -1,0 +1,59 @@
+"""Which backend of an op runs: the only fallback loop of the package."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+
+import jax
+
+logger = logging.getLogger("pallas_kernels")
+
+
+def choose(op: str, implementation: str | None, supported: Mapping[str, Callable[[], str | None]]) -> str:
+    """The backend to run: the named one, or the first whose `supported()` gives no reason against it.
+
+    Args:
+      op: name of the op, for messages.
+      implementation: a key of `supported`, or None to fall back in the mapping's order.
+      supported: backend name -> a function that returns None, or the reason why this call cannot run there.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: the named backend cannot run this call (the reason follows), or none can.
+    """
+    if implementation is not None:
+        if implementation not in supported:
+            raise ValueError(
+                f"{op}: implementation={implementation!r} is unknown; use one of {sorted(supported)} or None"
+            )
+        if reason := supported[implementation]():
+            raise NotImplementedError(f"{op}: implementation={implementation!r} cannot run this call: {reason}")
+        return implementation
+    reasons = []
+    for name, check in supported.items():
+        reason = check()
+        if reason is None:
+            _log_once(op, name, tuple(reasons))
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{op}: no implementation can run this call: " + "; ".join(reasons))
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(op: str, name: str, reasons: tuple[str, ...]) -> None:
+    logger.info("%s runs on %s%s", op, name, f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def device_kind() -> str:
+    """The kind of device that this trace is for, e.g. 'NVIDIA H200', 'TPU v5p', 'cpu'.
+
+    A mesh set with jax.set_mesh wins, so that a program compiled ahead of time for hardware that is not here gets that
+    hardware's kernel; then jax_default_device; then the first device.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.device_kind
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return device.device_kind

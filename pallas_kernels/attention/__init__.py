@@ -1,0 +1,1 @@
+"""Exact attention: api.py says what it computes; one file for each backend."""
