@@ -1,12 +1,15 @@
 """ParamSpec: one line per parameter says its shape, logical axes, initial values and dtype."""
 
 import dataclasses
+import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from sharding_rules.resolve import Resolution, resolve_spec
@@ -16,12 +19,26 @@ Init = Callable[..., jax.Array]  # (key, shape, dtype, *, out_sharding) -> array
 
 
 def normal(stddev: float) -> Init:
-    """Normal values cut at two standard deviations would change the scale; plain normal keeps `stddev` as it is said."""
+    """Normal values, cut at 4.3 standard deviations: a table of 65,536 quantiles indexed by 16 random bits.
+
+    No floating-point operation is left to the compiler, so the bits are the same on every mesh and backend; the usual
+    inverse error function differs in the last place with how it is fused.
+    """
 
     def init(key, shape, dtype, *, out_sharding=None):
-        return stddev * jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+        bits = jax.random.bits(key, shape, jnp.uint16, out_sharding=out_sharding).astype(jnp.int32)
+        table = jnp.asarray((stddev * _normal_quantiles()).astype(dtype))
+        return table.at[bits].get(out_sharding=out_sharding, mode="promise_in_bounds")
 
     return init
+
+
+@functools.cache
+def _normal_quantiles() -> np.ndarray:
+    from scipy.special import ndtri
+
+    q = ndtri((np.arange(2**16) + 0.5) / 2**16)
+    return q / q.std()
 
 
 def constant(value: float) -> Init:
@@ -92,16 +109,9 @@ def resolve_param(spec: ParamSpec, mesh: Any, rules: Rules) -> Resolution:
     return resolve_spec(spec.shape, spec.axes, rules.params, dict(mesh.shape), rules.spill)
 
 
-def num_params(specs: Any) -> int:
-    """How many numbers a tree of specs (or arrays) holds."""
-    return sum(jnp.size(s) if isinstance(s, jax.Array) else _prod(s.shape) for s in jax.tree.leaves(specs))
-
-
-def _prod(shape: tuple[int, ...]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out
+def num_params(tree: Any) -> int:
+    """How many numbers a tree of specs or arrays holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _need(rules: Rules | None) -> Rules:
