@@ -1,14 +1,14 @@
 """Hugging Face checkpoints, in and out: config.json and safetensors <-> ModelConfig and the decoder's parameters.
 
-    params, cfg = import_hf("SmolLM2-135M")  # on the default device
+params, cfg = import_hf("SmolLM2-135M")  # on the default device
 
-    cfg = load_config("Llama-3.1-8B")  # or straight into shards; each process reads only what its devices hold
-    params, cfg = import_hf("Llama-3.1-8B", shardings=param_shardings(param_specs(cfg), mesh, rules))
-    export_hf(params, cfg, "out/hf")
+cfg = load_config("Llama-3.1-8B")  # or straight into shards; each process reads only what its devices hold
+params, cfg = import_hf("Llama-3.1-8B", shardings=param_shardings(param_specs(cfg), mesh, rules))
+export_hf(params, cfg, "out/hf")
 """
 
 import contextlib
-import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxscale.config import ModelConfig, RopeScaling
+from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
+from jaxscale.config import ModelConfig
 from jaxscale.models.decoder import param_specs
 from jaxscale.params import ParamSpec, path_name
 
@@ -52,47 +54,6 @@ _TENSORS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "layers/mlp/b_down": (_LAYER + "mlp.down_proj.bias", ((0,),)),
     "layers/mlp_post_norm": (_LAYER + "post_feedforward_layernorm.weight", ((0,),)),
 }
-
-# What a config.json that is silent means, by model_type (transformers 5.17; tests/golden/defaults.json is the witness).
-_ANY = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None}
-_ANY |= {"rope_parameters": None, "head_dim": None, "num_key_value_heads": None}
-_SILU = _ANY | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu"}
-_LLAMA = {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
-_MISTRAL = {"vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072}
-_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "num_key_value_heads": 32}
-_QWEN |= {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
-_GEMMA = _ANY | {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
-_GEMMA |= {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "attention_bias": False}
-_GEMMA |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
-_GEMMA |= {"sliding_window": 4096, "layer_types": None}
-_GEMMA2 = {"vocab_size": 256000, "max_position_embeddings": 8192}
-_GEMMA2 |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-_GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None}
-_GEMMA3 |= {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _SILU | _LLAMA | {"attention_bias": False, "mlp_bias": False},
-    "mistral": _SILU | _MISTRAL | {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _SILU | _QWEN,
-    "qwen3": _SILU | _QWEN | {"head_dim": 128, "attention_bias": False},
-    "gemma2": _GEMMA | _GEMMA2,
-    "gemma3_text": _GEMMA | _GEMMA3,
-}
-# Fields that say nothing about the forward pass, and fields of which one value is supported.
-_BOOKKEEPING = set(
-    """_name_or_path _sliding_window_pattern architectures bos_token_id cache_implementation chunk_size_feed_forward
-    dtype eos_token_id hidden_act id2label initializer_range is_llama_config label2id model_type pad_token_id
-    pretraining_tp return_dict torch_dtype transformers.js_config transformers_version use_cache""".split()
-)
-_FIXED = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0}
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"}
-    | {"beta_fast", "beta_slow", "truncate"},
-}
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-_LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def import_hf(path: str | Path, shardings: Any = None, cfg: ModelConfig | None = None) -> tuple[Any, ModelConfig]:
@@ -140,34 +101,28 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
         raise ValueError(f"{path} is not empty; name a new directory to export to")
     path.mkdir(parents=True, exist_ok=True)
 
-    files: list[list] = [[]]
-    size = 0
-    for name, array, layer, groups in _entries(params, cfg):
-        nbytes = array.nbytes // (1 if layer is None else array.shape[0])
-        if files[-1] and size + nbytes > max_file_bytes:
-            files.append([])
-            size = 0
-        files[-1].append((name, array, layer, groups))
-        size += nbytes
+    weight_map, tensors, source, host = {}, {}, None, np.empty(0)
 
-    weight_map = {}
-    source = host = None  # the stacked parameter whose layers are being written, and its values
-    for i, entries in enumerate(files):
-        file = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        tensors = {}
-        for name, array, layer, groups in entries:
-            if source is not array:
-                source, host = array, np.asarray(array)
-            tensors[name] = _to_hf(host, layer, groups)
-            weight_map[name] = file
+    def flush():
+        file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
         save_file(tensors, path / file, metadata={"format": "pt"})
-    if len(files) > 1:
-        total = sum(x.nbytes for x in jax.tree.leaves(params))
-        _write_json(
-            path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    dtype = str(jax.tree.leaves(params)[0].dtype)
-    _write_json(path / "config.json", hf_config | {"torch_dtype": dtype})
+        weight_map.update(dict.fromkeys(tensors, file))
+        tensors.clear()
+
+    for name, array, layer, groups in _entries(params, cfg):
+        if source is not array:  # the layers of one stacked parameter follow each other
+            source, host = array, np.asarray(array)
+        tensor = _to_hf(host, layer, groups)
+        if tensors and sum(t.nbytes for t in tensors.values()) + tensor.nbytes > max_file_bytes:
+            flush()
+        tensors[name] = tensor
+    flush()
+    if len(files := set(weight_map.values())) == 1:
+        (path / files.pop()).rename(path / "model.safetensors")
+    else:
+        total = {"total_size": sum(x.nbytes for x in jax.tree.leaves(params))}
+        _write_json(path / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+    _write_json(path / "config.json", hf_config | {"torch_dtype": str(jax.tree.leaves(params)[0].dtype)})
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -188,116 +143,115 @@ def params_from_hf(state: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict[st
 
 
 def params_to_hf(params: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_hf`: contiguous numpy arrays under the names of transformers; a tied head is left out."""
+    """The inverse of `params_from_hf`: contiguous numpy arrays by transformers' names; no head when it is tied."""
     return {name: _to_hf(np.asarray(array), layer, groups) for name, array, layer, groups in _entries(params, cfg)}
 
 
-def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json, spelled as transformers 4 or 5 writes it.
-
-    Raises ValueError that names each field, or value of one, that the decoder does not know: what is not understood is
-    never ignored. A field that is None or False counts as a feature switched off.
-    """
-    kind = hf_config.get("model_type")
-    if kind not in _DEFAULTS:
-        raise ValueError(f"model_type={kind!r} is not supported; supported are {', '.join(_DEFAULTS)}")
-    known = _DEFAULTS[kind].keys() | _BOOKKEEPING
-    odd = [f"{k}={v!r}" for k, v in hf_config.items() if k not in known and v not in (None, False, _FIXED.get(k))]
-    if odd:
-        raise ValueError(f"{kind} config has {', '.join(sorted(odd))}, which the decoder does not know")
-    c = _DEFAULTS[kind] | hf_config
-    gemma = kind.startswith("gemma")
-    activation = c["hidden_activation" if gemma else "hidden_act"]
-    if activation not in _ACTIVATIONS:
-        name = "hidden_activation" if gemma else "hidden_act"
-        raise ValueError(f"{name}={activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
-    head_dim = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
-    pattern = _layer_pattern(kind, c)
-    theta, scaling, local_theta = _rope_from_hf(kind, c)
-    stored = c.get("dtype") or c.get("torch_dtype")
-    dtypes = {} if stored is None else {"dtype": stored, "param_dtype": "float32" if stored == "float16" else stored}
-    return ModelConfig(
-        name=c.get("_name_or_path") or kind,
-        vocab_size=c["vocab_size"],
-        num_layers=c["num_hidden_layers"],
-        embed_dim=c["hidden_size"],
-        mlp_dim=c["intermediate_size"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
-        head_dim=head_dim,
-        max_seq_len=c["max_position_embeddings"],
-        activation=_ACTIVATIONS[activation],
-        norm_eps=c["rms_norm_eps"],
-        norm_offset=1.0 if gemma else 0.0,
-        post_norms=gemma,
-        qk_norm=kind in ("qwen3", "gemma3_text"),
-        qkv_bias=kind == "qwen2" or bool(c.get("attention_bias")),
-        out_bias=bool(c.get("attention_bias")),
-        mlp_bias=bool(c.get("mlp_bias")),
-        tie_embeddings=c["tie_word_embeddings"],
-        scale_embeddings=gemma,
-        query_scale=c["query_pre_attn_scalar"] ** -0.5 if gemma and c["query_pre_attn_scalar"] != head_dim else None,
-        attn_soft_cap=c.get("attn_logit_softcapping"),
-        logit_soft_cap=c.get("final_logit_softcapping"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        local_rope_theta=local_theta,
-        window=c["sliding_window"] if "local" in pattern else None,
-        layer_pattern=pattern,
-        **dtypes,
-    )
+def _where(path: tuple[Any, ...], cfg: ModelConfig) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """The tensor name of a parameter, with {} for its layer, and how its dims are merged."""
+    name = path_name(path)
+    if name == "layers/mlp_norm" and not cfg.post_norms:  # Llama names it as Gemma names the norm after attention
+        name = "layers/attn_post_norm"
+    return _TENSORS[name]
 
 
-def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 read; torch_dtype is cfg.param_dtype.
+def _entries(params: Any, cfg: ModelConfig) -> Iterator[tuple[str, Any, int | None, tuple[tuple[int, ...], ...]]]:
+    """(tensor name, our array, the layer of it or None, merged dims) of every tensor of a model."""
+    leaves, treedef = jax.tree.flatten_with_path(param_specs(cfg))
+    for (path, spec), array in zip(leaves, treedef.flatten_up_to(params)):
+        if array.shape != spec.shape:
+            raise ValueError(f"{path_name(path)} has shape {array.shape} but the configuration says {spec.shape}")
+        name, groups = _where(path, cfg)
+        for layer in range(spec.shape[0]) if "{}" in name else [None]:
+            yield name.format(layer), array, layer, groups
 
-    Raises ValueError, naming the fields, when no model_type of Hugging Face says what cfg says.
-    """
-    gemma, local = cfg.norm_offset == 1.0, any(cfg.local_layers)
-    if gemma:
-        kind, arch = ("gemma3_text", "Gemma3") if cfg.qk_norm else ("gemma2", "Gemma2")
-    elif cfg.qk_norm:
-        kind, arch = "qwen3", "Qwen3"
-    elif cfg.qkv_bias and not cfg.out_bias:
-        kind, arch = "qwen2", "Qwen2"
-    else:
-        kind, arch = ("mistral", "Mistral") if local else ("llama", "Llama")
-    activation = next(k for k, v in _ACTIVATIONS.items() if v == cfg.activation)
-    types = ["sliding_attention" if x else "full_attention" for x in cfg.local_layers]
-    scaling = _rope_to_hf(cfg.rope_scaling)
-    fields = {
-        "vocab_size": cfg.vocab_size,
-        "num_hidden_layers": cfg.num_layers,
-        "hidden_size": cfg.embed_dim,
-        "intermediate_size": cfg.mlp_dim,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "max_position_embeddings": cfg.max_seq_len,
-        "hidden_activation" if gemma else "hidden_act": activation,
-        "rms_norm_eps": cfg.norm_eps,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": scaling,
-        "rope_local_base_freq": cfg.local_rope_theta or cfg.rope_theta,
-        "attention_bias": cfg.out_bias,
-        "mlp_bias": cfg.mlp_bias,
-        "sliding_window": cfg.window if local or kind != "gemma2" else 4096,
-        "use_sliding_window": local,
-        "layer_types": types,
-        "query_pre_attn_scalar": round((cfg.query_scale or cfg.head_dim**-0.5) ** -2),
-        "attn_logit_softcapping": cfg.attn_soft_cap,
-        "final_logit_softcapping": cfg.logit_soft_cap,
-    }
-    hf_config = {"model_type": kind, "architectures": [f"{arch}ForCausalLM"], "torch_dtype": cfg.param_dtype}
-    hf_config |= {k: v for k, v in fields.items() if k in _DEFAULTS[kind]}
-    back = config_from_hf(hf_config)
-    lost = [
-        f"{f.name}={getattr(cfg, f.name)!r}"
-        for f in dataclasses.fields(cfg)
-        if f.name not in ("name", "dtype", "layer_pattern") and getattr(cfg, f.name) != getattr(back, f.name)
-    ]
-    if lost or cfg.local_layers != back.local_layers:
-        lost = lost or [f"layer_pattern={cfg.layer_pattern}"]
-        raise ValueError(f"{kind}, the nearest model_type of Hugging Face, cannot say {', '.join(lost)}")
-    return hf_config
+
+def _to_hf(array: np.ndarray, layer: int | None, groups: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    one = array if layer is None else array[layer]
+    merged = [math.prod(one.shape[d] for d in dims) for dims in groups]
+    # safetensors writes the bytes of a strided array in the wrong order without a word: always contiguous.
+    return np.ascontiguousarray(one.transpose(sum(groups, ())).reshape(merged))
+
+
+def _read(state: Mapping[str, Any], name: str, groups, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index` of one of our parameters; of each tensor no more is read than that part's leading dims need."""
+    if "{}" in name:
+        layers = range(*index[0].indices(shape[0]))
+        return np.stack([_read(state, name.format(i), groups, shape[1:], index[1:]) for i in layers])
+    bounds = [s.indices(n)[:2] for s, n in zip(index, shape)]
+    rows, split, inside = [], [], []
+    for lead, *rest in groups:
+        inner = math.prod(shape[d] for d in rest)
+        start, stop = bounds[lead]
+        rows.append(slice(start * inner, stop * inner))
+        split += [stop - start] + [shape[d] for d in rest]
+        inside += [slice(None)] + [slice(*bounds[d]) for d in rest]
+    part = np.asarray(state[name][tuple(rows)]).reshape(split)[tuple(inside)]
+    return part.transpose(np.argsort(sum(groups, ())))
+
+
+def _put(state: Mapping[str, Any], name: str, groups, spec: ParamSpec, sharding: Any) -> jax.Array:
+    @functools.cache  # replicas share what was read
+    def part(index):
+        return _read(state, name, groups, spec.shape, index).astype(jnp.dtype(spec.dtype), copy=False)
+
+    if sharding is None:
+        return jnp.asarray(part((slice(None),) * len(spec.shape)))
+    return jax.make_array_from_callback(spec.shape, sharding, part)
+
+
+def _check(state: Mapping[str, Any], cfg: ModelConfig) -> None:
+    """Names and shapes of the tensors are those of the configuration."""
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)), param_specs(cfg))
+    expected = {}
+    for name, array, layer, groups in _entries(abstract, cfg):
+        shape = array.shape if layer is None else array.shape[1:]
+        expected[name] = tuple(math.prod(shape[d] for d in dims) for dims in groups)
+    given = {k for k in state if not k.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints hold this constant
+    if cfg.tie_embeddings:
+        given.discard("lm_head.weight")
+    for what, names in (("lacks", expected.keys() - given), ("has unexpected", given - expected.keys())):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"the checkpoint {what} {len(names)} of {len(expected)} tensors: {some}")
+    for name, shape in expected.items():
+        found = tuple(state[name].shape if isinstance(state[name], np.ndarray) else state[name].get_shape())
+        if found != shape:
+            raise ValueError(f"{name} has shape {found} but the configuration says {shape}")
+    if cfg.tie_embeddings and "lm_head.weight" in state:  # some checkpoints write the tied head as well
+        head, table = state["lm_head.weight"], state["model.embed_tokens.weight"]
+        if not np.array_equal(head[:], table[:]):
+            raise ValueError("lm_head.weight differs from the embedding; set tie_word_embeddings to false")
+
+
+@contextlib.contextmanager
+def _open_tensors(path: Path) -> Iterator[dict[str, Any]]:
+    """Every tensor of a directory by name, still on disk; safe_open refuses damaged headers and truncated files."""
+    index = path / "model.safetensors.index.json"
+    whole = (path / "model.safetensors").exists()
+    weight_map = None if whole else _read_json(index).get("weight_map", {})
+    state = {}
+    with contextlib.ExitStack() as stack:
+        for file in ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise ValueError(f"{index} points outside its directory: {file!r}")
+            try:
+                tensors = stack.enter_context(safe_open(path / file, framework="np"))
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{path / file} cannot be read: {e}; fetch it again") from e
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+                state[name] = tensors.get_slice(name)
+                if state[name].get_dtype() not in ("F32", "BF16", "F16"):
+                    raise ValueError(f"{name} holds {state[name].get_dtype()}; supported are F32, BF16 and F16")
+        yield state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} cannot be read: {e}; is the download or the export complete?") from e
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
