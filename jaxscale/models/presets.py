@@ -1,4 +1,4 @@
-"""Published models as configurations (`llama3_8b()`, `preset("llama3-8b")`) and a mesh for each (`preset_mesh(cfg, 64)`).
+"""Published models as configurations (`llama3_8b()`, `preset("llama3-8b")`), a mesh for each (`preset_mesh(cfg, 64)`).
 
 The values are those of each model's config.json on the Hugging Face hub, under the id in the comment.
 """
