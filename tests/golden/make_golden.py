@@ -161,6 +161,21 @@ FAMILIES = {
             {"query_pre_attn_scalar": 8},
         ],
     ),
+    "llama_bias": (
+        hub_config("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_theta=10000.0),
+        [{"rope_theta": 20000.0}],
+    ),
+    "qwen2_sliding": (
+        hub_config(
+            "qwen2",
+            num_hidden_layers=3,
+            rope_theta=10000.0,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+        ),
+        [{"use_sliding_window": False}, {"max_window_layers": 2}, {"sliding_window": 9}],
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from jaxscale.config import MeshConfig, ModelConfig, RopeScaling
 from jaxscale.mesh import make_mesh
 from jaxscale.models.decoder import forward, param_specs
-from jaxscale.params import init_params, param_shardings
+from jaxscale.params import param_shardings
 from sharding_rules.rules import MEGATRON_FSDP
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -40,7 +40,7 @@ def random_state(state: dict, rng: np.random.Generator) -> dict:
 
 def test_all_families_are_there():
     expected = {"llama2", "llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "smollm2"}
-    assert set(FAMILIES) == expected | {"gemma2", "gemma3"}
+    assert set(FAMILIES) == expected | {"llama_bias", "qwen2_sliding", "gemma2", "gemma3"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +181,8 @@ def test_import_into_shards(mesh, tmp_path, rng):
     """Nine heads of smollm2: tp=3 splits them, tp=4 does not; what each device gets is its slice of the whole."""
     cfg = dataclasses.replace(load_config(GOLDEN / "smollm2"), param_dtype="float32", dtype="float32")
     path = tmp_path / "model"
-    params = init_params(jax.random.key(int(rng.integers(2**31))), param_specs(cfg))
+    params = params_from_hf(random_state(load_file(GOLDEN / "smollm2" / "model.safetensors"), rng), cfg)
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
     export_hf(params, cfg, path, max_file_bytes=50_000)
     config = MeshConfig.parse(mesh)
     devices = jax.devices()[: config.pp * config.dp * config.fsdp * config.ep * config.cp * config.tp]
