@@ -11,7 +11,7 @@ from jaxscale.config import ModelConfig
 from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_cap
 from jaxscale.parallel import tensor
 from jaxscale.params import ParamSpec, constant, normal
-from jaxscale.sharding import constrain, einsum, gather_params
+from jaxscale.sharding import compute_spec, constrain, einsum, gather_params
 from pallas_kernels import attention
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -21,6 +21,7 @@ Remat = Literal["none", "dots", "full"]
 
 RESIDUAL = ("batch", "norm_seq", "embed")  # between the blocks, split by sequence over tp
 INSIDE = ("batch", "seq", "embed")  # where a block begins: whole over tp
+CACHE = (None, "batch", None, "kv_heads", None)
 
 
 def forward(
@@ -92,7 +93,12 @@ def hidden(
     rules: Rules = MEGATRON_FSDP,
     remat: Remat = "none",
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """Activations after the last norm, and the cache with these tokens' keys and values written at their positions."""
+    """Activations after the last norm, and the cache with these tokens' keys and values in it.
+
+    Args:
+      cache: from `init_cache`. A row's keys and values go to the slots positions[row, 0] onwards, one after another; the
+        queries then see every slot up to their own position. It excludes segment_ids. Donate it: it is updated in place.
+    """
     specs, dtype = param_specs(cfg), jnp.dtype(cfg.dtype)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
@@ -106,16 +112,18 @@ def hidden(
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.embed_dim**0.5, dtype)
 
-    def layer(x, stacked):
-        p, local, layer_cache = stacked
+    def layer(carry, stacked):
+        x, cache = carry
+        p, index, local = stacked
         p = gather_params(p, specs["layers"], dtype, rules)
-        return _layer(p, x, cfg, local, positions, segment_ids, layer_cache, rules)
+        return _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules), None
 
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     if remat != "none":
         layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
-    local = jnp.asarray(cfg.local_layers)
-    x, cache = jax.lax.scan(layer, x, (params["layers"], local, cache))
+    # The whole cache is carried and each layer writes its slots in place; scanned over, it would be copied every step.
+    indices, local = jnp.arange(cfg.num_layers, dtype=jnp.int32), jnp.asarray(cfg.local_layers)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), (params["layers"], indices, local))
     with jax.named_scope("final_norm"):
         scale = gather_params(params["final_norm"], specs["final_norm"], jnp.float32, rules)
         return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset), cache
@@ -130,11 +138,11 @@ def logits(
     return soft_cap(out, cfg.logit_soft_cap)
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, max_len: int) -> dict[str, ParamSpec]:
-    """Specs of the key-value cache [L, B, S, K, H]; make it with `init_params`, rules and mesh as for parameters."""
+def init_cache(cfg: ModelConfig, batch_size: int, max_len: int, rules: Rules = MEGATRON_FSDP) -> Cache:
+    """An empty key-value cache [L, B, S, K, H] in cfg.dtype, split over batch and kv heads on the mesh in context."""
     shape = (cfg.num_layers, batch_size, max_len, cfg.num_kv_heads, cfg.head_dim)
-    spec = ParamSpec(shape, ("layers", "batch", None, "kv_heads", None), constant(0.0), cfg.dtype)
-    return {"k": spec, "v": spec}
+    spec = compute_spec(shape, CACHE, rules)
+    return {name: jnp.zeros(shape, cfg.dtype, out_sharding=spec) for name in ("k", "v")}
 
 
 @functools.lru_cache(maxsize=32)
@@ -196,11 +204,11 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     return specs
 
 
-def _layer(p, x, cfg, local, positions, segment_ids, cache, rules):
+def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules):
     norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
     with jax.named_scope("attention"):
         y = constrain(norm(x, p["attn_norm"]), INSIDE, rules)
-        y, cache = _attention_block(p["attn"], y, cfg, local, positions, segment_ids, cache, rules)
+        y, cache = _attention_block(p["attn"], y, cfg, local, positions, segment_ids, index, cache, rules)
         x = x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y)
     with jax.named_scope("mlp"):
         y = constrain(norm(x, p["mlp_norm"]), INSIDE, rules)
@@ -209,7 +217,7 @@ def _layer(p, x, cfg, local, positions, segment_ids, cache, rules):
     return x, cache
 
 
-def _attention_block(p, y, cfg, local, positions, segment_ids, cache, rules):
+def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules):
     q = jnp.einsum("BTD,DNH->BTNH", y, p["wq"])
     k = jnp.einsum("BTD,DKH->BTKH", y, p["wk"])
     v = jnp.einsum("BTD,DKH->BTKH", y, p["wv"])
@@ -218,21 +226,20 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, cache, rules):
     if cfg.qk_norm:
         q = rms_norm(q, p["q_norm"], eps=cfg.norm_eps, offset=cfg.norm_offset)
         k = rms_norm(k, p["k_norm"], eps=cfg.norm_eps, offset=cfg.norm_offset)
+    inv_freq, factor = _rotation(cfg, local)
+    q, k = (rope(x, positions, inv_freq, factor) for x in (q, k))
+
+    kv_positions, segments = positions, None if segment_ids is None else (segment_ids, segment_ids)
+    if cache is not None:
+        cache = {
+            "k": _write(cache["k"], k, index, positions, rules),
+            "v": _write(cache["v"], v, index, positions, rules),
+        }
+        k, v = (jax.lax.dynamic_index_in_dim(cache[x], index, keepdims=False) for x in ("k", "v"))
+        slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
+        kv_positions = constrain(slots, ("batch", None), rules)  # slots beyond a query's position are causally hidden
 
     def attend(is_local: bool, q, k, v):
-        theta = cfg.local_rope_theta if is_local and cfg.local_rope_theta else cfg.rope_theta
-        scaling = None if is_local and cfg.local_rope_theta else cfg.rope_scaling
-        inv_freq, factor = rope_frequencies(cfg.head_dim, theta, scaling)
-        q, k = (rope(x, positions, inv_freq, factor) for x in (q, k))
-        new, kv_positions, segments = None, positions, None
-        if segment_ids is not None:
-            segments = (segment_ids, segment_ids)
-        if cache is not None:
-            new = {"k": _write(cache["k"], k, positions), "v": _write(cache["v"], v, positions)}
-            k, v = new["k"], new["v"]
-            slots = jnp.arange(k.shape[1], dtype=jnp.int32)
-            kv_positions = constrain(jnp.broadcast_to(slots[None], k.shape[:2]), ("batch", None), rules)
-            segments = None  # slots beyond a sequence's position are causally hidden
         attend_one = functools.partial(
             attention,
             causal=True,
@@ -240,13 +247,13 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, cache, rules):
             soft_cap=cfg.attn_soft_cap,
             scale=cfg.query_scale,
         )
-        return tensor.attention(attend_one, q, k, v, (positions, kv_positions), segments, rules), new
+        return tensor.attention(attend_one, q, k, v, (positions, kv_positions), segments, rules)
 
     kinds = set(cfg.local_layers)
     if len(kinds) == 1:
-        o, cache = attend(kinds.pop(), q, k, v)
+        o = attend(kinds.pop(), q, k, v)
     else:  # one program for each kind of layer, chosen as the scan goes: the kernels see static windows
-        o, cache = jax.lax.cond(local, functools.partial(attend, True), functools.partial(attend, False), q, k, v)
+        o = jax.lax.cond(local, functools.partial(attend, True), functools.partial(attend, False), q, k, v)
     out = einsum("BTNH,NHD->BTD", o, p["wo"], axes=RESIDUAL, rules=rules)
     if cfg.out_bias:
         out = out + p["bo"][None, None]
@@ -267,7 +274,27 @@ def _head(params, cfg, rules):
     return gather_params(params["head"], specs["head"], jnp.dtype(cfg.dtype), rules)
 
 
-def _write(cache: Array, new: Array, positions: Array) -> Array:
-    """[B, S, K, H] with `new` [B, T, K, H] written at each row's first position onwards."""
-    write = jax.vmap(lambda row, x, start: jax.lax.dynamic_update_slice_in_dim(row, x, start, axis=0))
-    return write(cache, new.astype(cache.dtype), positions[:, 0])
+def _rotation(cfg: ModelConfig, local: Array) -> tuple[Any, Any]:
+    """Rotary frequencies and the factor on cos and sin of a layer, given whether it is a local one."""
+
+    def table(is_local: bool):
+        if is_local and cfg.local_rope_theta:
+            return rope_frequencies(cfg.head_dim, cfg.local_rope_theta, None)
+        return rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+
+    kinds = set(cfg.local_layers)
+    if len(kinds) == 1 or cfg.local_rope_theta is None:
+        return table(kinds.pop())
+    (far, far_factor), (near, near_factor) = table(False), table(True)
+    return jnp.where(local, near.astype("f"), far.astype("f")), jnp.where(local, near_factor, far_factor)
+
+
+def _write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
+    """[L, B, S, K, H] with `new` [B, T, K, H] written to layer `index`, at each row's first position onwards."""
+    new = constrain(new.astype(cache.dtype), ("batch", None, "kv_heads", None), rules)
+    starts = constrain(positions[:, 0], ("batch",), rules)
+
+    def write(rows, x, start):
+        return jax.lax.dynamic_update_slice(rows, x[None], (index, start, 0, 0))
+
+    return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(cache, new, starts)
