@@ -1,8 +1,11 @@
 """Frozen configurations. Every divisibility and range check stands here, with the numbers and the remedy."""
 
 import dataclasses
+import difflib
 import math
-from typing import Literal
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from sharding_rules.rules import MESH_AXES
 
@@ -234,5 +237,25 @@ class TrainConfig:
             )
 
 
-def _divisors(n: int) -> set[int]:
-    return {d for d in range(1, n + 1) if n % d == 0} if n <= 128 else {d for d in (1, 2, 4, 8, 16, 32, 64) if n % d == 0}
+def from_dict[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A configuration from plain data (JSON, TOML); the inverse of dataclasses.asdict.
+
+    Raises:
+      ValueError: a field that the configuration does not have, with the nearest name.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {}
+    for name, value in values.items():
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(hints)}"
+            raise ValueError(f"{cls.__name__} has no field {where + name!r}{hint}")
+        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
+        if nested and isinstance(value, Mapping):
+            value = from_dict(nested[0], value, f"{where}{name}.")  # type: ignore[arg-type]
+        known[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**known)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, min(n, 128) + 1) if n % d == 0]

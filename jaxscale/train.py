@@ -1,19 +1,24 @@
 """Training: a state, a step for any pure loss function, and a loop that survives what happens to real runs."""
 
+import contextlib
 import dataclasses
 import inspect
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
 
+from jaxscale.params import abstract_params
 from jaxscale.sharding import active_mesh
+from sharding_rules.resolve import resolve_spec
+from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 Params = Any
 Batch = Any
@@ -36,7 +41,7 @@ class NonFiniteLoss(ArithmeticError):
     """The loss or a gradient is not a number; says at which step, and which checkpoint is still good."""
 
 
-class Preempted(Exception):  # noqa: N818  an event, not an error
+class Preempted(Exception):
     """The run was asked to stop (SIGTERM) and has saved itself at `step`."""
 
     def __init__(self, step: int):
@@ -50,7 +55,9 @@ def make_train_state(params: Params, optimizer: optax.GradientTransformation, ke
     step = jnp.zeros((), jnp.int32)
     mesh = active_mesh()
     if mesh is not None:  # scalars too belong to the mesh, on every device alike
-        step, key, opt_state = jax.tree.map(lambda x: jax.reshard(x, jax.typeof(x).sharding.spec), (step, key, opt_state))
+        step, key, opt_state = jax.tree.map(
+            lambda x: jax.reshard(x, jax.typeof(x).sharding.spec), (step, key, opt_state)
+        )
     return TrainState(step=step, params=params, opt_state=opt_state, key=key)
 
 
@@ -120,6 +127,152 @@ def _accumulate(grad_fn, params, batch, key, accum_steps):
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro), key)
     grads = jax.tree.map(jnp.zeros_like, params)  # the gradients' types are the parameters' types
     metrics = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes[1].items() if k != "weight"}
-    (total, weight), _ = jax.lax.scan(body, ((grads, metrics), jnp.zeros((), jnp.float32)), (micro, jnp.arange(accum_steps)))
+    (total, weight), _ = jax.lax.scan(
+        body, ((grads, metrics), jnp.zeros((), jnp.float32)), (micro, jnp.arange(accum_steps))
+    )
     grads, metrics = weigh(total, 1.0 / jnp.maximum(weight, 1e-30))
     return grads, ({**metrics, "weight": weight} if "weight" in shapes[1] else metrics)
+
+
+class Callback:
+    """What a run does beside stepping. Override what is needed; `every` says at which steps `on_state` is called."""
+
+    every: int = 1
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Before the first step of this process: `step` is where it starts, `steps` where it ends."""
+
+    def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """After step `step` (counted from 1), with its metrics on the host; also with what other callbacks return."""
+
+    def on_state(self, step: int, state: TrainState) -> dict[str, float] | None:
+        """At steps that are multiples of `every`, and at the last one. What it returns goes to every on_metrics."""
+
+    def on_preempt(self, step: int, state: TrainState) -> None:
+        """Once, when the run is asked to stop: save what must survive. Seconds count."""
+
+    def on_end(self) -> None:
+        """Always, however the run ended."""
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    callbacks: Sequence[Callback] = (),
+) -> TrainState:
+    """Run train_step until state.step is `steps`.
+
+    One step is always in flight while the host prepares the next batch, so metrics arrive one step late. Nothing that
+    came after a step that is not finite reaches a callback's on_state: no checkpoint of it can exist.
+
+    Raises:
+      NonFiniteLoss: the loss or gradient norm of a step is NaN or infinite.
+      Preempted: SIGTERM arrived; callbacks have had on_preempt.
+    """
+    step = int(state.step)
+    in_flight: list[tuple[int, Metrics]] = []
+    last_done = time.perf_counter()
+
+    def settle() -> None:
+        nonlocal last_done
+        done, metrics = in_flight.pop(0)
+        host = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        host["seconds"], last_done = now - last_done, now
+        if not (np.isfinite(host["loss"]) and np.isfinite(host["grad_norm"])):
+            raise NonFiniteLoss(
+                f"step {done}: loss={host['loss']:g}, grad_norm={host['grad_norm']:g}; stopped before saving it. "
+                f"Lower the learning rate or look at batch {done - 1}; the last checkpoint is from before this step"
+            )
+        report(done, host)
+
+    def report(done: int, metrics: dict[str, float]) -> None:
+        for callback in callbacks:
+            callback.on_metrics(done, metrics)
+
+    with _preemption() as asked_to_stop:
+        try:
+            for callback in callbacks:
+                callback.on_start(step, steps)
+            while step < steps:
+                state, metrics = train_step(state, next(batches))
+                step += 1
+                in_flight.append((step, metrics))
+                if len(in_flight) > 1:
+                    settle()
+                due = [c for c in callbacks if step % c.every == 0 or step == steps]
+                stopping = asked_to_stop(step)
+                if stopping or any(type(c).on_state is not Callback.on_state for c in due):
+                    while in_flight:
+                        settle()
+                    for callback in due:
+                        extra = callback.on_state(step, state)
+                        if extra:
+                            report(step, extra)
+                    last_done = time.perf_counter()
+                if stopping:
+                    for callback in callbacks:
+                        callback.on_preempt(step, state)
+                    raise Preempted(step)
+            while in_flight:
+                settle()
+        finally:
+            for callback in callbacks:
+                callback.on_end()
+    return state
+
+
+@contextlib.contextmanager
+def _preemption():
+    """Yields `asked_to_stop(step)`. In a job of many processes all of them agree on the step at which they stop."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # signals belong to the main thread
+        return
+    asked = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: asked.append(signum))
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, rules: Rules = MEGATRON_FSDP
+) -> dict[str, jax.Array]:
+    """This process's rows of a global batch -> arrays over the mesh, [B, T] split by batch and sequence.
+
+    A batch that does not divide over the mesh is kept whole on every device, as the rules' fallback says.
+    """
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        spec = resolve_spec(shape, ("batch", "seq")[: x.ndim], rules.compute, dict(mesh.shape)).spec
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+def abstract_train_state(
+    specs: Any, optimizer: optax.GradientTransformation, mesh: Any, rules: Rules = MEGATRON_FSDP
+) -> TrainState:
+    """The state of a run as ShapeDtypeStructs with their shardings on `mesh`: the target of a restore."""
+
+    def state(params, key):
+        return make_train_state(params, optimizer, key)
+
+    abstract = mesh.abstract_mesh if isinstance(mesh, jax.sharding.Mesh) else mesh
+    with jax.sharding.use_abstract_mesh(abstract):
+        shapes = jax.eval_shape(state, abstract_params(specs, abstract, rules), jax.eval_shape(jax.random.key, 0))
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
+    return jax.tree.map(place, shapes)

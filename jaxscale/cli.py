@@ -1,0 +1,210 @@
+"""The command line: jaxscale train | generate | doctor. Light to import: each command brings in what it needs."""
+
+import dataclasses
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: "try again", which is what a scheduler should do
+EXIT_USER_ERROR = 2
+
+HELP = """\
+jaxscale: shard a model over any mesh, prove it, and run it at the speed of the hardware.
+
+  jaxscale train RUN [--options]     train; the same command resumes after a stop
+  jaxscale generate [--options]      generate text from a checkpoint or a published model
+  jaxscale doctor                    what hardware and software is here, and what it unlocks
+
+A RUN is a name ({runs}) or file.py:function, a Python function that returns a
+TrainConfig; every field of it is an option (jaxscale train tiny --help).
+
+  jaxscale train tiny --simulate 8 --mesh.fsdp 4 --mesh.tp 2      eight devices on a laptop
+  jaxscale generate --model smollm2-135m --prompt "What is the capital of France?"
+
+--simulate N (any command) splits the CPU into N simulated devices.
+A mistake is answered in one line; JAXSCALE_TRACEBACK=1 shows where it was noticed.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user's mistake, 75 when preempted (the run has saved itself)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "generate": _generate, "doctor": _doctor}
+    try:
+        args = _simulate(args)
+        if not args or args[0] in ("-h", "--help", "help"):
+            from jaxscale import runs
+
+            print(HELP.format(runs=", ".join(_named_runs(runs))))
+            return 0
+        if args[0] not in commands:
+            raise ValueError(f"no command {args[0]!r}{_nearest(args[0], commands)}; jaxscale --help lists them")
+        return commands[args[0]](args[1:])
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        from jaxscale.train import NonFiniteLoss, Preempted
+
+        if isinstance(error, Preempted):
+            print(error, file=sys.stderr)
+            return EXIT_PREEMPTED
+        expected = (ValueError, OSError, NotImplementedError, ImportError, NonFiniteLoss)
+        if os.environ.get("JAXSCALE_TRACEBACK") or not isinstance(error, expected):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _train(args: list[str]) -> int:
+    from jaxscale import runs
+    from jaxscale.config import TrainConfig
+
+    if not args or args[0].startswith("-"):
+        names = "\n".join(
+            f"  {name:<12} {(fn.__doc__ or '').splitlines()[0]}" for name, fn in _named_runs(runs).items()
+        )
+        print(
+            f"jaxscale train RUN [--options]\n\nRuns:\n{names}\n\nOr file.py:function. Options of a run: jaxscale train RUN --help"
+        )
+        return 0 if args and args[0] in ("-h", "--help") else EXIT_USER_ERROR
+    make = _find_run(args[0], runs)
+    cfg = make()
+    if not isinstance(cfg, TrainConfig):
+        raise ValueError(f"{args[0]} returned {type(cfg).__name__}; a run is a function that returns a TrainConfig")
+    cfg = _parse(TrainConfig, args[1:], f"jaxscale train {args[0]}", default=cfg, description=make.__doc__)
+    from jaxscale import distributed
+    from jaxscale.run import run
+
+    distributed.initialize()
+    run(cfg)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Generate text. Without a chat template the prompt is continued as it stands."""
+
+    model: str = "smollm2-135m"
+    """smollm2-135m, a .gguf file, a Hugging Face directory, or the directory of a training run"""
+    prompt: tuple[str, ...] = ("What is the capital of France?",)
+    """one or more prompts; they are generated in one batch"""
+    mesh: str = ""
+    """for example fsdp=2,tp=3; empty: the first device alone"""
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the likeliest token"""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    raw: bool = False
+    """do not apply the model's chat template"""
+
+
+def _generate(args: list[str]) -> int:
+    options = _parse(GenerateOptions, args, "jaxscale generate")
+    from jaxscale import distributed
+
+    distributed.initialize()
+    from jaxscale.generate import generate_text
+
+    for text in generate_text(**dataclasses.asdict(options)):
+        print(text)
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxscale.doctor import examine
+
+    table = Table("", "what", "found", "what it unlocks", box=None)
+    marks = {"ok": "[green]✓[/]", "missing": "[red]✗[/]", "note": "[yellow]·[/]"}
+    for line in examine():
+        table.add_row(marks[line.state], line.topic, line.found, line.unlocks.replace("[", "\\["))
+    Console().print(table)
+    return 0
+
+
+def _parse(cls: type, args: list[str], prog: str, **kwargs: Any) -> Any:
+    """Options -> a configuration; every field of it is an option."""
+    import tyro
+
+    cfg, unknown = tyro.cli(
+        tyro.conf.AvoidSubcommands[cls],
+        args=args,
+        prog=prog,
+        return_unknown_args=True,
+        **kwargs,  # type: ignore
+    )
+    if unknown:
+        raise ValueError(f"no option {unknown[0]!r}{_nearest(unknown[0], _options(cls))}; {prog} --help lists them")
+    return cfg
+
+
+def _options(cls: type, prefix: str = "--") -> list[str]:
+    out = []
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name.replace("_", "-")
+        out += _options(field.type, name + ".") if dataclasses.is_dataclass(field.type) else [name]  # type: ignore
+    return out
+
+
+def _find_run(name: str, runs: Any) -> Callable[[], Any]:
+    named = _named_runs(runs)
+    if name in named:
+        return named[name]
+    path, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"no run {name!r}{_nearest(name, named)}; the runs are {', '.join(named)}, or file.py:function"
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; a run of your own is file.py:function")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        functions = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+        raise ValueError(
+            f"{path} has no function {function!r}{_nearest(function, functions)}; it has {', '.join(functions)}"
+        )
+    return getattr(module, function)
+
+
+def _named_runs(runs: Any) -> dict[str, Callable[[], Any]]:
+    return {n: f for n, f in vars(runs).items() if inspect.isfunction(f) and f.__module__ == runs.__name__}
+
+
+def _simulate(args: list[str]) -> list[str]:
+    """Take `--simulate N` out of the arguments; it must act before JAX looks at its devices."""
+    if "--simulate" not in args:
+        return args
+    at = args.index("--simulate")
+    count = args[at + 1] if at + 1 < len(args) else ""
+    if not count.isdigit() or int(count) < 1:
+        raise ValueError(f"--simulate {count}: expected a number of devices, as in --simulate 8")
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    return args[:at] + args[at + 2 :]
+
+
+def _nearest(name: str, names: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""A whole run from one TrainConfig: data, mesh, parameters, training, checkpoints. Starting it again resumes it."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxscale.callbacks import Checkpoints, LossPlot, MetricsFile, Progress, TensorBoard, Validate
+from jaxscale.config import TrainConfig
+from jaxscale.data import make_dataset
+from jaxscale.mesh import make_mesh
+from jaxscale.models import decoder
+from jaxscale.optim import make_optimizer
+from jaxscale.params import init_params, num_params
+from jaxscale.train import Callback, TrainState, abstract_train_state, fit, make_train_state, make_train_step, put_batch
+from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+
+def run(
+    cfg: TrainConfig, *, rules: Rules = MEGATRON_FSDP, console: Any = None, callbacks: tuple[Callback, ...] = ()
+) -> TrainState:
+    """Train as cfg says, resuming from the newest checkpoint in cfg.out if there is one.
+
+    Writes into cfg.out: config.json, metrics.jsonl, loss.png, tensorboard/, checkpoints/.
+
+    Raises:
+      ValueError: the configuration, the corpus or the checkpoint do not fit together.
+      NonFiniteLoss, Preempted: see `fit`.
+    """
+    from rich.console import Console
+
+    from jaxscale.checkpoint import Checkpointer
+
+    console = console or Console(quiet=jax.process_index() > 0)
+    out = Path(cfg.out)
+    mesh = make_mesh(cfg.mesh)
+    cfg.mesh.fill(mesh.size).check_model(cfg.model)
+    where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    data, held_out = (make_dataset(cfg.data, split=split, **where) for split in ("train", "valid"))
+    if data.tokenizer.vocab_size > cfg.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {data.tokenizer.vocab_size} tokens but model.vocab_size={cfg.model.vocab_size}; "
+            f"set --model.vocab-size {data.tokenizer.vocab_size} or more"
+        )
+    specs = decoder.param_specs(cfg.model)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    console.print(
+        f"{cfg.model.name}: {num_params(specs):,} parameters; mesh {cfg.mesh.fill(mesh.size)} of {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind} device(s); {data.num_tokens:,} training tokens in {data.num_rows:,} rows",
+        highlight=False,
+    )
+
+    def loss_fn(params, batch):
+        return decoder.loss_fn(
+            params, batch, cfg.model, rules=rules, remat=cfg.remat, z_loss=cfg.z_loss, chunk=cfg.loss_chunk
+        )
+
+    @jax.jit
+    def eval_step(params, batch):
+        _, parts = decoder.loss_fn(params, batch, cfg.model, rules=rules, chunk=cfg.loss_chunk)
+        return parts["nll"], parts["weight"]
+
+    out.mkdir(parents=True, exist_ok=True)
+    checkpointer = Checkpointer(out / "checkpoints", cfg.checkpoint)
+    with jax.set_mesh(mesh):
+        newest = checkpointer.latest_step()
+        if newest is None:
+            key, param_key = jax.random.split(jax.random.key(cfg.seed))
+            state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key)
+        else:
+            state = checkpointer.restore(abstract_train_state(specs, optimizer, mesh, rules), newest)
+            data.check_state(checkpointer.metadata(newest)["data"])
+            console.print(f"resumed from step {int(state.step)} of {out}", highlight=False)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+
+        def metadata(step: int) -> dict[str, Any]:
+            return {"config": dataclasses.asdict(cfg), "data": data.state(step), "mesh": dict(mesh.shape)}
+
+        def batches(dataset: Any, start: int) -> Iterator[dict[str, jax.Array]]:
+            return (put_batch(batch, mesh, rules) for batch in dataset.batches(start))
+
+        def validation() -> Iterator[dict[str, jax.Array]]:
+            return (batch for batch, _ in zip(batches(held_out, 0), range(cfg.eval_batches)))
+
+        flops = cfg.model.flops_per_token(cfg.data.seq_len)
+        tokens = cfg.data.batch_size * cfg.data.seq_len
+        first = jax.process_index() == 0
+        writers: tuple[Callback, ...] = (
+            MetricsFile(out / "metrics.jsonl"),
+            TensorBoard(out / "tensorboard", cfg.log_every),
+            LossPlot(out / "metrics.jsonl", out / "loss.png"),
+        )
+        return fit(
+            state,
+            make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps),
+            batches(data, int(state.step)),
+            steps=cfg.steps,
+            callbacks=(
+                Progress(console, tokens, flops * tokens, None, cfg.log_every),
+                *(writers if first else ()),
+                Validate(eval_step, validation, held_out.bytes_per_token, cfg.eval_every),
+                Checkpoints(checkpointer, metadata, cfg.checkpoint.every),
+                *callbacks,
+            ),
+        )

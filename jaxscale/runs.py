@@ -1,0 +1,39 @@
+"""Named runs: a run is a Python function that returns a TrainConfig. `jaxscale train NAME` starts it.
+
+Your own: write such a function in any file and say `jaxscale train my_runs.py:name`.
+"""
+
+from jaxscale.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxscale.models import presets
+
+
+def tiny() -> TrainConfig:
+    """A language model of Python source, for two CPU cores and five minutes."""
+    return TrainConfig(
+        model=presets.tiny(),
+        out="runs/tiny",
+        steps=300,
+        mesh=MeshConfig(fsdp=-1),
+        data=DataConfig(tokenizer="bpe:2048", seq_len=128, batch_size=32),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30),
+        checkpoint=CheckpointConfig(every=100),
+        eval_every=100,
+        log_every=10,
+    )
+
+
+def llama3_8b() -> TrainConfig:
+    """Llama 3.1 8B on a pod or cluster: fully sharded over the hosts, tensor-parallel within eight devices."""
+    return TrainConfig(
+        model=presets.llama3_8b(),
+        out="runs/llama3-8b",
+        steps=50_000,
+        mesh=MeshConfig(fsdp=-1, tp=4),
+        data=DataConfig(seq_len=8192, batch_size=512, tokenizer="bpe:32768"),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+        checkpoint=CheckpointConfig(every=500, keep_last=3, keep_every=5000),
+        accum_steps=1,
+        remat="full",
+        z_loss=1e-4,
+        eval_every=500,
+    )
