@@ -31,7 +31,7 @@ A mistake is answered in one line; JAXSCALE_TRACEBACK=1 shows where it was notic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a user's mistake, 75 when preempted (the run has saved itself)."""
+    """Run a command; returns the exit status: 0, 2 for a user's mistake, 75 when preempted (the run saved itself)."""
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": _train, "generate": _generate, "doctor": _doctor}
     try:
@@ -71,7 +71,8 @@ def _train(args: list[str]) -> int:
             f"  {name:<12} {(fn.__doc__ or '').splitlines()[0]}" for name, fn in _named_runs(runs).items()
         )
         print(
-            f"jaxscale train RUN [--options]\n\nRuns:\n{names}\n\nOr file.py:function. Options of a run: jaxscale train RUN --help"
+            f"jaxscale train RUN [--options]\n\nRuns:\n{names}\n\n"
+            "Or file.py:function. Options of a run: jaxscale train RUN --help"
         )
         return 0 if args and args[0] in ("-h", "--help") else EXIT_USER_ERROR
     make = _find_run(args[0], runs)

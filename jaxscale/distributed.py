@@ -8,7 +8,7 @@ _PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize() -> None:
-    """Join the job that this process was started in; does nothing for a lone process. Call it before any other JAX call.
+    """Join the job that this process was started in; nothing for a lone process. Call it before any other JAX call.
 
     Slurm, Open MPI, Kubernetes and TPU pods are recognised by JAX from what they set. On plain hosts set, for each
     process, JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
