@@ -173,10 +173,10 @@ class OptimizerConfig:
 class DataConfig:
     """Where the text comes from and how it is cut into rows."""
 
-    source: str = "stdlib"  # "stdlib" (the running Python's own library), a directory, or a .jsonl file
+    source: str = "stdlib"  # "stdlib" (the running Python's own), a directory, a .jsonl or a text file
     suffixes: tuple[str, ...] = (".py", ".txt", ".md", ".rst")  # of the files taken from a directory
     text_key: str = "text"  # of a JSON line
-    tokenizer: str = "bytes"  # "bytes", "bpe:4096" (trained on the corpus), or a tokenizer.json
+    tokenizer: str = "bytes"  # "bytes", "bpe:4096" (ids, trained on the corpus), or a tokenizer.json
     seq_len: int = 512
     batch_size: int = 16  # rows in a step, over the whole mesh
     holdout: float = 0.02  # share of the documents kept for validation
@@ -187,6 +187,9 @@ class DataConfig:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2 and batch_size={self.batch_size} at least 1")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout={self.holdout} must lie between 0 and 1")
+        kind, _, size = self.tokenizer.partition(":")
+        if kind == "bpe" and not (size.isdecimal() and int(size) >= 257):
+            raise ValueError(f"tokenizer={self.tokenizer!r} must name at least 257 ids (256 bytes, BOS), as bpe:4096 does")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
