@@ -96,8 +96,8 @@ def hidden(
     """Activations after the last norm, and the cache with these tokens' keys and values in it.
 
     Args:
-      cache: from `init_cache`. A row's keys and values go to the slots positions[row, 0] onwards, one after another; the
-        queries then see every slot up to their own position. It excludes segment_ids. Donate it: it is updated in place.
+      cache: from `init_cache`. A row's keys and values go to the slots positions[row, 0] onwards, one after another;
+        its queries then see every slot up to their own position. Without segment_ids. Donate it: no copy is made then.
     """
     specs, dtype = param_specs(cfg), jnp.dtype(cfg.dtype)
     if positions is None:
