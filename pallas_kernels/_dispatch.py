@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 import jax
+from jax._src import config as _config  # the only place that knows of an interpreter forced from outside
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -57,3 +58,9 @@ def device_kind() -> str:
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     return device.device_kind
+
+
+def interpreted(hardware: str) -> bool:
+    """Whether kernels traced now run in JAX's interpreter for `hardware`, "gpu" or "tpu" (force_*_interpret_mode)."""
+    params = _config.pallas_tpu_interpret_mode_context_manager.value
+    return params is not None and ("GPU" in type(params).__name__) == (hardware == "gpu")

@@ -14,6 +14,7 @@ from pallas_kernels.attention.inputs import Inputs, Options, unify_vma
 
 # In the order of preference. Each module has supported(inputs, options) -> None | reason, and the function named here.
 BACKENDS = {
+    "mosaic_gpu": ("pallas_kernels.attention.pallas_mosaic_gpu", "attention_mosaic_gpu"),
     "xla": ("pallas_kernels.attention.xla", "attention_xla"),
     "reference": ("pallas_kernels.attention.reference", "attention_reference"),
 }

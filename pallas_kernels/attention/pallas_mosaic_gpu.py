@@ -1,0 +1,673 @@
+"""Attention for Hopper GPUs (sm90), written in Pallas Mosaic GPU: bfloat16 and float16.
+
+Forward: a block holds two warpgroups of 64 queries each and one that feeds them K and V through TMA. Which key blocks a
+query block visits stands in a small table, made before the kernel from whatever hides keys (causal, window, segments,
+positions): blocks outside of its range cost nothing, blocks inside of the full range are not masked.
+
+Backward: one kernel for dq, one for dk and dv, both in the same shape; each output has one writer and one order of
+summation, so gradients repeat bit by bit.
+
+A kernel compiles only where its registers suffice; `Config` holds what a sweep found (benchmarks/attention).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _dispatch
+from pallas_kernels.attention.inputs import Inputs, Options
+
+_LOG2E = math.log2(math.e)
+_WG_ROWS = 64  # rows of one warpgroup: a wgmma is 64 rows high
+_L2_BYTES = 32 * 2**20  # keys and values that are in use at one time should fit in half of the L2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Block sizes of the three kernels; each warpgroup holds 64 rows of its output."""
+
+    block_kv: int = 128  # forward: keys in a step
+    stages: int = 2  # forward: steps in flight
+    overlap: bool = False  # forward: the next QK runs under this softmax, in one warpgroup
+    ping_pong: bool = True  # forward: one warpgroup's softmax runs under the other's matmuls
+    block_kv_dq: int = 64
+    stages_dq: int = 2
+    block_q_dkv: int = 64
+    stages_dkv: int = 2
+
+
+def tuned(H: int, Hv: int) -> Config:
+    """The configuration for head_dim H of q and k, Hv of v."""
+    if max(H, Hv) > 192:
+        return Config(block_kv=64, block_kv_dq=64, block_q_dkv=64)
+    if max(H, Hv) > 128:
+        return Config(block_kv=64)
+    return Config()
+
+
+def supported(inputs: Inputs, options: Options) -> str | None:
+    """None, or the reason why these kernels cannot run this call."""
+    kind = _dispatch.device_kind()
+    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
+        return f"needs a Hopper GPU; this is {kind}"
+    if inputs.q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16. Got {inputs.q.dtype}"
+    H, Hv = inputs.q.shape[3], inputs.v.shape[3]
+    if H not in (64, 128, 192, 256) or Hv not in (64, 128, 192, 256):
+        return f"takes head_dim 64, 128, 192, 256. Got {H} and {Hv}"
+    if inputs.bias is not None:
+        return "takes no bias"
+    if options.scale <= 0:
+        return f"takes a positive scale. Got {options.scale}"
+    return None
+
+
+def attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, N, Hv] in q's dtype and the logsumexp [B, T, N] in float32."""
+    return _attention(inputs, options, config or tuned(inputs.q.shape[3], inputs.v.shape[3]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attention(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Array, jax.Array]:
+    return _attention_fwd(inputs, options, config)[0]
+
+
+def _attention_fwd(inputs: Inputs, options: Options, config: Config):
+    """Residuals: the inputs, o, the logsumexp [B, N, T]."""
+    o, lse = _forward(inputs, options, config)
+    return (o, lse.swapaxes(1, 2)), (inputs, o, lse)
+
+
+def _attention_bwd(options: Options, config: Config, residuals, cotangents):
+    inputs, o, lse = residuals
+    do, dlse = cotangents
+    unseen = lse == -jnp.inf
+    dlse = jnp.where(unseen, 0.0, dlse.swapaxes(1, 2))  # a merge of blocks may send nan to a row that saw nothing
+    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
+    dsinks = None
+    if inputs.sinks is not None:
+        p_sink = jnp.exp(inputs.sinks.astype(jnp.float32)[None, :, None] - lse)
+        dsinks = -jnp.sum(p_sink * delta, axis=(0, 2)).astype(inputs.sinks.dtype)
+    lse = jnp.where(unseen, 0.0, lse) * _LOG2E
+    dq = _backward_dq(inputs, options, config, do, lse, delta)
+    dk, dv = _backward_dkv(inputs, options, config, do, lse, delta)
+    none = dict.fromkeys(Inputs._fields[5:])
+    return (inputs._replace(q=dq, k=dk, v=dv, bias=None, sinks=dsinks, **none),)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+# Forward.
+
+
+def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, N, Hv] and the logsumexp [B, N, T]."""
+    B, T, N, H = inputs.q.shape
+    K, Hv = inputs.k.shape[2], inputs.v.shape[3]
+    S = inputs.k.shape[1]
+    dtype = inputs.q.dtype
+    tile, bkv, stages = 2 * _WG_ROWS, config.block_kv, config.stages
+    padded = _pad(inputs, tile, bkv)
+    tiles = padded.q.shape[1] // tile
+    ranges = _key_ranges(inputs, options, tile, bkv)
+    mask = _Mask(padded, options, S, padded.k.shape[1])
+    grid, locate = _grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
+    c = options.scale * _LOG2E
+
+    def kernel(q_ref, k_ref, v_ref, ranges_ref, sinks_ref, *refs):
+        aux, (o_ref, lse_ref, smem, q_barriers, k_barriers, v_barriers, k_free, v_free, turn) = refs[:-9], refs[-9:]
+        q_smem, k_smem, v_smem, o_smem, lse_smem = smem
+        wg = lax.axis_index("wg")
+        b, n, t = locate()
+        t = tiles - 1 - t  # under a causal mask the last tiles take longest: they start first
+        lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            q_start = pl.multiple_of(t * tile + wg * _WG_ROWS, _WG_ROWS)
+            rows = pl.ds(q_start, _WG_ROWS)
+            q = q_smem.at[wg]
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q, q_barriers.at[wg])
+
+            sink = -math.inf if inputs.sinks is None else sinks_ref[n] * _LOG2E
+            total = 0.0 if inputs.sinks is None else 1.0
+            reduced = plgpu.Layout.WGMMA.reduce(1)
+            m = plgpu.layout_cast(jnp.full((_WG_ROWS,), sink, jnp.float32), reduced)
+            l = plgpu.layout_cast(jnp.full((_WG_ROWS,), total, jnp.float32), reduced)
+            acc = plgpu.layout_cast(jnp.full((_WG_ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+
+            def your_turn():  # both warpgroups meet; they enter half a step apart
+                if config.ping_pong:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+            def softmax(s, m, l, j, masked):
+                s = _soft_cap(s, options)[0]
+                if masked:
+                    keep = mask.keep(aux, b, s.shape, 0, q_start, j * bkv)
+                    s = jnp.where(keep, s, -jnp.inf)
+                m_new = jnp.maximum(m, s.max(axis=1) * c)
+                shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
+                alpha = jnp.exp2(m - shift)
+                p = jnp.exp2(s * c - lax.broadcast_in_dim(shift, s.shape, [0]))
+                return p.astype(dtype), m_new, l * alpha + p.sum(axis=1), alpha
+
+            def rescale(acc, alpha):
+                return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+
+            def step(j, carry, masked):
+                acc, m, l = carry
+                slot = _slot(j - lo, stages)
+                plgpu.barrier_wait(k_barriers.at[slot])
+
+                def qk(s_ref):
+                    plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
+                    your_turn()
+                    return s_ref[...]
+
+                s = pl.run_scoped(qk, plgpu.ACC((_WG_ROWS, bkv), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                p, m, l, alpha = softmax(s, m, l, j, masked)
+                acc = rescale(acc, alpha)
+                acc, p, m, l = lax.optimization_barrier((acc, p, m, l))
+                plgpu.barrier_wait(v_barriers.at[slot])
+                your_turn()
+                acc = _mma(acc, p, v_smem.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc, m, l
+
+            plgpu.barrier_wait(q_barriers.at[wg])
+            pl.when(wg == 1)(your_turn)
+            acc, m, l = _three_loops(step, (lo, full_lo, full_hi, hi), (acc, m, l))
+            pl.when(wg == 0)(your_turn)
+
+            seen = l > 0.0
+            inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
+            o_smem.at[wg][...] = rescale(acc, inverse).astype(dtype)
+            lse_smem.at[wg][...] = jnp.where(seen, (m + jnp.log2(jnp.where(seen, l, 1.0))) / _LOG2E, -jnp.inf)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_smem.at[wg], o_ref.at[b, rows, n])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, n, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _feed():
+            plgpu.set_max_registers(24, action="decrease")
+            k_head = lax.div(n, jnp.int32(N // K))
+
+            def copy(i, ref, smem, slot, barriers):
+                keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
+                plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], barriers.at[slot])
+
+            copy_k = lambda i, slot: copy(i, k_ref, k_smem, slot, k_barriers)
+            copy_v = lambda i, slot: copy(i, v_ref, v_smem, slot, v_barriers)
+            _feed_ring(hi - lo, stages, (k_free, copy_k), (v_free, copy_v))
+
+    smem = (
+        _tiled((2, _WG_ROWS, H), dtype),
+        _tiled((stages, bkv, H), dtype),
+        _tiled((stages, bkv, Hv), dtype),
+        _tiled((2, _WG_ROWS, Hv), dtype),
+        plgpu.SMEM((2, _WG_ROWS), jnp.float32),
+    )
+    full = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    Tp = tiles * tile
+    o, lse = _call(
+        kernel,
+        "attention_fwd",
+        [jax.ShapeDtypeStruct((B, Tp, N, Hv), dtype), jax.ShapeDtypeStruct((B, N, Tp), jnp.float32)],
+        grid,
+        (smem, plgpu.Barrier(num_barriers=2), full, full, free, free, plgpu.Barrier(num_arrivals=2)),
+        (padded.q, padded.k, padded.v, ranges, _sinks(inputs), *mask.arrays),
+    )
+    return o[:, :T], lse[:, :, :T]
+
+
+# Backward.
+
+
+def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> jax.Array:
+    """dq [B, T, N, H]; lse and delta are [B, N, T], lse in powers of two."""
+    B, T, N, H = inputs.q.shape
+    K, Hv = inputs.k.shape[2], inputs.v.shape[3]
+    S = inputs.k.shape[1]
+    dtype = inputs.q.dtype
+    tile, bkv, stages = 2 * _WG_ROWS, config.block_kv_dq, config.stages_dq
+    padded = _pad(inputs, tile, bkv)
+    do, lse, delta = _pad_to(do, 1, tile), _pad_to(lse, 2, tile), _pad_to(delta, 2, tile)
+    tiles = padded.q.shape[1] // tile
+    ranges = _key_ranges(inputs, options, tile, bkv)
+    mask = _Mask(padded, options, S, padded.k.shape[1])
+    grid, locate = _grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
+    c = options.scale * _LOG2E
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
+        aux, (dq_ref, smem, q_barriers, k_barriers, v_barriers, k_free, v_free) = refs[:-7], refs[-7:]
+        q_smem, do_smem, k_smem, v_smem = smem
+        wg = lax.axis_index("wg")
+        b, n, t = locate()
+        t = tiles - 1 - t
+        lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            q_start = pl.multiple_of(t * tile + wg * _WG_ROWS, _WG_ROWS)
+            rows = pl.ds(q_start, _WG_ROWS)
+            q, do = q_smem.at[wg], do_smem.at[wg]
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q, q_barriers.at[wg])
+            plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do, q_barriers.at[wg])
+            reduced = plgpu.Layout.WGMMA.reduce(1)
+            lse = plgpu.load(lse_ref.at[b, n, rows], layout=reduced, optimized=False)
+            delta = plgpu.load(delta_ref.at[b, n, rows], layout=reduced, optimized=False)
+
+            def step(j, dq, masked):
+                slot = _slot(j - lo, stages)
+                plgpu.barrier_wait(k_barriers.at[slot])
+                plgpu.barrier_wait(v_barriers.at[slot])
+
+                def products(s_ref, dp_ref):
+                    plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_ref, do, v_smem.at[slot].transpose((1, 0)))
+                    s, slope = _soft_cap(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
+                    p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
+                    if masked:
+                        p = jnp.where(mask.keep(aux, b, s.shape, 0, q_start, j * bkv), p, 0.0)
+                    dp = plgpu.wgmma_accumulator_load(dp_ref)
+                    ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
+                    return (ds if slope is None else ds * slope).astype(dtype)
+
+                block = plgpu.ACC((_WG_ROWS, bkv), jnp.float32)
+                ds = pl.run_scoped(products, block, block)
+                plgpu.barrier_arrive(v_free.at[slot])
+                dq = _mma(dq, ds, k_smem.at[slot])
+                plgpu.barrier_arrive(k_free.at[slot])
+                return dq
+
+            plgpu.barrier_wait(q_barriers.at[wg])
+            dq = plgpu.layout_cast(jnp.full((_WG_ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+            dq = _three_loops(step, (lo, full_lo, full_hi, hi), dq)
+            q[...] = (dq * options.scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, n])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _feed():
+            plgpu.set_max_registers(24, action="decrease")
+            k_head = lax.div(n, jnp.int32(N // K))
+
+            def copy(i, ref, smem, slot, barriers):
+                keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
+                plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], barriers.at[slot])
+
+            copy_k = lambda i, slot: copy(i, k_ref, k_smem, slot, k_barriers)
+            copy_v = lambda i, slot: copy(i, v_ref, v_smem, slot, v_barriers)
+            _feed_ring(hi - lo, stages, (v_free, copy_v), (k_free, copy_k))
+
+    smem = (
+        _tiled((2, _WG_ROWS, H), dtype),
+        _tiled((2, _WG_ROWS, Hv), dtype),
+        _tiled((stages, bkv, H), dtype),
+        _tiled((stages, bkv, Hv), dtype),
+    )
+    full = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    (dq,) = _call(
+        kernel,
+        "attention_dq",
+        [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
+        grid,
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=2), full, full, free, free),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
+    )
+    return dq[:, :T]
+
+
+def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> tuple[jax.Array, jax.Array]:
+    """dk [B, S, K, H] and dv [B, S, K, Hv]; a block sums over the query heads that share its kv head."""
+    B, S, K, H = inputs.k.shape
+    N, Hv = inputs.q.shape[2], inputs.v.shape[3]
+    G = N // K
+    dtype = inputs.q.dtype
+    tile, bq, stages = 2 * _WG_ROWS, config.block_q_dkv, config.stages_dkv
+    padded = _pad(inputs, bq, tile)
+    do, lse, delta = _pad_to(do, 1, bq), _pad_to(lse, 2, bq), _pad_to(delta, 2, bq)
+    T = padded.q.shape[1]
+    tiles = padded.k.shape[1] // tile
+    ranges = _query_ranges(inputs, options, bq, tile)
+    mask = _Mask(padded, options, S, padded.k.shape[1])
+    grid, locate = _grid(B, K, tiles, T * (H + Hv) * 2 * G)
+    c = options.scale * _LOG2E
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
+        aux, (dk_ref, dv_ref, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free) = refs[:-8], refs[-8:]
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
+        wg = lax.axis_index("wg")
+        b, k_head, t = locate()
+        lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            kv_start = pl.multiple_of(t * tile + wg * _WG_ROWS, _WG_ROWS)
+            rows = pl.ds(kv_start, _WG_ROWS)
+            k, v = k_smem.at[wg], v_smem.at[wg]
+            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, k_head], k, kv_barriers.at[wg])
+            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, k_head], v, kv_barriers.at[wg])
+            across = plgpu.Layout.WGMMA.reduce(0)
+
+            def step(j, carry, masked, first):
+                dk, dv = carry
+                slot = _slot(first + j - lo, stages)
+                plgpu.barrier_wait(q_barriers.at[slot])
+                plgpu.barrier_wait(do_barriers.at[slot])
+                lse = plgpu.load(lse_smem.at[slot], layout=across)
+                delta = plgpu.load(delta_smem.at[slot], layout=across)
+
+                def products(s_ref, dp_ref):  # both transposed: keys down, queries across
+                    plgpu.wgmma(s_ref, k, q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
+                    s, slope = _soft_cap(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
+                    p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
+                    if masked:
+                        p = jnp.where(mask.keep(aux, b, s.shape, 1, j * bq, kv_start), p, 0.0)
+                    dp = plgpu.wgmma_accumulator_load(dp_ref)
+                    ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
+                    return p.astype(dtype), (ds if slope is None else ds * slope).astype(dtype)
+
+                block = plgpu.ACC((_WG_ROWS, bq), jnp.float32)
+                p, ds = pl.run_scoped(products, block, block)
+                dv = _mma(dv, p, do_smem.at[slot])
+                plgpu.barrier_arrive(do_free.at[slot])
+                dk = _mma(dk, ds, q_smem.at[slot])
+                plgpu.barrier_arrive(q_free.at[slot])
+                return dk, dv
+
+            plgpu.barrier_wait(kv_barriers.at[wg])
+            dk = plgpu.layout_cast(jnp.full((_WG_ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+            dv = plgpu.layout_cast(jnp.full((_WG_ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+
+            def head(g, carry):
+                return _three_loops(functools.partial(step, first=g * (hi - lo)), (lo, full_lo, full_hi, hi), carry)
+
+            dk, dv = lax.fori_loop(0, G, head, (dk, dv))
+            k[...] = (dk * options.scale).astype(dtype)
+            v[...] = dv.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(k, dk_ref.at[b, rows, k_head])
+            plgpu.copy_smem_to_gmem(v, dv_ref.at[b, rows, k_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _feed():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def copy(i, ref, row_ref, smem, row_smem, slot, barriers):
+                n = k_head * G + lax.div(i, hi - lo)
+                queries = pl.ds(pl.multiple_of((lo + lax.rem(i, hi - lo)) * bq, bq), bq)
+                plgpu.copy_gmem_to_smem(ref.at[b, queries, n], smem.at[slot], barriers.at[slot])
+                plgpu.copy_gmem_to_smem(row_ref.at[b, n, queries], row_smem.at[slot], barriers.at[slot])
+
+            copy_q = lambda i, slot: copy(i, q_ref, lse_ref, q_smem, lse_smem, slot, q_barriers)
+            copy_do = lambda i, slot: copy(i, do_ref, delta_ref, do_smem, delta_smem, slot, do_barriers)
+            _feed_ring(G * (hi - lo), stages, (q_free, copy_q), (do_free, copy_do))
+
+    smem = (
+        _tiled((2, _WG_ROWS, H), dtype),
+        _tiled((2, _WG_ROWS, Hv), dtype),
+        _tiled((stages, bq, H), dtype),
+        _tiled((stages, bq, Hv), dtype),
+        plgpu.SMEM((stages, bq), jnp.float32),
+        plgpu.SMEM((stages, bq), jnp.float32),
+    )
+    full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    dk, dv = _call(
+        kernel,
+        "attention_dkv",
+        [jax.ShapeDtypeStruct(padded.k.shape, dtype), jax.ShapeDtypeStruct(padded.v.shape, dtype)],
+        grid,
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=2), full, full, free, free),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
+    )
+    return dk[:, :S], dv[:, :S]
+
+
+# Which blocks meet.
+
+
+def _key_ranges(inputs: Inputs, options: Options, tile: int, block_kv: int):
+    """[B or 1, query tiles, 4] int32: the key blocks that a tile visits are [0, 3), those in [1, 2) need no mask."""
+    return _ranges(*_meetings(inputs, options, tile, block_kv))
+
+
+def _query_ranges(inputs: Inputs, options: Options, block_q: int, tile: int):
+    """[B or 1, key tiles, 4] int32: the same for the query blocks that a tile of keys visits."""
+    some, every = _meetings(inputs, options, block_q, tile)
+    return _ranges(some.swapaxes(1, 2), every.swapaxes(1, 2))
+
+
+def _meetings(inputs: Inputs, options: Options, block_q: int, block_kv: int):
+    """bool [B or 1, query blocks, key blocks]: may any pair see each other; do all pairs surely.
+
+    Known from the smallest and largest position and segment id of each block; numpy where nothing of it is traced, so
+    that a plain causal mask costs no operation on the device.
+    """
+    T, S = inputs.q.shape[1], inputs.k.shape[1]
+    given = (inputs.q_positions, inputs.q_segment_ids, inputs.window)
+    xp: Any = np if all(x is None for x in given) else jnp
+
+    def extremes(x, block):
+        """The smallest and largest of each block; the last block repeats its last element."""
+        x = xp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge")
+        x = x.reshape(x.shape[0], -1, block)
+        return x.min(axis=2), x.max(axis=2)
+
+    q_pos = xp.arange(T, dtype=np.int32)[None] if inputs.q_positions is None else inputs.q_positions
+    kv_pos = xp.arange(S, dtype=np.int32)[None] if inputs.kv_positions is None else inputs.kv_positions
+    q_min, q_max = (x[:, :, None] for x in extremes(q_pos, block_q))
+    kv_min, kv_max = (x[:, None, :] for x in extremes(kv_pos, block_kv))
+    some = xp.ones((1, q_min.shape[1], kv_min.shape[2]), bool)
+    whole = xp.arange(1, kv_min.shape[2] + 1) * block_kv <= S  # padded keys are always masked
+    every = xp.broadcast_to(whole[None, None], some.shape)
+    left, right = options.window
+    if options.causal:
+        right = 0 if right is None else min(right, 0)
+    if inputs.window is not None:
+        far = inputs.window - 1
+        left, right = far, (jnp.minimum(far, 0) if options.causal else far)
+    if left is not None:
+        some, every = some & (kv_max - q_min >= -left), every & (kv_min - q_max >= -left)
+    if right is not None:
+        some, every = some & (kv_min - q_max <= right), every & (kv_max - q_min <= right)
+    if inputs.q_segment_ids is not None:
+        assert inputs.kv_segment_ids is not None
+        q_low, q_high = (x[:, :, None] for x in extremes(inputs.q_segment_ids, block_q))
+        kv_low, kv_high = (x[:, None, :] for x in extremes(inputs.kv_segment_ids, block_kv))
+        some = some & (q_low <= kv_high) & (kv_low <= q_high) & (q_high > 0) & (kv_high > 0)
+        every = every & (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low) & (q_low != 0)
+    return some, every
+
+
+def _ranges(some, every):
+    xp: Any = np if isinstance(some, np.ndarray) else jnp
+    count = some.shape[2]
+    index = xp.arange(count, dtype=np.int32)[None, None]
+    lo = xp.min(xp.where(some, index, count), axis=2)
+    hi = xp.max(xp.where(some, index + 1, 0), axis=2)
+    lo = xp.minimum(lo, hi)  # no block: an empty range at 0
+    inside = index >= lo[..., None]
+    full_lo = xp.minimum(xp.min(xp.where(every & inside, index, count), axis=2), hi)
+    after = index >= full_lo[..., None]
+    full_hi = xp.minimum(xp.min(xp.where(~every & after, index, count), axis=2), hi)
+    return xp.stack([lo, full_lo, full_hi, hi], axis=2).astype(np.int32)
+
+
+class _Mask:
+    """The mask inside of a block, from the arrays that a kernel receives for it."""
+
+    def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int):
+        self.options, self.keys, self.ragged = options, keys, keys != padded_keys
+        fields = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "window")
+        arrays = {name: getattr(padded, name) for name in fields}
+        if padded.window is not None:
+            arrays["window"] = padded.window[None]
+        self.names = [name for name in fields if arrays[name] is not None]
+        self.arrays = [arrays[name] for name in self.names]
+
+    def keep(self, refs, b, shape, q_dim: int, q_start, kv_start):
+        """Which pairs of a block see each other; queries along q_dim of `shape`, keys along the other."""
+        aux = dict(zip(self.names, refs, strict=True))
+        kv_dim = 1 - q_dim
+
+        def along(name, start, dim):
+            values = aux[name].at[b, pl.ds(start, shape[dim])]
+            values = plgpu.load(values, layout=plgpu.Layout.WGMMA.reduce(1 - dim), optimized=False)
+            return lax.broadcast_in_dim(values, shape, [dim])
+
+        def index(start, dim):
+            return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) + start
+
+        conditions = []
+        left, right = self.options.window
+        if self.options.causal:
+            right = 0 if right is None else min(right, 0)
+        if left is not None or right is not None or "window" in aux:
+            if "q_positions" in aux:
+                ahead = along("kv_positions", kv_start, kv_dim) - along("q_positions", q_start, q_dim)
+            else:
+                ahead = index(kv_start, kv_dim) - index(q_start, q_dim)
+            if left is not None:
+                conditions.append(ahead >= -left)
+            if right is not None:
+                conditions.append(ahead <= right)
+            if "window" in aux:
+                window = aux["window"][0]
+                conditions.append(ahead > -window)
+                if right is None:
+                    conditions.append(ahead < window)
+        if "q_segment_ids" in aux:
+            q_ids = along("q_segment_ids", q_start, q_dim)
+            conditions += [q_ids == along("kv_segment_ids", kv_start, kv_dim), q_ids != 0]
+        elif self.ragged:
+            conditions.append(index(kv_start, kv_dim) < self.keys)
+        if not conditions:  # a block that is not full, with nothing to hide: only when the last one is ragged
+            return index(kv_start, kv_dim) >= 0
+        return functools.reduce(lambda x, y: x & y, conditions)
+
+
+# Pieces.
+
+
+def _three_loops(step, bounds, carry):
+    """step(j, carry, masked) over the blocks of one row of a range table."""
+    lo, full_lo, full_hi, hi = bounds
+    carry = lax.fori_loop(lo, full_lo, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(full_lo, full_hi, functools.partial(step, masked=False), carry)
+    return lax.fori_loop(full_hi, hi, functools.partial(step, masked=True), carry)
+
+
+def _feed_ring(steps, stages: int, *buffers):
+    """Copies for each step, once the computing warpgroups have freed its slot; at the end waits for all slots.
+
+    Each buffer is (barriers that say a slot is free, copy(step, slot)).
+    """
+
+    @pl.loop(0, steps + stages)
+    def _(i):
+        slot = _slot(i, stages)
+        for free, copy in buffers:
+            pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            pl.when(i < steps)(lambda copy=copy: copy(i, slot))
+
+
+def _mma(acc: jax.Array, a: jax.Array, b_ref) -> jax.Array:
+    """acc + a @ b with a in registers, which the interpreter's wgmma does not take."""
+    if _dispatch.interpreted("gpu"):
+        return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
+
+
+def _soft_cap(s: jax.Array, options: Options) -> tuple[jax.Array, jax.Array | None]:
+    """q @ k such that scale times it is the capped logit, and the derivative."""
+    if options.soft_cap is None:
+        return s, None
+    ratio = options.soft_cap / options.scale
+    tanh = jnp.tanh(s * (1 / ratio))
+    return tanh * ratio, 1.0 - tanh * tanh
+
+
+def _slot(i: jax.Array, stages: int) -> jax.Array:
+    return lax.rem(i, jnp.int32(stages))
+
+
+def _grid(B: int, heads: int, tiles: int, bytes_per_head: int):
+    """The grid, and the function that finds (batch, head, tile) in it.
+
+    Pairs of batch and head run in groups whose streamed operands fit in the L2; in a group the tile index varies
+    slowest, so all pairs start on the tiles that take longest.
+    """
+    pairs = B * heads
+    fit = max(1, _L2_BYTES // max(bytes_per_head, 1))
+    group = max(d for d in range(1, pairs + 1) if pairs % d == 0 and d <= fit)
+
+    def locate():
+        pair = lax.axis_index("group") * group + lax.axis_index("pair")
+        return lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads)), lax.axis_index("tile")
+
+    return (pairs // group, tiles, group), locate
+
+
+def _tiled(shape: tuple[int, ...], dtype) -> Any:
+    """Shared memory that TMA writes and wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def _call(kernel, name: str, out_type, grid, scratch, operands):
+    """Two warpgroups that compute and one that feeds them, for each place in the grid."""
+    out = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("group", "tile", "pair"),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+    )(*operands)
+    axes = tuple(sorted(jax.typeof(operands[0]).mat.varying))
+    return [jax.lax.pcast(x, axes, to="varying") if axes else x for x in out]
+
+
+def _sinks(inputs: Inputs) -> jax.Array:
+    N = inputs.q.shape[2]
+    return jnp.zeros(N, jnp.float32) if inputs.sinks is None else inputs.sinks.astype(jnp.float32)
+
+
+def _pad(inputs: Inputs, block_q: int, block_kv: int) -> Inputs:
+    """The queries filled up to whole blocks, and the keys; segment ids with 0."""
+    queries = {x: getattr(inputs, x) for x in ("q", "q_segment_ids", "q_positions")}
+    keys = {x: getattr(inputs, x) for x in ("k", "v", "kv_segment_ids", "kv_positions")}
+    blocks = [(queries, block_q), (keys, block_kv)]
+    return inputs._replace(
+        **{name: None if x is None else _pad_to(x, 1, block) for group, block in blocks for name, x in group.items()}
+    )
+
+
+def _pad_to(x: jax.Array, axis: int, block: int) -> jax.Array:
+    missing = -x.shape[axis] % block
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
