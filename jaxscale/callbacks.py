@@ -20,23 +20,24 @@ class Validate(Callback):
     Args:
       eval_step: (params, batch) -> (nll, weight): mean loss over `weight` labelled tokens.
       batches: makes the held-out batches, each time the same ones.
-      bytes_per_token: turns nats per token into bits per byte, which no tokenizer can flatter.
+      num_bytes: how many bytes of text their labels stand for, all processes together: bits per byte follow, which no
+        tokenizer can flatter.
     """
 
     def __init__(
         self,
         eval_step: Callable[..., tuple[jax.Array, jax.Array]],
         batches: Callable[[], Iterable[Any]],
-        bytes_per_token: float,
+        num_bytes: float,
         every: int,
     ):
-        self.eval_step, self.batches, self.bytes_per_token, self.every = eval_step, batches, bytes_per_token, every
+        self.eval_step, self.batches, self.num_bytes, self.every = eval_step, batches, num_bytes, every
 
     def on_state(self, step: int, state: TrainState) -> dict[str, float]:
         parts = [self.eval_step(state.params, batch) for batch in self.batches()]
         nll, weight = (np.asarray(column, np.float64) for column in zip(*jax.device_get(parts)))
-        loss = float((nll * weight).sum() / weight.sum())
-        return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2) / self.bytes_per_token}
+        nats = float((nll * weight).sum())
+        return {"valid_loss": nats / float(weight.sum()), "valid_bits_per_byte": nats / math.log(2) / self.num_bytes}
 
 
 class Checkpoints(Callback):

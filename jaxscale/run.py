@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxscale.callbacks import Checkpoints, LossPlot, MetricsFile, Progress, TensorBoard, Validate
 from jaxscale.config import TrainConfig
@@ -70,21 +71,22 @@ def run(
         if newest is None:
             key, param_key = jax.random.split(jax.random.key(cfg.seed))
             state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key)
+            position = data.state(0)
         else:
             state = checkpointer.restore(abstract_train_state(specs, optimizer, mesh, rules), newest)
-            data.check_state(checkpointer.metadata(newest)["data"])
-            console.print(f"resumed from step {int(state.step)} of {out}", highlight=False)
+            position = checkpointer.metadata(newest)["data"]
+            console.print(f"resumed from step {newest} of {out}", highlight=False)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
         def metadata(step: int) -> dict[str, Any]:
             return {"config": dataclasses.asdict(cfg), "data": data.state(step), "mesh": dict(mesh.shape)}
 
-        def batches(dataset: Any, start: int) -> Iterator[dict[str, jax.Array]]:
-            return (put_batch(batch, mesh, rules) for batch in dataset.batches(start))
+        held_out_rows = [held_out[i] for i in range(min(cfg.eval_batches, held_out.batches_per_epoch))]
 
         def validation() -> Iterator[dict[str, jax.Array]]:
-            return (batch for batch, _ in zip(batches(held_out, 0), range(cfg.eval_batches)))
+            return (put_batch(batch, mesh, rules) for batch in held_out_rows)
 
+        labels = (rows["labels"] for rows in held_out_rows)
         flops = cfg.model.flops_per_token(cfg.data.seq_len)
         tokens = cfg.data.batch_size * cfg.data.seq_len
         first = jax.process_index() == 0
@@ -96,13 +98,23 @@ def run(
         return fit(
             state,
             make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps),
-            batches(data, int(state.step)),
+            (put_batch(batch, mesh, rules) for batch in data.batches(position)),
             steps=cfg.steps,
             callbacks=(
                 Progress(console, tokens, flops * tokens, None, cfg.log_every),
                 *(writers if first else ()),
-                Validate(eval_step, validation, held_out.bytes_per_token, cfg.eval_every),
+                Validate(eval_step, validation, _total(map(held_out.count_bytes, labels)), cfg.eval_every),
                 Checkpoints(checkpointer, metadata, cfg.checkpoint.every),
                 *callbacks,
             ),
         )
+
+
+def _total(counts: Iterable[float]) -> float:
+    """The sum over all processes."""
+    total = sum(counts)
+    if jax.process_count() == 1:
+        return total
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.process_allgather(np.float64(total)).sum())
