@@ -100,6 +100,7 @@ def test_config_defaults(kind):
         ("llama2", {"torch_dtype": "float8_e4m3fn"}, "torch_dtype='float8_e4m3fn'"),
         ("llama2", {"sliding_window": 4}, "sliding_window=4"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "linear_attention"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}, "window is not set"),
         ("qwen3", {"layer_types": ["full_attention"]}, "1 entries for 2 layers"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
