@@ -20,6 +20,9 @@ class Rules:
     compute: AxisTable
     spill: tuple[str, ...] = ()
 
+    def __hash__(self):  # static under jit, as configs are
+        return hash((tuple(sorted(self.params.items())), tuple(sorted(self.compute.items())), self.spill))
+
     def __post_init__(self):
         for table in (self.params, self.compute):
             for logical, mesh_axes in table.items():
