@@ -189,7 +189,9 @@ class DataConfig:
             raise ValueError(f"holdout={self.holdout} must lie between 0 and 1")
         kind, _, size = self.tokenizer.partition(":")
         if kind == "bpe" and not (size.isdecimal() and int(size) >= 257):
-            raise ValueError(f"tokenizer={self.tokenizer!r} must name at least 257 ids (256 bytes, BOS), as bpe:4096 does")
+            raise ValueError(
+                f"tokenizer={self.tokenizer!r} must name at least 257 ids (256 bytes, BOS), as bpe:4096 does"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
