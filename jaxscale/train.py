@@ -96,10 +96,11 @@ def make_train_step(
             grads, metrics = grad_fn(state.params, batch, key)
         else:
             grads, metrics = _accumulate(grad_fn, state.params, batch, key, accum_steps)
-        with jax.named_scope("update"):
+        # optax divides by its int32 step counts: allowed here even where the user's own code promotes strictly.
+        with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
 
     return jax.jit(step, donate_argnums=0 if donate else ())
