@@ -1,0 +1,230 @@
+"""Dimension identity: which dims of which arrays must be split together.
+
+A dim of an array is a tuple of atoms, major to minor; its size is the product of theirs. A fused H = N x h dim is
+(N, h): only its leading atom can be split contiguously. Atoms that are found to be the same are united; an atom may
+later turn out to be a product (a reshape splits it) or a concatenation of segments (a slice cuts it), and then every
+array that holds it sees that. Dims of size 1 have no atoms.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+Dim = tuple["Atom", ...]
+
+
+class Atom:
+    """A node of the union-find forest. `parts` (product) and `segments` (concatenation) are set on roots only."""
+
+    __slots__ = ("blocked", "loop", "order", "parent", "parts", "segments", "size")
+    counter = itertools.count()
+
+    def __init__(self, size: int):
+        self.size = size
+        self.parent: Atom | None = None
+        self.parts: Dim | None = None
+        self.segments: list[Dim] | None = None
+        self.blocked = ""  # why nothing may split it; empty: it may be split
+        self.loop = False  # the stacked dim that a loop walks
+        self.order = next(Atom.counter)
+
+    def __repr__(self):
+        return f"{self.size}#{self.order}"
+
+
+def fresh(size: int) -> Dim:
+    return (Atom(size),) if size != 1 else ()
+
+
+def root(atom: Atom) -> Atom:
+    while atom.parent is not None:
+        if atom.parent.parent is not None:
+            atom.parent = atom.parent.parent
+        atom = atom.parent
+    return atom
+
+
+def expand(dim: Dim) -> Dim:
+    """The dim in roots that are not products."""
+    out: list[Atom] = []
+    for atom in dim:
+        found = root(atom)
+        if found.parts is None:
+            out.append(found)
+        else:
+            out.extend(expand(found.parts))
+    return tuple(out)
+
+
+def size_of(dim: Dim) -> int:
+    return math.prod(atom.size for atom in dim)
+
+
+def block(dim: Dim, why: str) -> None:
+    for atom in expand(dim):
+        atom.blocked = atom.blocked or why
+
+
+def unify(a: Dim, b: Dim) -> None:
+    """Makes two dims of one size the same, splitting atoms where their factors differ; blocks what cannot match."""
+    left, right = list(expand(a)), list(expand(b))
+    while left and right:
+        x, y = root(left.pop()), root(right.pop())
+        if x.parts is not None or y.parts is not None:  # split by an earlier step of this very loop
+            left += expand((x,))
+            right += expand((y,))
+        elif x.size == y.size:
+            _unite(x, y)
+        elif x.size % y.size == 0 and split(x, y.size):
+            left += expand((x,))
+            right.append(y)
+        elif y.size % x.size == 0 and split(y, x.size):
+            right += expand((y,))
+            left.append(x)
+        else:
+            block((*left, x, *right, y), f"sizes {x.size} and {y.size} meet without a common factoring")
+            return
+
+
+def split(atom: Atom, minor: int) -> bool:
+    """Refines a root into (size / minor, minor); False where its segments forbid it."""
+    major = atom.size // minor
+    if atom.segments is None:
+        parts = (Atom(major), Atom(minor))
+    else:
+        sizes = [size_of(expand(s)) for s in atom.segments]
+        if any(n % minor for n in sizes):
+            block((atom,), f"segments of {sizes} cannot be regrouped by {minor}")
+            return False
+        heads, tails = zip(*(_cut_minor(s, minor) for s in atom.segments), strict=True)
+        for tail in tails[1:]:
+            unify(tails[0], tail)
+        lead = Atom(major)
+        lead.segments = [h for h in heads if h] if all(heads) else None
+        parts = (lead, *expand(tails[0]))
+    for part in parts:
+        if part.blocked == "":
+            part.blocked = atom.blocked
+        part.loop = part.loop or atom.loop
+    atom.parts, atom.segments = parts, None
+    return True
+
+
+def take(atoms: list[Atom], size: int) -> Dim | None:
+    """Pops a dim of `size` off the minor end of `atoms`; None where the factors do not allow it."""
+    taken: list[Atom] = []
+    left = size
+    while left > 1:
+        if not atoms:
+            return None
+        atom = root(atoms.pop())
+        if atom.parts is not None:
+            atoms += expand((atom,))
+        elif left % atom.size == 0:
+            taken.insert(0, atom)
+            left //= atom.size
+        elif atom.size % left == 0 and split(atom, left):
+            atoms += expand((atom,))
+        else:
+            return None
+    return tuple(taken)
+
+
+def concatenate(pieces: Sequence[Dim]) -> Dim:
+    pieces = [p for p in pieces if size_of(p) > 0]
+    if len(pieces) == 1:
+        return pieces[0]
+    atom = Atom(sum(size_of(p) for p in pieces))
+    atom.segments = list(pieces)
+    return (atom,)
+
+
+def cut(dim: Dim, start: int, stop: int) -> Dim | None:
+    """The dim of dim[start:stop]; None where the range does not follow the segments or factors that are known."""
+    atoms = expand(dim)
+    if start == 0 and stop == size_of(atoms):
+        return dim
+    if not atoms:
+        return None
+    lead, rest = atoms[0], atoms[1:]
+    inner = size_of(rest)
+    if start % inner or stop % inner:
+        return None
+    start, stop = start // inner, stop // inner
+    if start == 0 and stop == lead.size:
+        return dim
+    if lead.segments is None:
+        lead.segments = [fresh(n) or (Atom(1),) for n in (start, stop - start, lead.size - stop) if n]
+    if not (_boundary(lead, start) and _boundary(lead, stop)):
+        return None
+    position, pieces = 0, []
+    for segment in lead.segments:
+        if start <= position < stop:
+            pieces.append(segment)
+        position += size_of(segment)
+    whole = concatenate(pieces)
+    return (*(a for a in whole if a.size > 1), *rest)
+
+
+def _boundary(atom: Atom, at: int) -> bool:
+    """Makes `at` a boundary between segments; only inside a segment that is one plain atom."""
+    position = 0
+    assert atom.segments is not None
+    for i, segment in enumerate(atom.segments):
+        if position == at:
+            return True
+        size = size_of(segment)
+        if position < at < position + size:
+            inner = expand(segment)
+            if len(inner) != 1 or inner[0].segments is not None:
+                return len(inner) == 1 and _boundary(inner[0], at - position) and _flatten(atom, i)
+            parts = [fresh(n) or (Atom(1),) for n in (at - position, position + size - at)]
+            inner[0].segments = list(parts)
+            return _flatten(atom, i)
+        position += size
+    return position == at
+
+
+def _flatten(atom: Atom, i: int) -> bool:
+    """Replaces segment i, itself segmented, by its segments."""
+    assert atom.segments is not None
+    (inner,) = expand(atom.segments[i])
+    atom.segments[i : i + 1] = inner.segments or [(inner,)]
+    return True
+
+
+def _cut_minor(dim: Dim, minor: int) -> tuple[Dim, Dim]:
+    atoms = list(expand(dim))
+    tail = take(atoms, minor)
+    assert tail is not None, (dim, minor)
+    return tuple(atoms), tail
+
+
+def _unite(x: Atom, y: Atom) -> None:
+    if x is y:
+        return
+    if y.order < x.order:  # the older one stays, so that numbering follows the program
+        x, y = y, x
+    y.parent = x
+    x.blocked = x.blocked or y.blocked
+    x.loop = x.loop or y.loop
+    if x.segments is None:
+        x.segments = y.segments
+    elif y.segments is not None:
+        _unite_segments(x, y.segments)
+
+
+def _unite_segments(x: Atom, others: list[Dim]) -> None:
+    y = Atom(x.size)
+    y.segments = list(others)
+    for atom, other in ((x, y), (y, x)):
+        position = 0
+        for segment in list(other.segments or ()):
+            position += size_of(segment)
+            if not _boundary(atom, position):
+                x.blocked = x.blocked or "it is cut into segments in two ways"
+                return
+    assert x.segments is not None
+    assert y.segments is not None
+    for a, b in zip(list(x.segments), list(y.segments), strict=False):
+        unify(a, b)

@@ -1,0 +1,104 @@
+"""What a device can do: the numbers that the cost model needs, for named hardware or from a TOML file."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One device and its links; bytes and seconds throughout.
+
+    A collective over n devices takes `latency * steps + bytes on the wire / bandwidth`: alpha-beta, per mesh axis. An
+    axis whose groups lie within `node` consecutive devices uses `bandwidth`, any other `outer_bandwidth`.
+    """
+
+    name: str
+    flops: float  # dense bfloat16 FLOP/s that large matmuls reach
+    memory_bandwidth: float  # B/s
+    memory: float  # bytes
+    bandwidth: float  # B/s that a device sends along one mesh axis, within a node or an interconnect torus
+    outer_bandwidth: float  # B/s between nodes or slices
+    node: int  # devices in a node or slice
+    latency: float = 2e-6  # seconds of one step of a collective
+    scatters: bool = True  # the compiler turns all-reduce and slice into a reduce-scatter
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("name", "scatters") and value <= 0:
+                raise ValueError(f"hardware {self.name!r}: {field.name}={value} must be positive")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Hardware":
+        """Reads a TOML file with these fields as keys."""
+        data = tomllib.loads(Path(path).read_text())
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]
+        if missing:
+            raise ValueError(f"{path}: missing {', '.join(missing)}")
+        return cls(**data)
+
+    def link(self, axis: str, mesh_shape: Mapping[str, int]) -> float:
+        """B/s along a mesh axis; the last axis of the mesh runs over neighbouring devices."""
+        names = list(mesh_shape)
+        span = math.prod(mesh_shape[n] for n in names[names.index(axis) :])
+        return self.bandwidth if span <= self.node else self.outer_bandwidth
+
+    def seconds(self, kind: str, wire: float, axes: tuple[str, ...], mesh_shape: Mapping[str, int]) -> float:
+        """Time of a collective that sends `wire` bytes per device."""
+        n = math.prod(mesh_shape[a] for a in axes)
+        if n == 1:
+            return 0.0
+        steps = 1 if kind == "collective-permute" else math.ceil(math.log2(n)) * (2 if kind == "all-reduce" else 1)
+        return steps * self.latency + wire / min(self.link(a, mesh_shape) for a in axes)
+
+
+# Matmul rates: H200 706 TFLOP/s of 989 measured (docs/LOG.md); the others are taken at the same 0.7 of the vendor's peak.
+# Links: NVLink 4 450 GB/s each way, 400 Gb/s network per GPU; TPU figures are the vendor's per-chip interconnect, two
+# directions of one torus axis (jax-ml.github.io/scaling-book, "TPUs"; cloud.google.com/tpu/docs).
+HARDWARE = {
+    h.name: h
+    for h in (
+        Hardware(name="h200", flops=706e12, memory_bandwidth=4.3e12, memory=141e9, bandwidth=450e9,
+                 outer_bandwidth=50e9, node=8),
+        Hardware(name="h100", flops=700e12, memory_bandwidth=3.0e12, memory=80e9, bandwidth=450e9,
+                 outer_bandwidth=50e9, node=8),
+        Hardware(name="a100", flops=220e12, memory_bandwidth=1.8e12, memory=80e9, bandwidth=300e9,
+                 outer_bandwidth=25e9, node=8),
+        Hardware(name="v5e", flops=140e12, memory_bandwidth=0.82e12, memory=16e9, bandwidth=90e9,
+                 outer_bandwidth=6e9, node=256, latency=1e-6),
+        Hardware(name="v5p", flops=320e12, memory_bandwidth=2.77e12, memory=95e9, bandwidth=180e9,
+                 outer_bandwidth=6e9, node=8960, latency=1e-6),
+        Hardware(name="v6e", flops=640e12, memory_bandwidth=1.64e12, memory=32e9, bandwidth=180e9,
+                 outer_bandwidth=12e9, node=256, latency=1e-6),
+        Hardware(name="tpu7x", flops=1600e12, memory_bandwidth=7.4e12, memory=192e9, bandwidth=200e9,
+                 outer_bandwidth=12e9, node=9216, latency=1e-6),
+        # Eight simulated devices in one process: for verification, where bytes matter and seconds do not.
+        Hardware(name="cpu", flops=1e11, memory_bandwidth=2e10, memory=16e9, bandwidth=5e9, outer_bandwidth=1e9,
+                 node=1024, latency=1e-5, scatters=False),
+    )
+}  # fmt: skip
+
+
+def find_hardware(hardware: "str | Path | Hardware") -> Hardware:
+    """A Hardware, one by name, or one from a TOML file."""
+    if isinstance(hardware, Hardware):
+        return hardware
+    if str(hardware) in HARDWARE:
+        return HARDWARE[str(hardware)]
+    if str(hardware).endswith(".toml"):
+        return Hardware.load(hardware)
+    near = difflib.get_close_matches(str(hardware), HARDWARE, 1)
+    raise ValueError(
+        f"hardware {str(hardware)!r} is not one of {', '.join(HARDWARE)}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + "; or give a .toml file"
+    )
