@@ -131,6 +131,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         b, n, t = locate()
         t = tiles - 1 - t  # under a causal mask the last tiles take longest: they start first
         lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
+        if config.overlap:  # it starts on one block; a tile that sees none masks all of it
+            hi = jnp.maximum(hi, lo + 1)
 
         @pl.when(wg < 2)
         def _compute():
@@ -161,7 +163,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                 alpha = jnp.exp2(m - shift)
                 p = jnp.exp2(s * c - lax.broadcast_in_dim(shift, s.shape, [0]))
-                return p.astype(dtype), m_new, l * alpha + p.sum(axis=1), alpha
+                return p, m_new, l * alpha + p.sum(axis=1), alpha
 
             def rescale(acc, alpha):
                 return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
@@ -179,7 +181,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 s = pl.run_scoped(qk, plgpu.ACC((_WG_ROWS, bkv), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 p, m, l, alpha = softmax(s, m, l, j, masked)
-                acc = rescale(acc, alpha)
+                acc, p = rescale(acc, alpha), p.astype(dtype)
                 acc, p, m, l = lax.optimization_barrier((acc, p, m, l))
                 plgpu.barrier_wait(v_barriers.at[slot])
                 your_turn()
@@ -187,9 +189,56 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, m, l
 
+            def overlapped_step(j, carry, masked):
+                """QK of block j and PV of block j - 1 in flight together: this softmax runs under that PV."""
+                acc, m, l, p = carry
+                slot, previous = _slot(j - lo, stages), _slot(j - 1 - lo, stages)
+                plgpu.barrier_wait(k_barriers.at[slot])
+                plgpu.barrier_wait(v_barriers.at[previous])
+
+                def both(s_ref, *acc_ref):
+                    your_turn()
+                    plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
+                    new_acc = _mma(acc, p, v_smem.at[previous], *acc_ref)
+                    your_turn()
+                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(acc_ref))
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    p_new, *rest = lax.optimization_barrier(softmax(s, m, l, j, masked))
+                    new_acc = acc_ref[0][...] if acc_ref else new_acc
+                    # Only now may p's registers change: the PV above reads them while it is in flight.
+                    new_acc, p_new = lax.optimization_barrier((new_acc, p_new))
+                    return new_acc, p_new.astype(dtype), *rest
+
+                accs = [] if _dispatch.interpreted("gpu") else [plgpu.ACC((_WG_ROWS, Hv), jnp.float32)]
+                acc, p, m, l, alpha = pl.run_scoped(both, plgpu.ACC((_WG_ROWS, bkv), jnp.float32), *accs)
+                plgpu.barrier_arrive(v_free.at[previous])
+                return rescale(acc, alpha), m, l, p
+
+            def overlapped(bounds, carry):
+                lo, full_lo, full_hi, hi = bounds
+                acc, m, l = carry
+                plgpu.barrier_wait(k_barriers.at[0])
+
+                def qk(s_ref):
+                    plgpu.wgmma(s_ref, q, k_smem.at[0].transpose((1, 0)))
+                    return s_ref[...]
+
+                s = pl.run_scoped(qk, plgpu.ACC((_WG_ROWS, bkv), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[0])
+                p, m, l, _ = softmax(s, m, l, lo, True)
+                p = p.astype(dtype)
+                inner = lo + 1, jnp.maximum(full_lo, lo + 1), jnp.maximum(full_hi, lo + 1), hi
+                acc, m, l, p = _three_loops(overlapped_step, inner, (acc, m, l, p))
+                last = _slot(hi - 1 - lo, stages)
+                plgpu.barrier_wait(v_barriers.at[last])
+                acc = _mma(acc, p, v_smem.at[last])
+                plgpu.barrier_arrive(v_free.at[last])
+                return acc, m, l
+
             plgpu.barrier_wait(q_barriers.at[wg])
             pl.when(wg == 1)(your_turn)
-            acc, m, l = _three_loops(step, (lo, full_lo, full_hi, hi), (acc, m, l))
+            loops = overlapped if config.overlap else functools.partial(_three_loops, step)
+            acc, m, l = loops((lo, full_lo, full_hi, hi), (acc, m, l))
             pl.when(wg == 0)(your_turn)
 
             seen = l > 0.0
@@ -374,17 +423,17 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
                 slot = _slot(first + j - lo, stages)
                 plgpu.barrier_wait(q_barriers.at[slot])
                 plgpu.barrier_wait(do_barriers.at[slot])
-                lse = plgpu.load(lse_smem.at[slot], layout=across)
-                delta = plgpu.load(delta_smem.at[slot], layout=across)
 
                 def products(s_ref, dp_ref):  # both transposed: keys down, queries across
                     plgpu.wgmma(s_ref, k, q_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
                     s, slope = _soft_cap(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
+                    lse = plgpu.load(lse_smem.at[slot], layout=across)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
                     if masked:
                         p = jnp.where(mask.keep(aux, b, s.shape, 1, j * bq, kv_start), p, 0.0)
                     dp = plgpu.wgmma_accumulator_load(dp_ref)
+                    delta = plgpu.load(delta_smem.at[slot], layout=across)
                     ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
                     return p.astype(dtype), (ds if slope is None else ds * slope).astype(dtype)
 
@@ -594,10 +643,14 @@ def _feed_ring(steps, stages: int, *buffers):
             pl.when(i < steps)(lambda copy=copy: copy(i, slot))
 
 
-def _mma(acc: jax.Array, a: jax.Array, b_ref) -> jax.Array:
-    """acc + a @ b with a in registers, which the interpreter's wgmma does not take."""
+def _mma(acc: jax.Array, a: jax.Array, b_ref, acc_ref=None) -> jax.Array | None:
+    """acc + a @ b with a in registers, which the interpreter's wgmma does not take; left in flight in acc_ref if given."""
     if _dispatch.interpreted("gpu"):
         return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+    if acc_ref is not None:
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, a, b_ref)
+        return None
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
 
 
