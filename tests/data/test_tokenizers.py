@@ -63,10 +63,12 @@ def test_bpe_is_deterministic_and_compresses(bpe):
         train_bpe(CORPUS, 256)
 
 
-def test_text_does_not_spell_control_tokens(bpe):
+def test_text_does_not_spell_control_tokens(tmp_path):
+    trained().save(tmp_path / "tokenizer.json")
+    bpe = load_tokenizer(tmp_path)  # a fresh one: the first call counts
     text = "an <|bos|> in a document"
-    assert bpe.bos_id not in bpe.encode(text)
     assert bpe.bos_id not in bpe.encode_batch([text])[0]
+    assert bpe.bos_id not in bpe.encode(text)
     assert bpe.decode(bpe.encode(text)) == text
     assert list(bpe.encode(text, special=True)).count(bpe.bos_id) == 1
     assert bpe.bos_id not in bpe.encode(text)
