@@ -1,4 +1,4 @@
-"""The whole story on a laptop: train on real text over eight simulated devices, be preempted, resume, reshard, generate.
+"""The whole story on a laptop: train on real text over eight simulated devices, be preempted, resume, reshard, speak.
 
     make demo                                          (or: python examples/train_tiny.py)
     python examples/train_tiny.py --text ~/my-notes    any directory of text in place of Python's own source
@@ -115,7 +115,10 @@ def show_samples(out: Path) -> None:
     run = load_run(out, mesh)
     prompts = ["def ", "class ", "import os\n\n", "    for "]
     ids = [[run.tokenizer.bos_id, *run.tokenizer.encode(text).tolist()] for text in prompts]
-    for text, new in zip(prompts, generate(run.params, run.cfg, ids, max_new_tokens=48, temperature=0.7, mesh=mesh)):
+    new_ids = generate(
+        run.params, run.cfg, ids, max_new_tokens=48, temperature=0.7, top_p=0.95, key=jax.random.key(0), mesh=mesh
+    )
+    for text, new in zip(prompts, new_ids):
         console.print(text + run.tokenizer.decode(np.asarray(new)), style="cyan", highlight=False, markup=False)
         console.print()
 
@@ -137,7 +140,9 @@ def draw_meshes(arrays: dict[str, jax.Array], picture: Path) -> None:
             held.setdefault(box, []).append(shard.device.id)
         for i, ((top, bottom, left, right), ids) in enumerate(sorted(held.items())):
             color = plt.get_cmap("tab10" if len(held) <= 10 else "tab20")(i % 20)
-            axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, facecolor=color, edgecolor="white", lw=2))
+            axes.add_patch(
+                plt.Rectangle((left, top), right - left, bottom - top, facecolor=color, edgecolor="white", lw=2)
+            )
             text = ",".join(map(str, sorted(ids)))
             axes.text((left + right) / 2, (top + bottom) / 2, text, ha="center", va="center", color="white", fontsize=9)
         axes.set(xlim=(0, columns), ylim=(rows, 0), title=name, xlabel="mlp", ylabel="embed")

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from jaxscale.callbacks import Checkpoints, LossPlot, MetricsFile, Progress, TensorBoard, Validate
-from jaxscale.config import TrainConfig
-from jaxscale.data import make_dataset
+from jaxscale.config import ModelConfig, TrainConfig, from_dict
+from jaxscale.data import load_tokenizer, make_dataset
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
@@ -40,7 +40,9 @@ def run(
     mesh = make_mesh(cfg.mesh)
     cfg.mesh.fill(mesh.size).check_model(cfg.model)
     where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    data, held_out = (make_dataset(cfg.data, split=split, **where) for split in ("train", "valid"))
+    saved = out / "tokenizer.json"
+    tokenizer = load_tokenizer(saved) if saved.exists() else None
+    data, held_out = (make_dataset(cfg.data, split=s, tokenizer=tokenizer, **where) for s in ("train", "valid"))
     if data.tokenizer.vocab_size > cfg.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {data.tokenizer.vocab_size} tokens but model.vocab_size={cfg.model.vocab_size}; "
@@ -65,17 +67,18 @@ def run(
         return parts["nll"], parts["weight"]
 
     out.mkdir(parents=True, exist_ok=True)
+    if tokenizer is None and jax.process_index() == 0:
+        data.tokenizer.save(saved)
     checkpointer = Checkpointer(out / "checkpoints", cfg.checkpoint)
     with jax.set_mesh(mesh):
-        newest = checkpointer.latest_step()
-        if newest is None:
+        if checkpointer.latest_step() is None:
             key, param_key = jax.random.split(jax.random.key(cfg.seed))
             state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key)
             position = data.state(0)
         else:
-            state = checkpointer.restore(abstract_train_state(specs, optimizer, mesh, rules), newest)
-            position = checkpointer.metadata(newest)["data"]
-            console.print(f"resumed from step {newest} of {out}", highlight=False)
+            state = checkpointer.restore(abstract_train_state(specs, optimizer, mesh, rules))
+            position = checkpointer.metadata(int(state.step))["data"]
+            console.print(f"resumed from step {int(state.step)} of {out}", highlight=False)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
         def metadata(step: int) -> dict[str, Any]:
@@ -108,6 +111,41 @@ def run(
                 *callbacks,
             ),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """What a run left behind, on the mesh that it was asked for."""
+
+    train: TrainConfig
+    params: Any
+    tokenizer: Any
+    step: int
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.train.model
+
+
+def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRON_FSDP) -> LoadedRun:
+    """The newest good checkpoint of the run in `out`, in the shards of `mesh`, whatever mesh it was trained on.
+
+    Raises:
+      ValueError: `out` holds no run.
+    """
+    from jaxscale.checkpoint import Checkpointer
+
+    out = Path(out)
+    if not (out / "config.json").exists():
+        raise ValueError(f"{out} holds no run: there is no config.json; give the directory that `jaxscale train` wrote")
+    train = from_dict(TrainConfig, json.loads((out / "config.json").read_text()))
+    optimizer = make_optimizer(train.optimizer, train.steps)
+    with Checkpointer(out / "checkpoints") as checkpointer:
+        target = abstract_train_state(decoder.param_specs(train.model), optimizer, mesh, rules)
+        state = checkpointer.restore(target)
+    return LoadedRun(
+        train=train, params=state.params, tokenizer=load_tokenizer(out / "tokenizer.json"), step=int(state.step)
+    )
 
 
 def _total(counts: Iterable[float]) -> float:

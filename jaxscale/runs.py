@@ -3,6 +3,8 @@
 Your own: write such a function in any file and say `jaxscale train my_runs.py:name`.
 """
 
+import dataclasses
+
 from jaxscale.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from jaxscale.models import presets
 
@@ -10,9 +12,9 @@ from jaxscale.models import presets
 def tiny() -> TrainConfig:
     """A language model of Python source, for two CPU cores and five minutes."""
     return TrainConfig(
-        model=presets.tiny(),
+        model=dataclasses.replace(presets.tiny(), vocab_size=2048, max_seq_len=512),
         out="runs/tiny",
-        steps=300,
+        steps=400,
         mesh=MeshConfig(fsdp=-1),
         data=DataConfig(tokenizer="bpe:2048", seq_len=128, batch_size=32),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30),

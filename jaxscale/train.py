@@ -221,8 +221,9 @@ def fit(
             while in_flight:
                 settle()
         finally:
-            for callback in callbacks:
-                callback.on_end()
+            with contextlib.ExitStack() as endings:  # each one is heard, also when another fails
+                for callback in reversed(callbacks):
+                    endings.callback(callback.on_end)
     return state
 
 
