@@ -1,0 +1,247 @@
+"""Checkpointer: round trips over meshes, donation, retention, refusals."""
+
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxscale.checkpoint import Checkpointer
+from jaxscale.config import CheckpointConfig
+
+from .conftest import abstract, bits
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("fsdp8", "fsdp8"), ("fsdp8", "tp4dp2"), ("tp4dp2", "fsdp3"), ("fsdp2tp3", "one"), ("one", "fsdp2tp3")],
+)
+def test_round_trip_over_meshes(tmp_path, make_state, meshes, source, target):
+    state, other = make_state(meshes[source]), make_state(meshes[target], count=0)
+    with Checkpointer(tmp_path / "ckpt") as ckpt:
+        assert ckpt.save(7, state, metadata={"position": 123, "mesh": source})
+        ckpt.wait()
+        restored = ckpt.restore(abstract(other))
+        assert ckpt.metadata()["position"] == 123
+        assert ckpt.verify() == []
+    assert bits(restored) == bits(state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(other), strict=True):
+        if isinstance(want, jax.Array):
+            assert got.sharding.is_equivalent_to(want.sharding, want.ndim)
+
+
+def test_the_state_may_be_donated_at_once(tmp_path, meshes, rng):
+    where = NamedSharding(meshes["fsdp8"], PartitionSpec("fsdp"))
+    state = {f"w{i}": jax.device_put(rng.normal(size=(1024, 512)).astype(np.float32), where) for i in range(4)}
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 3 + 1, tree), donate_argnums=0)
+    jax.block_until_ready(step(jax.tree.map(jnp.copy, state)))  # compiled: the next call starts to overwrite at once
+    for trial in range(3):
+        want = bits(jax.tree.map(jnp.copy, state))  # of a copy: a numpy view would keep the buffers from being reused
+        with Checkpointer(tmp_path / str(trial)) as ckpt:
+            ckpt.save(1, state)
+            donated, state = state, step(state)
+            state = step(state)
+            assert all(x.is_deleted() for x in donated.values())
+            ckpt.wait()
+            assert bits(ckpt.restore(abstract(state))) == want
+        assert bits(jax.tree.map(jnp.copy, state)) != want
+
+
+def test_keep_last_and_keep_every(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=2, keep_every=4)) as ckpt:
+        for step in range(1, 8):
+            assert ckpt.save(step, {"x": jnp.full(3, float(step))})
+        ckpt.wait()
+        assert ckpt.steps() == [4, 6, 7]
+        assert not ckpt.save(7, {"x": jnp.zeros(3)})
+        for step in ckpt.steps():
+            assert ckpt.restore({"x": jnp.zeros(3)}, step)["x"][0] == step
+
+
+def test_the_last_verified_step_is_kept(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig(keep_last=1)) as ckpt:
+        ckpt.save(1, {"x": jnp.zeros(3)})
+        assert ckpt.verify(1) == []
+        for step in (2, 3, 4):
+            ckpt.save(step, {"x": jnp.zeros(3)})
+        ckpt.wait()
+        assert ckpt.steps() == [1, 4]
+
+
+def test_another_tree_is_refused_with_the_differences(tmp_path):
+    saved = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4), "c": {"d": jnp.int32(1)}}
+    wanted = {"a": jnp.zeros((2, 5)), "b": jnp.zeros(4, jnp.bfloat16), "e": jnp.zeros(1)}
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, saved)
+        with pytest.raises(ValueError) as caught:
+            ckpt.restore(wanted)
+    message = str(caught.value)
+    for part in (
+        "1 missing: e",
+        "1 extra: c/d",
+        "a is float32[2,3] where float32[2,5]",
+        "b is float32[4] where bfloat16",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_half_written_steps_are_ignored_and_cleaned(tmp_path, caplog):
+    state = {"x": jnp.arange(4.0)}
+    with Checkpointer(tmp_path) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state)
+    (tmp_path / "2" / "commit.json").unlink()
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "3.orbax-checkpoint-tmp" / "data").write_bytes(b"half")
+    (tmp_path / "4").mkdir()  # not ours: nothing says that jaxscale wrote it
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "removing").touch()  # a removal that was killed
+    with Checkpointer(tmp_path) as ckpt:
+        assert ckpt.steps() == [1]
+        assert bits(ckpt.restore(state)) == bits(state)
+        assert (tmp_path / "2").exists()  # a reader leaves everything as it is
+        ckpt.save(6, state)
+        ckpt.wait()
+        assert ckpt.steps() == [1, 6]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "6"]
+
+
+def test_missing_and_unwritable_directories(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*nowhere"):
+        Checkpointer(tmp_path / "nowhere").restore({"x": jnp.zeros(1)})
+    with Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, {"x": jnp.zeros(1)})
+        with pytest.raises(FileNotFoundError, match=r"no complete checkpoint of step 9 in .* it has \[1\]"):
+            ckpt.metadata(9)
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"checkpoint directory .*file/run cannot be written"):
+        Checkpointer(tmp_path / "file" / "run").save(1, {"x": jnp.zeros(1)})
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    from jaxscale.checkpoint import store
+
+    state = {"x": jnp.zeros(1)}
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state)
+        ckpt.wait()
+        commit = store._read_json(ckpt.directory / "1" / "commit.json")
+        assert commit is not None
+        store._write_json(ckpt.directory / "1" / "commit.json", commit | {"format": store.FORMAT + 1})
+        with pytest.raises(ValueError, match="upgrade"):
+            ckpt.restore(state)
+
+
+def test_what_cannot_be_saved_says_so(tmp_path):
+    with Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(ValueError, match="no arrays"):
+            ckpt.save(1, {})
+        with pytest.raises(TypeError, match="JSON"):
+            ckpt.save(1, {"x": jnp.zeros(1)}, metadata={"f": print})
+        with pytest.raises(ValueError, match="two leaves are named 'a/b'"):
+            ckpt.save(1, {"a/b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}})
+        with pytest.raises(NotImplementedError, match="uint4"):
+            ckpt.save(1, {"x": jnp.zeros(1, jnp.uint4)})
+
+
+@pytest.mark.parametrize("dtype", ["int4", "float8_e4m3fn", "bfloat16", "bool", "uint8", "int16", "float16"])
+def test_narrow_dtypes(tmp_path, rng, dtype):
+    state = {"x": jnp.asarray(rng.integers(0, 7, (5, 6)).astype(jnp.dtype(dtype)))}
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state)
+        assert bits(ckpt.restore(abstract(state))) == bits(state)
+        assert ckpt.verify() == []
+
+
+CHILD = """
+    import os, signal, resource, sys, logging
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax.numpy as jnp
+    from jaxscale.checkpoint import Checkpointer
+    from jaxscale.config import CheckpointConfig
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    small, big = jnp.arange(1000.0), jnp.ones((1 << 20,)) * 3
+"""
+
+
+def run_child(code, *args):
+    root = pathlib.Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD) + textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""},
+    )
+
+
+def test_a_full_disk_leaves_the_last_good_step(tmp_path):
+    """The kernel refuses to let a file grow, as a full disk does, while step 2 and 3 are saved."""
+    child = run_child(
+        """
+        ckpt = Checkpointer(sys.argv[1], CheckpointConfig(keep_last=3))
+        ckpt.save(1, {"x": small}); ckpt.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        assert ckpt.save(2, {"x": big})           # fails in the background
+        assert ckpt.save(3, {"x": big})           # training goes on
+        try:
+            ckpt.wait()
+        except OSError as error:
+            print("WAIT", error)
+        assert ckpt.steps() == [1], ckpt.steps()
+        assert (ckpt.restore({"x": small})["x"] == small).all()
+        print("LEFT", sorted(os.listdir(sys.argv[1])))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert ckpt.save(4, {"x": big})           # space again
+        ckpt.close()
+        assert ckpt.steps() == [1, 4]
+        stop = Checkpointer(sys.argv[1] + "/stop", on_error="stop")
+        stop.save(1, {"x": small}); stop.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        stop.save(2, {"x": big})
+        try:
+            stop.save(3, {"x": big})
+        except OSError as error:
+            print("STOP", error)
+        stop.save(4, {"x": small}); stop.close()  # raised once, not again
+        assert stop.steps() == [1, 4]
+        """,
+        tmp_path / "run",
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "LEFT ['1']" in child.stdout
+    for line in child.stdout.splitlines():
+        if line.startswith(("WAIT", "STOP")):
+            assert "was not saved" in line
+            assert "the newest complete step is 1" in line
+    assert child.stdout.count("was not saved") == 2
+
+
+def test_import_of_jaxscale_does_not_import_orbax():
+    child = run_child("import jaxscale; assert not any(m.startswith('orbax') for m in sys.modules)".strip())
+    assert child.returncode == 0, child.stderr
+
+
+def test_failures_are_logged(tmp_path, caplog, monkeypatch):
+    from jaxscale.checkpoint import arrays
+
+    with caplog.at_level(logging.ERROR, "jaxscale.checkpoint"), Checkpointer(tmp_path) as ckpt:
+        with monkeypatch.context() as patch:
+            patch.setattr(arrays, "local_share", lambda array: 1 / 0)
+            ckpt.save(1, {"x": jnp.zeros(3)})
+            ckpt.save(2, {"x": jnp.zeros(3)})
+            with pytest.raises(OSError, match="step 2 was not saved"):
+                ckpt.wait()
+        ckpt.save(3, {"x": jnp.zeros(3)})
+    assert "step 1 was not saved" in caplog.text
+    assert Checkpointer(tmp_path).steps() == [3]
