@@ -90,7 +90,7 @@ class CostModel:
         for out, axes in reduced.items():
             n = len(step.ins) + out
             payload = self.bytes(step, arrays[n], layouts[n])
-            scattered = tuple(a for a in axes if a in self.stored_over) if step.gradient else ()
+            scattered = tuple(a for a in axes if a in self.stored_over and step.gradient and self.hardware.scatters)
             kept = tuple(a for a in axes if a not in scattered)
             if scattered:
                 traffic.append(Traffic("reduce-scatter", payload, scattered, count, step.primitive))

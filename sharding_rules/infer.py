@@ -124,8 +124,10 @@ class Inferred:
         self._classify(walker, params, args)
         self._steps(walker)
         self.reads: dict[int, int] = {}  # leaf -> how often a step gathers it, were it stored in parts
-        for (leaf, _), count in walker.reads.items():
-            self.reads[leaf] = self.reads.get(leaf, 0) + count
+        for (leaf, scope), count in walker.reads.items():
+            # What the forward pass gathers is kept for the backward pass, unless its block is recomputed.
+            if leaf not in self.reads or scope in walker.recomputed:
+                self.reads[leaf] = self.reads.get(leaf, 0) + count
         from sharding_rules.roles import name_axes
 
         name_axes(self, walker)

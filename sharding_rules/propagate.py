@@ -57,6 +57,7 @@ class Walker:
         self.out_origins: list[int | None] = []  # of the outputs of the body walked last
         self.count = 1  # executions of the body that is being walked
         self.scope = 0
+        self.recomputed: set[int] = set()  # bodies that the backward pass runs again
         self._scopes = 0
 
     def walk(self, jaxpr, consts: Sequence[Dims], args: Sequence[Dims], origins: Sequence[int | None]) -> list[Dims]:
@@ -588,7 +589,9 @@ def cond(w: Walker, eqn, ins):
 def remat(w: Walker, eqn, ins):
     """A recomputed block reads its parameters once more: a scope of its own."""
     origins = [w.origin(v) for v in eqn.invars]
-    return w.body(eqn.params["jaxpr"], ins, origins, 1)
+    if eqn.params.get("differentiated"):
+        w.recomputed.add(w._scopes + 1)
+    return w.body(eqn.params["jaxpr"], ins, origins, 1, new_scope=bool(eqn.params.get("differentiated")))
 
 
 ELEMENTWISE = """

@@ -254,7 +254,9 @@ class Problem:
         payload = math.prod(array.shape) * array.dtype.itemsize
         payload /= math.prod(self.mesh_shape[m] for p in computed for m in p)
         for dim in self.model.params[leaf]:
-            payload /= math.prod(self.model.logical[i].size for i in dim if self.model.logical[i].loop)
+            # A loop gathers one layer each time; slices of a stack are gathered one by one and make up the whole.
+            walked = [self.model.logical[i] for i in dim]
+            payload /= math.prod(a.size for a in walked if a.loop and not a.segments)
         return [Traffic("all-gather", payload, over, reads, "a stored parameter is read")]
 
     def leaf_bytes(self, leaf: int, splits: Mapping[int, Choice]) -> float:

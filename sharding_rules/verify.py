@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sharding_rules.gathered import gathered
 from sharding_rules.hlo import Collective, collectives
 from sharding_rules.infer import infer
 
@@ -80,7 +81,8 @@ def verify(
         tuple(plan.mesh_shape),
         axis_types=(AxisType.Auto,) * len(plan.mesh_shape),
     )
-    compiled, run = compile_with(fn, mesh, small.specs, small.rules.compute.get("batch", ()), model.train, params, args)
+    partitioned = gathered(small, fn, mesh) if small.rules.spill else fn
+    compiled, run = compile_with(partitioned, mesh, small.specs, small.rules.compute.get("batch", ()), model.train, params, args)
     found = collectives(compiled.as_text())
     error = None
     if not topology:
