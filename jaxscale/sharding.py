@@ -1,15 +1,19 @@
 """Shardings of activations, said by logical axes. Without a mesh in context every function here is the identity."""
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+RESTING = MEGATRON_FSDP.spill  # mesh axes that say where a parameter rests, not how it is computed with
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:
@@ -67,3 +71,70 @@ def gather_params(params: Any, specs: Any, dtype: Any, rules: Rules = MEGATRON_F
         return constrain(x.astype(dtype), spec.axes[len(spec.axes) - x.ndim :], rules)
 
     return jax.tree.map(gather, params, specs)
+
+
+def auto(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(params, ...)`, a pure function that says nothing about shardings, for the mesh in context.
+
+    What is computed how is left to the partitioner (`jax.sharding.auto_axes`); only the parameters are gathered first
+    over the axes that they merely rest on (fsdp, cp), where the partitioner alone would rather gather activations. The
+    mesh stays Explicit outside: gradients and optimizer state are sharded as the parameters are.
+
+        params = jax.jit(init, out_shardings=fsdp_shardings(jax.eval_shape(init, key), mesh))(key)
+        step = make_train_step(auto(loss_fn), optimizer)
+
+    Args:
+      fn: its arguments are trees of arrays, parameters first; what it returns should be small (losses, metrics), for it
+        comes back whole on every device.
+    """
+
+    @functools.wraps(fn)
+    def sharded(params, *args, **kwargs):
+        mesh = active_mesh()
+        if mesh is None or not any(t == AxisType.Explicit for t in mesh.axis_types):
+            return fn(params, *args, **kwargs)
+        params = jax.tree.map(lambda x: jax.reshard(x, _without(jax.typeof(x).sharding.spec, RESTING)), params)
+        leaves, treedef = jax.tree.flatten((params, args, kwargs))  # auto_axes takes arrays by position only
+
+        def flat(*leaves):
+            params, args, kwargs = jax.tree.unflatten(treedef, leaves)
+            return fn(params, *args, **kwargs)
+
+        return jax.sharding.auto_axes(flat, out_sharding=P())(*leaves)
+
+    return sharded
+
+
+def fsdp_shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any = None) -> Any:
+    """Fully sharded data parallelism for any tree of parameters: each rests split along its largest dim that divides.
+
+    Args:
+      params: arrays or ShapeDtypeStructs.
+      specs: a tree of PartitionSpec like params: what is split already, over tp say.
+
+    Returns:
+      A tree of NamedSharding like params. What no dim of divides stays as it was.
+    """
+    axes = tuple(a for a in RESTING if mesh.shape[a] > 1)
+    size = math.prod(mesh.shape[a] for a in axes)
+
+    def place(x, spec):
+        held = [(e,) if isinstance(e, str) else tuple(e or ()) for e in (*spec, *[None] * (len(x.shape) - len(spec)))]
+        left = [n // math.prod(mesh.shape[a] for a in h) for n, h in zip(x.shape, held, strict=True)]
+        fits = [d for d, n in enumerate(left) if n and n % size == 0]
+        if axes and fits and not axes_of(spec) & set(axes):
+            dim = max(fits, key=lambda d: left[d])
+            held[dim] += axes
+        return NamedSharding(mesh, P(*(h[0] if len(h) == 1 else h or None for h in held)))
+
+    return jax.tree.map(place, params, jax.tree.map(lambda _: P(), params) if specs is None else specs)
+
+
+def _without(spec: P, axes: Sequence[str]) -> P:
+    entries = [[a for a in ((e,) if isinstance(e, str) else e or ()) if a not in axes] for e in spec]
+    return P(*(e[0] if len(e) == 1 else tuple(e) or None for e in entries))
+
+
+def axes_of(entries: Any) -> frozenset[str]:
+    """The mesh axes in the entries of a PartitionSpec."""
+    return frozenset(a for e in entries if e is not None for a in ((e,) if isinstance(e, str) else e))
