@@ -204,8 +204,10 @@ class Checkpointer:
     ) -> None:
         """In the background thread: the arrays, their checksums, the commit, and then what is too old."""
         started = started or arrays.start_save(path, copies)
-        shares = {name: arrays.local_share(copy) for name, copy in copies.items()}
-        started.result()
+        try:
+            shares = {name: arrays.local_share(copy) for name, copy in copies.items()}
+        finally:
+            started.result()  # nothing may be left writing when this ends
         me, processes = jax.process_index(), jax.process_count()
         if me:
             _write_json(self.directory / str(step) / f"shares.{me}.json", shares)
