@@ -108,7 +108,7 @@ class MeshParity(NamedTuple):
                 bad = sum(not d <= self.grad_tolerance for d in self.grad_diffs.values())
                 return (
                     f"on mesh {self.mesh} the gradient of {name} differs by {diff:.2g} "
-                    f"(tolerance {self.grad_tolerance:g}), the first of {bad} among {len(self.grad_diffs)}; the loss by {self.loss_diff:.2g}"
+                    f"(tolerance {self.grad_tolerance:g}), the first of {bad}; the loss by {self.loss_diff:.2g}"
                 )
         if not self.loss_diff <= self.loss_tolerance:
             return f"on mesh {self.mesh} the loss differs by {self.loss_diff:.2g} (tolerance {self.loss_tolerance:g})"

@@ -46,31 +46,86 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = MEGATRON_
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def enter(
+    x: jax.Array, axes: Sequence[str | None], weights: Sequence[jax.Array], rules: Rules = MEGATRON_FSDP
+) -> list[jax.Array]:
+    """`x` laid out by `axes`, once for each of the weights [D, ...] that it is about to be multiplied by.
+
+    Where a weight's outputs are split (over tp), the gradients that come back to x are partial sums. x is then typed
+    `reduced`, which keeps them so until all its uses are added: one reduce-scatter instead of an all-reduce for each.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return [x] * len(weights)
+    spec = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
+    split = [axes_of(partitions(w)[1:]) for w in weights]
+    made = {s: jax.reshard(x, P(*spec, reduced=s)) for s in set(split)}
+    return [made[s] for s in split]
+
+
 def einsum(
-    subscripts: str, *operands: jax.Array, axes: Sequence[str | None] | None = None, rules: Rules = MEGATRON_FSDP
+    subscripts: str, x: jax.Array, w: jax.Array, *, axes: Sequence[str | None], rules: Rules = MEGATRON_FSDP
 ) -> jax.Array:
-    """jnp.einsum whose result is laid out by `axes`; they must be said where a split dim is contracted."""
-    if axes is None or active_mesh() is None:
-        return jnp.einsum(subscripts, *operands)
-    sizes = {}
+    """jnp.einsum of activations with a gathered weight, the result laid out by `axes`.
+
+    Where a split dim is contracted (heads or mlp over tp) the parts are summed as they are scattered to that layout.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return jnp.einsum(subscripts, x, w)
     inputs, output = subscripts.split("->")
-    for names, x in zip(inputs.split(","), operands, strict=True):
-        sizes.update(zip(names, x.shape))
-    spec = compute_spec([sizes[n] for n in output], axes, rules)
-    return jnp.einsum(subscripts, *operands, out_sharding=spec)
+    names, weight_names = inputs.split(",")
+    sizes = dict(zip(names, x.shape)) | dict(zip(weight_names, w.shape))
+    layout = dict(zip(names, partitions(x)))
+    partial = axes_of(layout[n] for n in names if n not in output)
+    kept = P(*(layout.get(n) for n in output), unreduced=partial)
+    spec = resolve_spec([sizes[n] for n in output], axes, rules.compute, dict(mesh.shape)).spec
+    return jax.reshard(jnp.einsum(subscripts, x, w, out_sharding=kept), spec)
 
 
-def gather_params(params: Any, specs: Any, dtype: Any, rules: Rules = MEGATRON_FSDP) -> Any:
+def gather_params(
+    params: Any, specs: Any, dtype: Any, rows: Sequence[int] | None = None, rules: Rules = MEGATRON_FSDP
+) -> Any:
     """Parameters as the computation wants them: cast to `dtype`, gathered over fsdp, still split over tp.
 
     Casting first halves the bytes that are gathered. The gradient comes back through the transpose: scattered over the
     axes that were gathered, in the dtype at rest.
+
+    Args:
+      rows: (B, T) of the activations that the parameters will meet. Matrices are typed `reduced` over the mesh axes
+        that split these rows: their gradients stay partial sums until all uses are added, then reduce-scatter once.
+        (Vectors, which are broadcast over rows and not contracted with them, cannot be.)
     """
+    mesh = active_mesh()
+    if mesh is None:
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+    shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, dict(mesh.shape)).spec if rows else ())
 
     def gather(x, spec):
-        return constrain(x.astype(dtype), spec.axes[len(spec.axes) - x.ndim :], rules)
+        axes = spec.axes[len(spec.axes) - x.ndim :]
+        where = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
+        matrix = "embed" in axes and len(axes) > 1
+        return jax.reshard(x.astype(dtype), P(*where, reduced=shared if matrix else frozenset()))
 
     return jax.tree.map(gather, params, specs)
+
+
+def saveable(remat: str, prim: Any, *args: Any, **params: Any) -> bool:
+    """A jax.checkpoint policy for layers that gather: whether the backward pass keeps what `prim` returns.
+
+    "none" keeps everything that was computed, "dots" the matmuls with weights, "full" nothing. What was gathered is
+    gathered again in every case: kept, each layer's whole weights would undo FSDP and the sequence-parallel norms. What
+    was summed and scattered is kept instead of its partial sums, which are tp times as large.
+    """
+    if remat == "full":
+        return False
+    if prim.name == "reshard":
+        return bool(args[0].sharding.spec.unreduced)
+    if remat == "none":
+        return True
+    out = params.get("out_sharding")
+    partial = out is not None and bool(out.spec.unreduced)
+    return not partial and bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params))
 
 
 def auto(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,6 +188,11 @@ def fsdp_shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any = None) ->
 def _without(spec: P, axes: Sequence[str]) -> P:
     entries = [[a for a in ((e,) if isinstance(e, str) else e or ()) if a not in axes] for e in spec]
     return P(*(e[0] if len(e) == 1 else tuple(e) or None for e in entries))
+
+
+def partitions(x: jax.Array) -> tuple[Any, ...]:
+    """How each dim of a traced array is split: a mesh axis, several, or None."""
+    return jax.typeof(x).sharding.spec.partitions
 
 
 def axes_of(entries: Any) -> frozenset[str]:

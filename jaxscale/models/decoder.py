@@ -11,7 +11,7 @@ from jaxscale.config import ModelConfig
 from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_cap
 from jaxscale.parallel import tensor
 from jaxscale.params import ParamSpec, constant, normal
-from jaxscale.sharding import compute_spec, constrain, einsum, gather_params
+from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, saveable
 from pallas_kernels import attention
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -58,6 +58,9 @@ def loss_fn(
       loss: nll, plus z_loss times the mean squared logsumexp (PaLM, arXiv 2204.02311).
       parts: nll, and weight: the number of labels, by which micro-batches are averaged.
     """
+    if cfg.tie_embeddings:  # gathered once for both uses, so that their gradients are added before they are scattered
+        table = _gather(params["embed"], param_specs(cfg)["embed"], cfg, batch["tokens"].shape, rules)
+        params = params | {"embed": table}
     x, _ = hidden(
         params,
         batch["tokens"],
@@ -70,7 +73,12 @@ def loss_fn(
     labels = batch["labels"]
     with jax.named_scope("loss"):
         nll, lse = tensor.token_losses(
-            x, _head(params, cfg, rules), labels, chunk=chunk, logit_soft_cap=cfg.logit_soft_cap, rules=rules
+            x,
+            _head(params, cfg, labels.shape, rules),
+            labels,
+            chunk=chunk,
+            logit_soft_cap=cfg.logit_soft_cap,
+            rules=rules,
         )
         counted = constrain((labels >= 0).astype(jnp.float32), ("batch", "seq"), rules)
         weight = counted.sum()
@@ -99,7 +107,7 @@ def hidden(
       cache: from `init_cache`. A row's keys and values go to the slots positions[row, 0] onwards, one after another;
         its queries then see every slot up to their own position. Without segment_ids. Donate it: no copy is made then.
     """
-    specs, dtype = param_specs(cfg), jnp.dtype(cfg.dtype)
+    specs = param_specs(cfg)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     tokens, positions = (constrain(x, ("batch", "seq"), rules) for x in (tokens, positions))
@@ -107,25 +115,24 @@ def hidden(
         segment_ids = constrain(segment_ids, ("batch", "seq"), rules)
 
     with jax.named_scope("embed"):
-        table = gather_params(params["embed"], specs["embed"], dtype, rules)
+        table = _gather(params["embed"], specs["embed"], cfg, tokens.shape, rules)
         x = tensor.embed(table, tokens, rules)
         if cfg.scale_embeddings:
-            x = x * jnp.asarray(cfg.embed_dim**0.5, dtype)
+            x = x * jnp.asarray(cfg.embed_dim**0.5, x.dtype)
 
     def layer(carry, stacked):
         x, cache = carry
         p, index, local = stacked
-        p = gather_params(p, specs["layers"], dtype, rules)
+        p = _gather(p, specs["layers"], cfg, tokens.shape, rules)
         return _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules), None
 
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+    if remat != "none" or active_mesh() is not None:
+        layer = jax.checkpoint(layer, policy=functools.partial(saveable, remat), prevent_cse=False)
     # The whole cache is carried and each layer writes its slots in place; scanned over, it would be copied every step.
     indices, local = jnp.arange(cfg.num_layers, dtype=jnp.int32), jnp.asarray(cfg.local_layers)
     (x, cache), _ = jax.lax.scan(layer, (x, cache), (params["layers"], indices, local))
     with jax.named_scope("final_norm"):
-        scale = gather_params(params["final_norm"], specs["final_norm"], jnp.float32, rules)
+        scale = gather_params(params["final_norm"], specs["final_norm"], jnp.float32, rules=rules)
         return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset), cache
 
 
@@ -134,7 +141,12 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Float32 logits of activations, split over the vocabulary."""
     x = constrain(x, INSIDE, rules)
-    out = jnp.einsum("BTD,DV->BTV", x, _head(params, cfg, rules), preferred_element_type=jnp.float32)
+    if cfg.tie_embeddings:  # [V, D] as it lies: for one row the CPU takes six times as long with its transpose
+        table = _gather(params["embed"], param_specs(cfg)["embed"], cfg, x.shape[:2], rules)
+        out = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+    else:
+        head = _head(params, cfg, x.shape[:2], rules)
+        out = jnp.einsum("BTD,DV->BTV", x, head, preferred_element_type=jnp.float32)
     return soft_cap(out, cfg.logit_soft_cap)
 
 
@@ -158,7 +170,7 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     ones, zeros = constant(1.0 - cfg.norm_offset), constant(0.0)
     # What writes into the residual stream starts smaller by the number of writes (GPT-2).
     into = normal(D**-0.5)
-    out_of = lambda fan_in: normal(fan_in**-0.5 * (2 * L) ** -0.5)  # noqa: E731
+    out_of = lambda fan_in: normal(fan_in**-0.5 * (2 * L) ** -0.5)
     norm = spec(layers, embed, init=ones)
 
     attn = {
@@ -207,20 +219,21 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
 def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules):
     norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
     with jax.named_scope("attention"):
-        y = constrain(norm(x, p["attn_norm"]), INSIDE, rules)
-        y, cache = _attention_block(p["attn"], y, cfg, local, positions, segment_ids, index, cache, rules)
+        y, cache = _attention_block(
+            p["attn"], norm(x, p["attn_norm"]), cfg, local, positions, segment_ids, index, cache, rules
+        )
         x = x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y)
     with jax.named_scope("mlp"):
-        y = constrain(norm(x, p["mlp_norm"]), INSIDE, rules)
-        y = _mlp_block(p["mlp"], y, cfg, rules)
+        y = _mlp_block(p["mlp"], norm(x, p["mlp_norm"]), cfg, rules)
         x = x + (norm(y, p["mlp_post_norm"]) if cfg.post_norms else y)
     return x, cache
 
 
 def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules):
-    q = jnp.einsum("BTD,DNH->BTNH", y, p["wq"])
-    k = jnp.einsum("BTD,DKH->BTKH", y, p["wk"])
-    v = jnp.einsum("BTD,DKH->BTKH", y, p["wv"])
+    y_q, y_kv = enter(y, INSIDE, (p["wq"], p["wk"]), rules)
+    q = jnp.einsum("BTD,DNH->BTNH", y_q, p["wq"])
+    k = jnp.einsum("BTD,DKH->BTKH", y_kv, p["wk"])
+    v = jnp.einsum("BTD,DKH->BTKH", y_kv, p["wv"])
     if cfg.qkv_bias:
         q, k, v = (x + p[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     if cfg.qk_norm:
@@ -261,17 +274,18 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
 
 
 def _mlp_block(p, y, cfg, rules):
+    (y,) = enter(y, INSIDE, (p["w_up"],), rules)
     h = gated_mlp(y, p, cfg.activation)
     out = einsum("BTF,FD->BTD", h, p["w_down"], axes=RESIDUAL, rules=rules)
     return out + p["b_down"][None, None] if cfg.mlp_bias else out
 
 
-def _head(params, cfg, rules):
+def _head(params, cfg, rows, rules):
     """[D, V] in the computation's dtype."""
     specs = param_specs(cfg)
     if cfg.tie_embeddings:
-        return gather_params(params["embed"], specs["embed"], jnp.dtype(cfg.dtype), rules).T
-    return gather_params(params["head"], specs["head"], jnp.dtype(cfg.dtype), rules)
+        return _gather(params["embed"], specs["embed"], cfg, rows, rules).T
+    return _gather(params["head"], specs["head"], cfg, rows, rules)
 
 
 def _rotation(cfg: ModelConfig, local: Array) -> tuple[Any, Any]:
@@ -289,12 +303,26 @@ def _rotation(cfg: ModelConfig, local: Array) -> tuple[Any, Any]:
     return jnp.where(local, near.astype("f"), far.astype("f")), jnp.where(local, near_factor, far_factor)
 
 
+def _gather(params, specs, cfg, rows, rules):
+    return gather_params(params, specs, jnp.dtype(cfg.dtype), rows, rules)
+
+
 def _write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
     """[L, B, S, K, H] with `new` [B, T, K, H] written to layer `index`, at each row's first position onwards."""
-    new = constrain(new.astype(cache.dtype), ("batch", None, "kv_heads", None), rules)
+    new = constrain(new.astype(cache.dtype), CACHE[1:], rules)
     starts = constrain(positions[:, 0], ("batch",), rules)
 
-    def write(rows, x, start):
-        return jax.lax.dynamic_update_slice(rows, x[None], (index, start, 0, 0))
+    def write_local(cache, new, index, starts):
+        # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to the
+        # front, and XLA then transposes the whole cache.
+        rows = jnp.arange(starts.shape[0], dtype=jnp.int32)
+        where = jnp.stack([jnp.full_like(rows, index), rows, starts], axis=1)
+        dims = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+        )
+        unique = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
+        return jax.lax.scatter(cache, where, new, dims, **unique)
 
-    return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(cache, new, starts)
+    if active_mesh() is not None:
+        write_local = jax.shard_map(write_local, out_specs=jax.typeof(cache).sharding.spec)
+    return write_local(cache, new, index, starts)

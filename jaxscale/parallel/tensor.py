@@ -1,8 +1,7 @@
 """Tensor-parallel ops whose communication must not be left to the partitioner: attention over heads, the vocabulary-
-parallel embedding and loss (Megatron-LM, arXiv 1909.08053). Each is its single-device twin when no mesh is in context."""
+parallel embedding and loss (Megatron-LM, arXiv 1909.08053). Without a mesh each is its single-device twin."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.layers import soft_cap
-from jaxscale.sharding import active_mesh, compute_spec, constrain
+from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 TP = "tp"
@@ -38,31 +37,30 @@ def attention(
     if segment_ids is not None:
         segment_ids = (segment_ids[0], constrain(segment_ids[1], kv_rows, rules))
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
-    q_spec, kv_spec = (jax.typeof(x).sharding.spec for x in (q, k))
     # Query heads split, kv heads whole: they did not divide. Each shard then takes the kv heads of its own queries.
-    pick = q_spec[2] is not None and kv_spec[2] is None
+    pick = partitions(q)[2] is not None and partitions(k)[2] is None
 
     def attention_local(q, k, v, positions, segment_ids):
         if pick:
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
         return attend(q, k, v, positions=positions, segment_ids=segment_ids)
 
-    return jax.shard_map(attention_local, out_specs=q_spec)(q, k, v, positions, segment_ids)
+    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids)
 
 
-def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], rules: Rules = MEGATRON_FSDP
-) -> Float[Array, "B T D"]:
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], rules: Rules = MEGATRON_FSDP) -> Float[Array, "B T D"]:
     """Rows of the table. Split over the vocabulary, each shard looks up what it holds and the parts are summed: the
     gradient then moves V/tp x D numbers, where a plain gather makes the partitioner replicate the table."""
     out_axes = ("batch", "norm_seq", "embed")
-    vocab_split = active_mesh() is not None and jax.typeof(table).sharding.spec[0] is not None
+    vocab_split = active_mesh() is not None and partitions(table)[0] is not None
     if not vocab_split:
         spec = compute_spec(tokens.shape + table.shape[1:], ("batch", "seq", "embed"), rules)
-        return constrain(table.at[tokens].get(out_sharding=spec) if spec is not None else table[tokens], out_axes, rules)
+        return constrain(
+            table.at[tokens].get(out_sharding=spec) if spec is not None else table[tokens], out_axes, rules
+        )
     tokens = constrain(tokens, ("batch", "seq"), rules)
     out_spec = compute_spec(tokens.shape + table.shape[1:], out_axes, rules) or P()
-    scatter = _mentions(out_spec[1], TP)
+    scatter = TP in axes_of(out_spec[1:2])
 
     def embed_local(table, tokens):
         local = tokens - jax.lax.axis_index(TP) * table.shape[0]
@@ -86,21 +84,27 @@ def token_losses(
 
     The rows are taken `chunk` at a time and their logits are computed again in the backward pass.
     """
-    mesh = active_mesh()
-    if mesh is None:
+    if active_mesh() is None:
         return _token_losses_local(x, head, labels, chunk, logit_soft_cap, None)
-    x = constrain(x, ("batch", "seq", "embed"), rules)
-    labels = constrain(labels, ("batch", "seq"), rules)
-    rows = jax.typeof(labels).sharding.spec
-    vocab_axis = TP if _mentions(jax.typeof(head).sharding.spec[1], TP) else None
+    vocab_axis = TP if TP in axes_of(partitions(head)[1:]) else None
+    # A head that tp does not split meets other rows on each shard of tp, as in the norms.
+    seq = "seq" if vocab_axis else "norm_seq"
+    (x,) = enter(x, ("batch", seq, "embed"), (head,), rules)
+    labels = constrain(labels, ("batch", seq), rules)
+    rows = P(*partitions(labels))
 
     def losses_local(x, head, labels):
-        # Say that the head will be used by different rows on each shard: its gradient is then summed once, not per chunk.
-        split = tuple(a for entry in rows if entry for a in ((entry,) if isinstance(entry, str) else entry))
-        head = jax.lax.pcast(head, split, to="varying") if split else head
+        # What is alike on several shards but used differently by each: its gradient is summed once, not per chunk.
+        head = _vary(head, axes_of(rows) - {TP})
+        head, x = (head, _vary(x, {TP})) if vocab_axis else (_vary(head, axes_of(rows) & {TP}), x)
         return _token_losses_local(x, head, labels, chunk, logit_soft_cap, vocab_axis)
 
-    return jax.shard_map(losses_local, out_specs=(rows, rows))(x, head, labels)
+    nll, lse = jax.shard_map(losses_local, out_specs=(rows, rows))(x, head, labels)
+    return constrain(nll, ("batch", "seq"), rules), constrain(lse, ("batch", "seq"), rules)
+
+
+def _vary(x, axes):
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def _token_losses_local(x, head, labels, chunk, logit_soft_cap, axis_name):
@@ -137,7 +141,3 @@ def _own_kv_heads(x: Array, num_local: int, group: int) -> Array:
     if group % num_local == 0 or num_local % group == 0:
         return jax.lax.dynamic_slice_in_dim(x, first // group, max(1, num_local // group), axis=2)
     return jnp.take(x, (first + jnp.arange(num_local)) // group, axis=2)
-
-
-def _mentions(entry: Any, axis: str) -> bool:
-    return entry == axis or (isinstance(entry, tuple) and axis in entry)
