@@ -194,7 +194,6 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 acc, m, l, p = carry
                 slot, previous = _slot(j - lo, stages), _slot(j - 1 - lo, stages)
                 plgpu.barrier_wait(k_barriers.at[slot])
-                plgpu.barrier_wait(v_barriers.at[previous])
 
                 def both(s_ref, *acc_ref):
                     your_turn()
@@ -204,6 +203,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(acc_ref))
                     plgpu.barrier_arrive(k_free.at[slot])
                     p_new, *rest = lax.optimization_barrier(softmax(s, m, l, j, masked))
+                    # The loop in this wait ends a basic block: ptxas would move the exponentials below the PV's end.
+                    plgpu.barrier_wait(v_barriers.at[slot])
                     new_acc = acc_ref[0][...] if acc_ref else new_acc
                     # Only now may p's registers change: the PV above reads them while it is in flight.
                     new_acc, p_new = lax.optimization_barrier((new_acc, p_new))
@@ -227,10 +228,10 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 plgpu.barrier_arrive(k_free.at[0])
                 p, m, l, _ = softmax(s, m, l, lo, True)
                 p = p.astype(dtype)
+                plgpu.barrier_wait(v_barriers.at[0])
                 inner = lo + 1, jnp.maximum(full_lo, lo + 1), jnp.maximum(full_hi, lo + 1), hi
                 acc, m, l, p = _three_loops(overlapped_step, inner, (acc, m, l, p))
                 last = _slot(hi - 1 - lo, stages)
-                plgpu.barrier_wait(v_barriers.at[last])
                 acc = _mma(acc, p, v_smem.at[last])
                 plgpu.barrier_arrive(v_free.at[last])
                 return acc, m, l
@@ -324,7 +325,6 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
 
             def step(j, dq, masked):
                 slot = _slot(j - lo, stages)
-                plgpu.barrier_wait(k_barriers.at[slot])
                 plgpu.barrier_wait(v_barriers.at[slot])
 
                 def products(s_ref, dp_ref):
@@ -334,6 +334,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
                     if masked:
                         p = jnp.where(mask.keep(aux, b, s.shape, 0, q_start, j * bkv), p, 0.0)
+                    p = _before(p, j + 1 < hi, k_barriers.at[_slot(j + 1 - lo, stages)])
                     dp = plgpu.wgmma_accumulator_load(dp_ref)
                     ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
                     return (ds if slope is None else ds * slope).astype(dtype)
@@ -346,6 +347,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                 return dq
 
             plgpu.barrier_wait(q_barriers.at[wg])
+            pl.when(lo < hi)(lambda: plgpu.barrier_wait(k_barriers.at[0]))
             dq = plgpu.layout_cast(jnp.full((_WG_ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
             dq = _three_loops(step, (lo, full_lo, full_hi, hi), dq)
             q[...] = (dq * options.scale).astype(dtype)
@@ -420,11 +422,11 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
 
             def step(j, carry, masked, first):
                 dk, dv = carry
-                slot = _slot(first + j - lo, stages)
-                plgpu.barrier_wait(q_barriers.at[slot])
+                i = first + j - lo
+                slot = _slot(i, stages)
                 plgpu.barrier_wait(do_barriers.at[slot])
 
-                def products(s_ref, dp_ref):  # both transposed: keys down, queries across
+                def products(s_ref, dp_ref, dv_ref=None, dk_ref=None):  # s, dp: keys down, queries across
                     plgpu.wgmma(s_ref, k, q_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
                     s, slope = _soft_cap(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
@@ -432,20 +434,24 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
                     if masked:
                         p = jnp.where(mask.keep(aux, b, s.shape, 1, j * bq, kv_start), p, 0.0)
-                    dp = plgpu.wgmma_accumulator_load(dp_ref)
+                    p = _before(p, i + 1 < G * (hi - lo), q_barriers.at[_slot(i + 1, stages)])
+                    new_dv = _mma(dv, p.astype(dtype), do_smem.at[slot], dv_ref)
+                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if dv_ref is None else 1)
                     delta = plgpu.load(delta_smem.at[slot], layout=across)
                     ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
-                    return p.astype(dtype), (ds if slope is None else ds * slope).astype(dtype)
+                    ds = (ds if slope is None else ds * slope).astype(dtype)
+                    new_dk = _mma(dk, ds, q_smem.at[slot], dk_ref)
+                    return (new_dk, new_dv) if dk_ref is None else (dk_ref[...], dv_ref[...])
 
                 block = plgpu.ACC((_WG_ROWS, bq), jnp.float32)
-                p, ds = pl.run_scoped(products, block, block)
-                dv = _mma(dv, p, do_smem.at[slot])
+                outs = [plgpu.ACC((_WG_ROWS, x), jnp.float32) for x in (Hv, H)]
+                dk, dv = pl.run_scoped(products, block, block, *([] if _dispatch.interpreted("gpu") else outs))
                 plgpu.barrier_arrive(do_free.at[slot])
-                dk = _mma(dk, ds, q_smem.at[slot])
                 plgpu.barrier_arrive(q_free.at[slot])
                 return dk, dv
 
             plgpu.barrier_wait(kv_barriers.at[wg])
+            pl.when(lo < hi)(lambda: plgpu.barrier_wait(q_barriers.at[0]))
             dk = plgpu.layout_cast(jnp.full((_WG_ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
             dv = plgpu.layout_cast(jnp.full((_WG_ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
@@ -652,6 +658,16 @@ def _mma(acc: jax.Array, a: jax.Array, b_ref, acc_ref=None) -> jax.Array | None:
         plgpu.wgmma(acc_ref, a, b_ref)
         return None
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
+
+
+def _before(x: jax.Array, more, barrier) -> jax.Array:
+    """x, and a wait for the next step's block, if there is one; the loop in this wait ends a basic block.
+
+    Without that ptxas moves the exponentials that make x below the end of the wgmma that they should run under.
+    """
+    x = lax.optimization_barrier(x)
+    pl.when(more)(lambda: plgpu.barrier_wait(barrier))
+    return x
 
 
 def _soft_cap(s: jax.Array, options: Options) -> tuple[jax.Array, jax.Array | None]:
