@@ -8,6 +8,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Corpus:
         for _, text in _documents(self.cfg, []):
             yield _digest(text), text
 
-    def held_out(self, digests: np.ndarray) -> np.ndarray:
+    def held_out(self, digests: np.ndarray | np.uint64) -> Any:
         """bool, for each digest whether its document belongs to the validation split."""
         return digests < np.uint64(self.threshold)
 

@@ -90,7 +90,7 @@ def _encode_corpus(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
         for batch in _batched(corpus.texts(), 1 << 23):
             ids = tokenizer.encode_batch([text for _, text in batch])
             for (digest, text), tokens in zip(batch, ids, strict=True):
-                split = "valid" if digest < corpus.threshold else "train"
+                split = "valid" if corpus.held_out(np.uint64(digest)) else "train"
                 tokens = np.concatenate([bos, tokens.astype(dtype)])
                 files[split].write(tokens.tobytes())
                 rows[split].append((digest, ends[split], len(tokens), len(text.encode("utf-8"))))

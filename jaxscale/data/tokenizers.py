@@ -1,11 +1,9 @@
 """Text to ids and back: raw bytes, a Hugging Face tokenizer.json, or a byte-level BPE trained on the corpus."""
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,11 +128,8 @@ class HFTokenizer:
             self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        def encode_some(some):
-            return [np.array(e.ids, np.int32) for e in self.backend.encode_batch_fast(some, add_special_tokens=False)]
-
-        with _no_inner_threads(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [ids for some in pool.map(encode_some, _chunks(texts, 1 << 18)) for ids in some]
+        batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in batch]
 
     def decode(self, ids: Any) -> str:
         return self.backend.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
@@ -172,41 +167,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    with _no_inner_threads():
-        backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(texts, trainer)
     return HFTokenizer(backend)
 
 
 # Merges stay inside: a word with the mark before it, up to 3 digits, marks, line ends with the indentation after them.
 # This holds 3.51 bytes of Python source in a token at 4,096 ids; GPT-2's pattern 3.34, Llama 3's 3.44.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+[ \t]*|[ \t]+(?!\S)|\s+"
-
-
-@contextlib.contextmanager
-def _no_inner_threads() -> Iterator[None]:
-    """Keep tokenizers' own thread pool unused: Python threads do as well (the library drops the GIL), and once that
-    pool has run, every later fork of the process prints a warning and risks a deadlock."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _chunks(texts: Sequence[str], size: int) -> list[list[str]]:
-    """Runs of texts of at least `size` characters together."""
-    chunks, room = [], 0
-    for text in texts:
-        if room <= 0:
-            chunks.append([])
-            room = size
-        chunks[-1].append(text)
-        room -= len(text)
-    return chunks
 
 
 def _checked(ids: Any, vocab_size: int) -> list[int]:

@@ -27,7 +27,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def take(dataset, count, start=0):
+def take(dataset, count, start: "int | dict" = 0):
     batches = dataset.batches(start)
     taken = list(itertools.islice(batches, count))
     batches.close()

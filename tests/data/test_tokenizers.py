@@ -139,28 +139,6 @@ def test_unusable_files(tmp_path):
         load_tokenizer(path)
 
 
-def test_no_warning_when_the_process_forks_later():
-    program = """
-import os
-from jaxscale.data import train_bpe
-tokenizer = train_bpe(["some text to merge"] * 50, 270)
-tokenizer.encode_batch(["text " * 100] * 5000)
-if os.fork() == 0:
-    tokenizer.encode_batch(["text"] * 10)
-    os._exit(0)
-os.wait()
-"""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        program,
-    ]  # Python's own warning, of any thread at all, is not meant
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stderr == ""
-
-
 def test_import_stays_light():
     program = "import sys, jaxscale.data; print({'grain', 'tokenizers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
