@@ -48,9 +48,21 @@ def open_array(path: str, name: str) -> Any:
     """A lazy TensorStore of one array: index it, then `.read().result()`. Needs neither devices nor the model."""
     import tensorstore as ts
 
+    return ts.open(
+        {"driver": "zarr3", "kvstore": _database(path) | {"path": f"{name}/"}}, open=True, read=True
+    ).result()
+
+
+def check_index(path: str) -> None:
+    """Reads the index of all chunks, which checks its checksums; raises ValueError when it is damaged."""
+    import tensorstore as ts
+
+    ts.KvStore.open(_database(path)).result().list().result()
+
+
+def _database(path: str) -> dict[str, Any]:
     base = path if "://" in path else f"file://{path}"
-    kvstore = {"driver": "ocdbt", "base": f"{base}/{ITEM}/", "path": f"{name}/"}
-    return ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+    return {"driver": "ocdbt", "base": f"{base}/{ITEM}/"}
 
 
 def stored_crc32(path: str, name: str) -> int:

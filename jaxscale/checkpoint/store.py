@@ -3,7 +3,8 @@
 A step is a folder of `directory` named by its number:
 
     100/state/          the arrays, uncompressed, in Orbax's format (OCDBT, zarr3), under their paths in the tree
-    100/commit.json     written last: shape, dtype and CRC-32 of every array, and the caller's metadata
+    100/commit.json     written last: shape, dtype and CRC-32 of every array, the files with their sizes (small ones
+                        with a CRC-32 too), and the caller's metadata
 
 A folder without a valid commit.json is no step: it is never listed, and the next writer removes it.
 """
@@ -32,6 +33,7 @@ log = logging.getLogger("jaxscale.checkpoint")
 FORMAT = 1  # of commit.json; raised when an older reader could not understand it
 COMMIT = "commit.json"
 REMOVING = "removing"  # marks a step whose removal has begun
+SMALL_FILE = 1 << 20  # bytes; up to this a file has a checksum of its own beside those of the arrays
 BARRIER_SECONDS = 1200  # how long process 0 waits for the other processes' shares
 
 
@@ -224,6 +226,7 @@ class Checkpointer:
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
             "num_processes": processes,
             "arrays": records,
+            "files": _list_files(self.directory / str(step)),
             "metadata": metadata,
         }
         _write_json(self.directory / str(step) / COMMIT, commit)
@@ -307,7 +310,11 @@ class Checkpointer:
         }
         full = {name: shape for name, shape in targets.items() if num_bytes(saved[name])}
         data: dict[str, Any] = {name: arrays.zeros(targets[name]) for name in targets.keys() - full.keys()}
+        problems = _file_problems(self.directory / str(step), commit["files"])
+        if problems:  # Orbax would find most of it too, and fail halfway with threads and coroutines left behind
+            raise CorruptCheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems[:6])}")
         try:
+            arrays.check_index(path)
             data |= arrays.load(path, full) if full else {}
             data |= {
                 name: arrays.open_array(path, name).read().result()
@@ -328,7 +335,10 @@ class Checkpointer:
         commit = self._commit(step)
         if commit is None:
             return [f"{COMMIT} is missing or damaged"]
-        path, problems = os.fspath(self.directory / str(step)), []
+        path, problems = (
+            os.fspath(self.directory / str(step)),
+            _file_problems(self.directory / str(step), commit["files"]),
+        )
         for name, record in commit["arrays"].items():
             if not num_bytes(record):
                 continue
@@ -386,6 +396,35 @@ def _as_target(data: Any, leaf: Any, record: Record) -> Any:
     if "key" in record:
         return jax.random.wrap_key_data(data, impl=record["key"])
     return data if hasattr(leaf, "dtype") else type(leaf)(data)
+
+
+def _list_files(root: Any) -> dict[str, list[int | None]]:
+    """Size and, of small files, CRC-32 of everything under `root`."""
+    files: dict[str, list[int | None]] = {}
+    folders = [(root, "")]
+    while folders:
+        folder, prefix = folders.pop()
+        for path in folder.iterdir():
+            if path.is_dir():
+                folders.append((path, f"{prefix}{path.name}/"))
+            else:
+                size = path.stat().length
+                files[prefix + path.name] = [size, zlib.crc32(path.read_bytes()) if size <= SMALL_FILE else None]
+    return files
+
+
+def _file_problems(root: Any, files: Mapping[str, list[int | None]]) -> list[str]:
+    """What differs from `_list_files` when the step was saved."""
+    found = _list_files(root)
+    problems = []
+    for name, (size, checksum) in files.items():
+        if name not in found:
+            problems.append(f"file {name} is missing")
+        elif found[name][0] != size:
+            problems.append(f"file {name} has {found[name][0]} bytes instead of {size}")
+        elif found[name][1] != checksum:
+            problems.append(f"the checksum of file {name} differs")
+    return problems
 
 
 def _is_ours(path: Any) -> bool:

@@ -1,0 +1,115 @@
+"""A flipped bit, a truncated or missing file, a damaged commit: detected, named, and the step before is loaded."""
+
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale.checkpoint import Checkpointer, CorruptCheckpointError
+from jaxscale.mesh import make_mesh
+
+from .conftest import abstract, bits
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A directory with the complete steps 1 and 2, and their states."""
+    directory = tmp_path_factory.mktemp("pristine")
+    rng = np.random.default_rng()
+    mesh = make_mesh(fsdp=8)
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+
+    def state():
+        return {n: jax.device_put(rng.normal(size=(256, 1024)).astype(np.float32), where) for n in ("w", "b", "c")}
+
+    states = {1: state(), 2: state()}
+    with Checkpointer(directory) as ckpt:
+        for step, value in states.items():
+            ckpt.save(step, value)
+    return directory, states
+
+
+def flip_bit(path, rng):
+    data = bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+
+
+def truncate(path, rng):
+    path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
+
+
+def remove(path, rng):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, remove])
+def test_damage_is_found_named_and_survived(pristine, tmp_path, rng, caplog, damage):
+    """Damage in any file either leaves every restored bit as it was, or is reported; nothing wrong is ever loaded."""
+    directory, states = pristine
+    target = abstract(states[1])
+    found = 0
+    for trial in range(12):
+        copy = tmp_path / str(trial)
+        shutil.copytree(directory, copy)
+        files = [p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size]
+        weights = np.array([p.stat().st_size for p in files], float) + 50
+        file = files[rng.choice(len(files), p=weights / weights.sum())]
+        damage(file, rng)
+        with Checkpointer(copy) as ckpt, caplog.at_level(logging.WARNING, "jaxscale.checkpoint"):
+            problems = ckpt.verify(2) if 2 in ckpt.steps() else ["no step"]
+            restored = ckpt.restore(target)
+            if bits(restored) == bits(states[2]):
+                continue  # the file plays no part in reading
+            found += 1
+            assert bits(restored) == bits(states[1]), file
+            assert problems, file
+            if 2 in ckpt.steps():
+                assert "falling back" in caplog.text
+                assert any(
+                    file.name in problem or f"the checksum of {n} differs" in problem
+                    for problem in problems
+                    for n in "wbc"
+                )
+                with pytest.raises(CorruptCheckpointError, match="damaged"):
+                    ckpt.restore(target, 2)
+                assert ckpt.latest_step(verified=True) == 1
+            caplog.clear()
+    assert found >= 3
+
+
+def test_every_flipped_bit_of_the_values_is_found(pristine, tmp_path, rng):
+    """Orbax alone loads these in silence."""
+    directory, states = pristine
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    target = abstract(states[2])
+    needle = np.asarray(states[2]["w"])[:32].tobytes()  # the first shard, as it lies uncompressed in a data file
+    (file,) = [p for p in (copy / "2").rglob("*") if p.is_file() and needle in p.read_bytes()]
+    clean = file.read_bytes()
+    with Checkpointer(copy) as ckpt:
+        for _ in range(20):
+            data = bytearray(clean)
+            data[clean.index(needle) + rng.integers(len(needle))] ^= 1 << rng.integers(8)
+            file.write_bytes(data)
+            with pytest.raises(CorruptCheckpointError, match="the checksum of w differs"):
+                ckpt.restore(target, 2)
+        assert ckpt.verify(2) == ["the checksum of w differs"]
+        file.write_bytes(clean)
+        assert ckpt.verify(2) == []
+        assert bits(ckpt.restore(target)) == bits(states[2])
+
+
+def test_when_every_step_is_damaged_it_says_so(pristine, tmp_path):
+    directory, states = pristine
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    for step in "12":
+        shutil.rmtree(copy / step / "state" / "ocdbt.process_0")
+    with Checkpointer(copy) as ckpt:
+        with pytest.raises(CorruptCheckpointError, match=r"1 is damaged: file state/ocdbt.process_0/.* is missing"):
+            ckpt.restore(abstract(states[1]))
+        assert ckpt.latest_step() == 2
+        assert ckpt.latest_step(verified=True) is None
