@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxscale import fit, make_abstract_mesh, make_mesh, make_train_state, make_train_step, put_batch
+from jaxscale import Callback, fit, make_abstract_mesh, make_mesh, make_train_state, make_train_step, put_batch
+from jaxscale.plan.hlo import census
 from jaxscale.sharding import auto, fsdp_shardings
 from sharding_rules.rules import MESH_AXES
 
@@ -89,32 +90,32 @@ def test_gradients_of_an_nnx_model(sizes, tp, rng):
         assert difference < 1e-5, f"{name}: {difference}"
 
 
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_metrics(self, step, metrics):
+        self.losses.append(metrics["loss"])
+
+
 def test_trains_with_state_in_the_shards_of_the_parameters(rng):
     loss_fn, params = split_model(int(rng.integers(2**31)))
-    batch, optimizer, losses = make_batch(rng), optax.adamw(1e-2), {}
-    for mesh in (make_mesh(fsdp=4, tp=2), None):
-        record = Losses()
-        if mesh is None:
-            state = make_train_state(params, optimizer, jax.random.key(0))
-            fit(state, make_train_step(auto(loss_fn), optimizer), iter([batch] * 3), steps=3, callbacks=[record])
-        else:
-            placed = jax.device_put(params, fsdp_shardings(params, mesh, by_hand(params)))
-            with jax.set_mesh(mesh):
-                state = make_train_state(placed, optimizer, jax.random.key(0))
-                batches = iter([put_batch(batch, mesh)] * 3)
-                step = make_train_step(auto(loss_fn), optimizer, accum_steps=2)
-                state = fit(state, step, batches, steps=3, callbacks=[record])
-            moments = state.opt_state[0]
-            for p, mu, nu in zip(*map(jax.tree.leaves, (state.params, moments.mu, moments.nu)), strict=True):
-                assert mu.sharding == nu.sharding == p.sharding
-        losses[mesh] = record.losses
-    with_mesh, without = losses.values()
-    assert without[-1] < without[0]
-    np.testing.assert_allclose(with_mesh, without, rtol=1e-5)
+    batch, optimizer = make_batch(rng), optax.adamw(1e-2)
+    alone, sharded = Losses(), Losses()
+    state = make_train_state(params, optimizer, jax.random.key(0))
+    fit(state, make_train_step(auto(loss_fn), optimizer), iter([batch] * 3), steps=3, callbacks=[alone])
 
-
-class Losses(nnx.Object if False else object):  # replaced below
-    pass
+    mesh = make_mesh(fsdp=4, tp=2)
+    placed = jax.device_put(params, fsdp_shardings(params, mesh, by_hand(params)))
+    with jax.set_mesh(mesh):
+        state = make_train_state(placed, optimizer, jax.random.key(0))
+        step = make_train_step(auto(loss_fn), optimizer, accum_steps=2)
+        state = fit(state, step, iter([put_batch(batch, mesh)] * 3), steps=3, callbacks=[sharded])
+    moments = state.opt_state[0]
+    for p, mu, nu in zip(*map(jax.tree.leaves, (state.params, moments.mu, moments.nu)), strict=True):
+        assert mu.sharding == nu.sharding == p.sharding
+    assert alone.losses[-1] < alone.losses[0]
+    np.testing.assert_allclose(sharded.losses, alone.losses, rtol=1e-5)
 
 
 def test_keys_and_metrics_pass_through(rng):
@@ -137,8 +138,6 @@ def test_keys_and_metrics_pass_through(rng):
 
 def test_weights_are_gathered_not_activations(rng):
     """With fsdp alone, what travels is parameters and gradients: nothing has the batch's size."""
-    from jaxscale.plan.hlo import census
-
     loss_fn, params = split_model(int(rng.integers(2**31)))
     mesh = make_mesh(fsdp=8)
     with jax.set_mesh(mesh):
@@ -146,7 +145,7 @@ def test_weights_are_gathered_not_activations(rng):
         batch = put_batch(make_batch(rng, rows=512), mesh)
         compiled = jax.jit(jax.grad(lambda p, b: auto(loss_fn)(p, b)[0])).lower(placed, batch).compile()
     held = sum(x.nbytes for x in jax.tree.leaves(params))
-    assert 0 < sum(entry.bytes for entry in census(compiled, mesh)) < 4 * held
+    assert 0 < sum(row.bytes for row in census(compiled).rows) < 4 * held
 
 
 @pytest.mark.parametrize(
@@ -156,7 +155,7 @@ def test_weights_are_gathered_not_activations(rng):
         ((64, 12), None, {"fsdp": 4, "cp": 2}, P(("fsdp", "cp"), None)),
         ((6, 9), None, {"fsdp": 8}, P(None, None)),
         ((), None, {"fsdp": 8}, P()),
-        ((16, 64), P(None, "tp"), {"fsdp": 2, "tp": 4}, P(None, ("tp", "fsdp"))),
+        ((8, 64), P(None, "tp"), {"fsdp": 2, "tp": 4}, P(None, ("tp", "fsdp"))),
         ((32, 64), P(None, "tp"), {"fsdp": 2, "tp": 4}, P("fsdp", "tp")),
         ((64, 64), P("fsdp"), {"fsdp": 8}, P("fsdp", None)),
         ((64, 64), None, {"dp": 8}, P(None, None)),
