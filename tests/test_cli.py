@@ -1,0 +1,99 @@
+"""The command line: a user's mistake is one line without a stack trace, a preempted run ends with 75 and resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxscale import cli
+
+
+def call(capsys, *args):
+    status = cli.main(list(args))
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "no command 'trian' (did you mean 'train'?)"),
+        (["train", "tinny"], "no run 'tinny' (did you mean 'tiny'?)"),
+        (["train", "nowhere.py:run"], "nowhere.py is not a file"),
+        (
+            ["train", "tiny", "--model.num-layerz", "3"],
+            "no option '--model.num-layerz' (did you mean '--model.num-layers'?)",
+        ),
+        (["train", "tiny", "--simulate", "many"], "--simulate many: expected a number of devices"),
+        (["train", "tiny", "--mesh.fsdp", "3"], "needs 3 devices but 8 are there"),
+        (["train", "tiny", "--mesh.fsdp", "-1", "--mesh.tp", "5"], "a multiple of 5 devices but 8 are there"),
+        (["train", "tiny", "--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["train", "tiny", "--out", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capsys, *args)
+    assert status == cli.EXIT_USER_ERROR
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_function_that_is_no_run(capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def big():\n    return 3\n")
+    assert "returned int; a run is a function that returns a TrainConfig" in call(capsys, "train", f"{path}:big")[2]
+    assert "no function 'bigg' (did you mean 'big'?)" in call(capsys, "train", f"{path}:bigg")[2]
+
+
+def test_help_teaches(capsys):
+    status, out, _ = call(capsys)
+    assert status == 0
+    for word in ("train", "generate", "doctor", "tiny", "--simulate"):
+        assert word in out
+    assert "A language model of Python source" in call(capsys, "train", "--help")[1]
+
+
+def test_doctor_names_what_is_here(capsys):
+    import jax
+
+    status, out, _ = call(capsys, "doctor")
+    assert status == 0
+    assert jax.__version__ in out
+    assert "8 x cpu" in out
+
+
+@pytest.mark.slow
+def test_sigterm_from_outside_and_the_same_command_again(tmp_path):
+    """Processes, as a scheduler would treat them."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i}.txt").write_text(f"file {i} says that the mesh splits every array\n" * 30)
+    out = tmp_path / "run"
+    sizes = {"vocab-size": 256, "num-layers": 2, "embed-dim": 32, "mlp-dim": 64, "head-dim": 8}
+    command = [sys.executable, "-m", "jaxscale.cli", "train", "tiny", "--simulate", "4", "--out", str(out)]
+    command += ["--data.source", str(text), "--data.tokenizer", "bytes", "--data.seq-len", "32", "--steps", "400"]
+    command += [arg for name, size in sizes.items() for arg in (f"--model.{name}", str(size))]
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.EXIT_PREEMPTED
+    assert "preempted: saved at step" in err
+    assert "Traceback" not in err
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=True)
+    assert "resumed from step" in again.stdout
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 401))

@@ -1,0 +1,139 @@
+"""Whole runs on a small corpus: resuming continues the loss curve, and what does not fit together is refused."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxscale import Callback, CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, make_mesh
+from jaxscale.callbacks import read_metrics
+from jaxscale.models import decoder, presets
+from jaxscale.run import load_run, run
+from jaxscale.train import NonFiniteLoss, Preempted
+
+WORDS = ["the", "mesh", "splits", "every", "array", "and", "no", "number", "changes"]
+
+
+@pytest.fixture
+def config(tmp_path, rng) -> TrainConfig:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(" ".join(rng.choice(WORDS, 60)))
+    model = dataclasses.replace(
+        presets.tiny(), num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=8
+    )
+    return TrainConfig(
+        model=model,
+        out=str(tmp_path / "run"),
+        steps=8,
+        mesh=MeshConfig(fsdp=4, tp=2),
+        data=DataConfig(source=str(text), seq_len=32, batch_size=8, holdout=0.2),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        checkpoint=CheckpointConfig(every=3),
+        eval_every=4,
+        eval_batches=2,
+        log_every=1,
+    )
+
+
+def quiet():
+    return Console(quiet=True)
+
+
+def losses(cfg: TrainConfig) -> list[tuple[float, float]]:
+    lines = read_metrics(_path(cfg) / "metrics.jsonl")
+    return [(m["step"], m["loss"]) for m in lines if "loss" in m]
+
+
+def _path(cfg):
+    return Path(cfg.out)
+
+
+class StopAt(Callback):
+    """SIGTERM as it comes from outside, while step `step` is settled."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_metrics(self, step, metrics):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_preempted_run_continues_as_if_nothing_had_happened(config):
+    whole = dataclasses.replace(config, out=config.out + "-whole")
+    run(whole, console=quiet())
+    with pytest.raises(Preempted):
+        run(config, console=quiet(), callbacks=(StopAt(4),))
+    assert 4 <= losses(config)[-1][0] < 8
+    state = run(config, console=quiet())
+    assert int(state.step) == 8
+    assert losses(config) == losses(whole)  # every loss, to the last bit
+    valid = [[m for m in read_metrics(_path(c) / "metrics.jsonl") if "valid_loss" in m][-1] for c in (config, whole)]
+    assert valid[0]["valid_bits_per_byte"] == valid[1]["valid_bits_per_byte"]
+    for name in ("config.json", "loss.png", "tensorboard", "tokenizer.json"):
+        assert (_path(config) / name).exists(), name
+
+
+def test_a_run_continues_on_another_mesh(config):
+    whole = dataclasses.replace(config, out=config.out + "-whole")
+    run(whole, console=quiet())
+    with pytest.raises(Preempted):
+        run(config, console=quiet(), callbacks=(StopAt(3),))
+    run(dataclasses.replace(config, mesh=MeshConfig(dp=2, fsdp=2, tp=2)), console=quiet())
+    steps, values = zip(*losses(config))
+    assert list(steps) == list(range(1, 9))
+    np.testing.assert_allclose(values, [v for _, v in losses(whole)], rtol=1e-5)
+
+
+def test_a_finished_run_loads_anywhere(config):
+    run(config, console=quiet())
+    tokens = np.arange(16, dtype=np.int32).reshape(1, 16)
+    logits = []
+    for mesh in (make_mesh(fsdp=8), make_mesh(dp=2, tp=4), make_mesh(devices=jax.devices()[:1])):
+        loaded = load_run(config.out, mesh)
+        assert loaded.step == 8
+        assert loaded.tokenizer.decode(loaded.tokenizer.encode("mesh")) == "mesh"
+        with jax.set_mesh(mesh):
+            logits.append(jax.device_get(jax.jit(decoder.forward, static_argnums=2)(loaded.params, tokens, loaded.cfg)))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
+    np.testing.assert_allclose(logits[2], logits[0], atol=1e-5)
+
+
+def test_another_models_checkpoint_is_refused_with_the_shapes(config):
+    run(dataclasses.replace(config, steps=3), console=quiet())
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_dim=128))
+    with pytest.raises(ValueError, match=r"w_up(.|\n)*64(.|\n)*128|w_up(.|\n)*128(.|\n)*64"):
+        run(wider, console=quiet())
+
+
+def test_nan_leaves_the_last_good_checkpoint(config):
+    run(dataclasses.replace(config, steps=3), console=quiet())
+    wild = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=1e30)
+    with pytest.raises(NonFiniteLoss, match=r"step [45]: loss=(nan|inf|\d)"):
+        run(dataclasses.replace(config, optimizer=wild), console=quiet())
+    saved = [int(p.name) for p in (_path(config) / "checkpoints").iterdir() if p.name.isdigit()]
+    assert saved == [3]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(config.out, make_mesh(fsdp=8)).params))
+
+
+def test_tokenizer_larger_than_the_model(config):
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
+    with pytest.raises(ValueError, match=r"256 tokens but model.vocab_size=100; set --model.vocab-size 256"):
+        run(small, console=quiet())
+
+
+def test_metrics_hold_what_they_should(config):
+    run(dataclasses.replace(config, steps=4), console=quiet())
+    lines = [json.loads(line) for line in (_path(config) / "metrics.jsonl").read_text().splitlines()]
+    train = [m for m in lines if "loss" in m]
+    assert [m["step"] for m in train] == [1, 2, 3, 4]
+    assert all({"loss", "nll", "grad_norm", "weight", "seconds"} <= set(m) for m in train)
+    assert np.log(256) < train[0]["loss"] < np.log(256) + 1  # nothing is known yet: all bytes are nearly alike
