@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -222,5 +221,23 @@ def device_memory() -> int | None:
     return stats.get("bytes_in_use") if stats else None
 
 
-def timestamp() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device by its vendor's datasheet; None for a device that is not listed."""
+    for name, teraflops in _PEAK_TERAFLOPS.items():
+        if name in device_kind:
+            return teraflops * 1e12
+    return None
+
+
+_PEAK_TERAFLOPS = {  # the first name that the device's kind holds
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "TPU7x": 2307,
+    "TPU v6": 918,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v5": 459,
+    "TPU v4": 275,
+}
