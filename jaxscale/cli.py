@@ -90,7 +90,7 @@ def _train(args: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Generate text. Without a chat template the prompt is continued as it stands."""
+    """Generate text. A model that was trained to chat answers the prompt, any other continues it."""
 
     model: str = "smollm2-135m"
     """smollm2-135m, a .gguf file, a Hugging Face directory, or the directory of a training run"""
@@ -105,7 +105,7 @@ class GenerateOptions:
     top_p: float | None = None
     seed: int = 0
     raw: bool = False
-    """do not apply the model's chat template"""
+    """continue the prompt as it stands: no chat template"""
 
 
 def _generate(args: list[str]) -> int:
@@ -113,11 +113,60 @@ def _generate(args: list[str]) -> int:
     from jaxscale import distributed
 
     distributed.initialize()
-    from jaxscale.generate import generate_text
+    import jax
+    from rich.console import Console
 
-    for text in generate_text(**dataclasses.asdict(options)):
-        print(text)
+    from jaxscale.config import MeshConfig
+    from jaxscale.generate import generate, stream_text
+    from jaxscale.mesh import make_mesh
+
+    log = Console(stderr=True)
+    sizes = MeshConfig.parse(options.mesh)
+    if not options.mesh:
+        mesh = make_mesh(devices=jax.devices()[:1])
+    else:
+        mesh = make_mesh(sizes, jax.devices()[: sizes.num_devices] if sizes.num_devices else None)
+    model = _load(options.model, mesh)
+    for note in model.notes:
+        log.print(note, style="yellow", highlight=False)
+    prompts = [
+        model.tokenizer.encode(text).tolist() if options.raw else model.encode_chat(text) for text in options.prompt
+    ]
+    single = len(prompts) == 1
+
+    def write(row: int, text: str) -> None:
+        if single:
+            print(text, end="", flush=True)
+
+    new = generate(
+        model.params,
+        model.cfg,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_tokens=model.stop_tokens,
+        key=jax.random.key(options.seed) if options.temperature else None,
+        mesh=mesh,
+        on_token=stream_text(model.tokenizer, write),
+    )
+    print()
+    if not single:
+        for prompt, ids in zip(options.prompt, new):
+            print(f"> {prompt}\n{model.tokenizer.decode(ids)}\n")
     return 0
+
+
+def _load(name: str, mesh: Any) -> Any:
+    """A published model, a file or directory of one, or what a training run left behind."""
+    from jaxscale.pretrained import LoadedModel, load_model
+    from jaxscale.run import load_run
+
+    if (Path(name) / "checkpoints").is_dir():
+        run = load_run(name, mesh)
+        return LoadedModel(cfg=run.cfg, params=run.params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
+    return load_model(name, mesh=mesh)
 
 
 def _doctor(args: list[str]) -> int:

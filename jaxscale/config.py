@@ -126,6 +126,12 @@ class MeshConfig:
             sizes[axis] = int(size)
         return cls(**sizes)
 
+    @property
+    def num_devices(self) -> int | None:
+        """How many devices the mesh needs; None while an axis is -1."""
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        return None if -1 in sizes else math.prod(sizes)
+
     def fill(self, num_devices: int) -> "MeshConfig":
         """The same mesh with its -1 resolved; raises ValueError when it does not multiply to num_devices."""
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
