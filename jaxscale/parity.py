@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxscale.config import MeshConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.params import param_shardings, path_name
+from jaxscale.sharding import auto, fsdp_shardings
 from jaxscale.table import Table
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
@@ -36,7 +37,7 @@ def parity(
     """Compares the loss and every gradient on each mesh with those of one device.
 
     A model of this library gives `specs`; it runs in Explicit mode with its own collectives. Any other function is left
-    to the partitioner (`jax.sharding.auto_axes`) with its parameters laid out by `shardings`.
+    to the partitioner (`jaxscale.sharding.auto`) with its parameters laid out by `shardings`.
 
         parity(loss_fn, params, batch, ["fsdp=4,tp=2", "dp=8"], specs=param_specs(cfg))
         parity(my_loss, params, batch, ["fsdp=4,tp=2"], shardings={"w1": P("fsdp", "tp"), "w2": P("tp", "fsdp")})
@@ -48,7 +49,7 @@ def parity(
       meshes: meshes, MeshConfigs, or their text. A mesh may be smaller than the number of devices.
       specs: a tree of ParamSpec like params.
       shardings: a tree of PartitionSpec like params, or a function of the mesh that returns one (or a tree of
-        NamedSharding). Without specs and shardings the parameters are on every device alike (data parallelism).
+        NamedSharding). Without specs and shardings: `fsdp_shardings`.
       rules: what the logical axes of specs, and of the batch, mean.
       loss_tolerance: largest relative difference of the loss.
       grad_tolerance: largest norm of a gradient's difference over the gradient's norm.
@@ -71,7 +72,7 @@ def parity(
         if specs is not None:
             where, fn = param_shardings(specs, mesh, rules), loss_and_grads
         else:
-            where, fn = _user_shardings(params, mesh, shardings), jax.value_and_grad(_auto(_scalar(loss_fn)))
+            where, fn = _user_shardings(params, mesh, shardings), jax.value_and_grad(auto(_scalar(loss_fn)))
         with jax.set_mesh(mesh):
             args = jax.device_put(params, where), _put_batch(batch, mesh, rules, seq=specs is not None)
             mesh_loss, mesh_grads = jax.device_get(jax.jit(fn)(*args))
@@ -173,16 +174,6 @@ def _scalar(loss_fn):
     return loss
 
 
-def _auto(loss):
-    """The loss with its shardings left to the partitioner. Flattened: auto_axes takes arrays by position only."""
-
-    def loss_of(params, batch):
-        leaves, treedef = jax.tree.flatten((params, batch))
-        return jax.sharding.auto_axes(lambda *xs: loss(*jax.tree.unflatten(treedef, xs)), out_sharding=P())(*leaves)
-
-    return loss_of
-
-
 def _mesh(mesh):
     if isinstance(mesh, str):
         mesh = MeshConfig.parse(mesh)
@@ -198,12 +189,11 @@ def _text(mesh):
 
 
 def _user_shardings(params, mesh, shardings):
+    if shardings is None:
+        return fsdp_shardings(params, mesh)
     tree = shardings(mesh) if callable(shardings) else shardings
-    if tree is None:
-        tree = jax.tree.map(lambda _: P(), params)
-    return jax.tree.map(
-        lambda s: NamedSharding(mesh, s) if isinstance(s, P) else s, tree, is_leaf=lambda s: isinstance(s, P)
-    )
+    is_spec = lambda s: isinstance(s, P)
+    return jax.tree.map(lambda s: NamedSharding(mesh, s) if is_spec(s) else s, tree, is_leaf=is_spec)
 
 
 def _put_batch(batch, mesh, rules, seq):

@@ -21,20 +21,20 @@ BASE = ModelConfig(
     tie_embeddings=False,
     dtype="float32",
 )
-GEMMA = dict(
-    activation="gelu_tanh",
-    norm_offset=1.0,
-    post_norms=True,
-    qk_norm=True,
-    tie_embeddings=True,
-    scale_embeddings=True,
-    query_scale=0.3,
-    attn_soft_cap=2.0,
-    logit_soft_cap=3.0,
-    local_rope_theta=100.0,
-    window=5,
-    layer_pattern=("local", "global"),
-)
+GEMMA = {
+    "activation": "gelu_tanh",
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "qk_norm": True,
+    "tie_embeddings": True,
+    "scale_embeddings": True,
+    "query_scale": 0.3,
+    "attn_soft_cap": 2.0,
+    "logit_soft_cap": 3.0,
+    "local_rope_theta": 100.0,
+    "window": 5,
+    "layer_pattern": ("local", "global"),
+}
 
 
 def check(cfg, meshes, rng, batch_size=8, seq_len=24, **kwargs):
