@@ -15,6 +15,7 @@ from pallas_kernels.attention.inputs import Inputs, Options, unify_vma
 # In the order of preference. Each module has supported(inputs, options) -> None | reason, and the function named here.
 BACKENDS = {
     "mosaic_gpu": ("pallas_kernels.attention.pallas_mosaic_gpu", "attention_mosaic_gpu"),
+    "mosaic_tpu": ("pallas_kernels.attention.pallas_mosaic_tpu", "attention_mosaic_tpu"),
     "xla": ("pallas_kernels.attention.xla", "attention_xla"),
     "reference": ("pallas_kernels.attention.reference", "attention_reference"),
 }

@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
+from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges
 from pallas_kernels.attention.inputs import Inputs, Options
 
 _LOG2E = math.log2(math.e)
@@ -117,9 +117,9 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     S = inputs.k.shape[1]
     dtype = inputs.q.dtype
     tile, bkv, stages = 2 * _WG_ROWS, config.block_kv, config.stages
-    padded = _pad(inputs, tile, bkv)
+    padded = pad_inputs(inputs, tile, bkv)
     tiles = padded.q.shape[1] // tile
-    ranges = _key_ranges(inputs, options, tile, bkv)
+    ranges = key_ranges(inputs, options, tile, bkv)
     mask = _Mask(padded, options, S, padded.k.shape[1])
     grid, locate = _grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
     c = options.scale * _LOG2E
@@ -295,10 +295,10 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
     S = inputs.k.shape[1]
     dtype = inputs.q.dtype
     tile, bkv, stages = 2 * _WG_ROWS, config.block_kv_dq, config.stages_dq
-    padded = _pad(inputs, tile, bkv)
-    do, lse, delta = _pad_to(do, 1, tile), _pad_to(lse, 2, tile), _pad_to(delta, 2, tile)
+    padded = pad_inputs(inputs, tile, bkv)
+    do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
     tiles = padded.q.shape[1] // tile
-    ranges = _key_ranges(inputs, options, tile, bkv)
+    ranges = key_ranges(inputs, options, tile, bkv)
     mask = _Mask(padded, options, S, padded.k.shape[1])
     grid, locate = _grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
     c = options.scale * _LOG2E
@@ -394,11 +394,11 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
     G = N // K
     dtype = inputs.q.dtype
     tile, bq, stages = 2 * _WG_ROWS, config.block_q_dkv, config.stages_dkv
-    padded = _pad(inputs, bq, tile)
-    do, lse, delta = _pad_to(do, 1, bq), _pad_to(lse, 2, bq), _pad_to(delta, 2, bq)
+    padded = pad_inputs(inputs, bq, tile)
+    do, lse, delta = pad_to(do, 1, bq), pad_to(lse, 2, bq), pad_to(delta, 2, bq)
     T = padded.q.shape[1]
     tiles = padded.k.shape[1] // tile
-    ranges = _query_ranges(inputs, options, bq, tile)
+    ranges = query_ranges(inputs, options, bq, tile)
     mask = _Mask(padded, options, S, padded.k.shape[1])
     grid, locate = _grid(B, K, tiles, T * (H + Hv) * 2 * G)
     c = options.scale * _LOG2E
@@ -426,7 +426,7 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
                 slot = _slot(i, stages)
                 plgpu.barrier_wait(do_barriers.at[slot])
 
-                def products(s_ref, dp_ref, dv_ref=None, dk_ref=None):  # s, dp: keys down, queries across
+                def products(s_ref, dp_ref, dv_ref: Any = None, dk_ref: Any = None):  # s, dp: keys down, queries across
                     plgpu.wgmma(s_ref, k, q_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
                     s, slope = _soft_cap(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
@@ -441,7 +441,7 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
                     ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
                     ds = (ds if slope is None else ds * slope).astype(dtype)
                     new_dk = _mma(dk, ds, q_smem.at[slot], dk_ref)
-                    return (new_dk, new_dv) if dk_ref is None else (dk_ref[...], dv_ref[...])
+                    return (new_dk, new_dv) if dk_ref is None or dv_ref is None else (dk_ref[...], dv_ref[...])
 
                 block = plgpu.ACC((_WG_ROWS, bq), jnp.float32)
                 outs = [plgpu.ACC((_WG_ROWS, x), jnp.float32) for x in (Hv, H)]
@@ -501,74 +501,7 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
     return dk[:, :S], dv[:, :S]
 
 
-# Which blocks meet.
-
-
-def _key_ranges(inputs: Inputs, options: Options, tile: int, block_kv: int):
-    """[B or 1, query tiles, 4] int32: the key blocks that a tile visits are [0, 3), those in [1, 2) need no mask."""
-    return _ranges(*_meetings(inputs, options, tile, block_kv))
-
-
-def _query_ranges(inputs: Inputs, options: Options, block_q: int, tile: int):
-    """[B or 1, key tiles, 4] int32: the same for the query blocks that a tile of keys visits."""
-    some, every = _meetings(inputs, options, block_q, tile)
-    return _ranges(some.swapaxes(1, 2), every.swapaxes(1, 2))
-
-
-def _meetings(inputs: Inputs, options: Options, block_q: int, block_kv: int):
-    """bool [B or 1, query blocks, key blocks]: may any pair see each other; do all pairs surely.
-
-    Known from the smallest and largest position and segment id of each block; numpy where nothing of it is traced, so
-    that a plain causal mask costs no operation on the device.
-    """
-    T, S = inputs.q.shape[1], inputs.k.shape[1]
-    given = (inputs.q_positions, inputs.q_segment_ids, inputs.window)
-    xp: Any = np if all(x is None for x in given) else jnp
-
-    def extremes(x, block):
-        """The smallest and largest of each block; the last block repeats its last element."""
-        x = xp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge")
-        x = x.reshape(x.shape[0], -1, block)
-        return x.min(axis=2), x.max(axis=2)
-
-    q_pos = xp.arange(T, dtype=np.int32)[None] if inputs.q_positions is None else inputs.q_positions
-    kv_pos = xp.arange(S, dtype=np.int32)[None] if inputs.kv_positions is None else inputs.kv_positions
-    q_min, q_max = (x[:, :, None] for x in extremes(q_pos, block_q))
-    kv_min, kv_max = (x[:, None, :] for x in extremes(kv_pos, block_kv))
-    some = xp.ones((1, q_min.shape[1], kv_min.shape[2]), bool)
-    whole = xp.arange(1, kv_min.shape[2] + 1) * block_kv <= S  # padded keys are always masked
-    every = xp.broadcast_to(whole[None, None], some.shape)
-    left, right = options.window
-    if options.causal:
-        right = 0 if right is None else min(right, 0)
-    if inputs.window is not None:
-        far = inputs.window - 1
-        left, right = far, (jnp.minimum(far, 0) if options.causal else far)
-    if left is not None:
-        some, every = some & (kv_max - q_min >= -left), every & (kv_min - q_max >= -left)
-    if right is not None:
-        some, every = some & (kv_min - q_max <= right), every & (kv_max - q_min <= right)
-    if inputs.q_segment_ids is not None:
-        assert inputs.kv_segment_ids is not None
-        q_low, q_high = (x[:, :, None] for x in extremes(inputs.q_segment_ids, block_q))
-        kv_low, kv_high = (x[:, None, :] for x in extremes(inputs.kv_segment_ids, block_kv))
-        some = some & (q_low <= kv_high) & (kv_low <= q_high) & (q_high > 0) & (kv_high > 0)
-        every = every & (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low) & (q_low != 0)
-    return some, every
-
-
-def _ranges(some, every):
-    xp: Any = np if isinstance(some, np.ndarray) else jnp
-    count = some.shape[2]
-    index = xp.arange(count, dtype=np.int32)[None, None]
-    lo = xp.min(xp.where(some, index, count), axis=2)
-    hi = xp.max(xp.where(some, index + 1, 0), axis=2)
-    lo = xp.minimum(lo, hi)  # no block: an empty range at 0
-    inside = index >= lo[..., None]
-    full_lo = xp.minimum(xp.min(xp.where(every & inside, index, count), axis=2), hi)
-    after = index >= full_lo[..., None]
-    full_hi = xp.minimum(xp.min(xp.where(~every & after, index, count), axis=2), hi)
-    return xp.stack([lo, full_lo, full_hi, hi], axis=2).astype(np.int32)
+# Pieces.
 
 
 class _Mask:
@@ -624,9 +557,6 @@ class _Mask:
         return functools.reduce(lambda x, y: x & y, conditions)
 
 
-# Pieces.
-
-
 def _three_loops(step, bounds, carry):
     """step(j, carry, masked) over the blocks of one row of a range table."""
     lo, full_lo, full_hi, hi = bounds
@@ -649,8 +579,8 @@ def _feed_ring(steps, stages: int, *buffers):
             pl.when(i < steps)(lambda copy=copy: copy(i, slot))
 
 
-def _mma(acc: jax.Array, a: jax.Array, b_ref, acc_ref=None) -> jax.Array | None:
-    """acc + a @ b with a in registers, which the interpreter's wgmma does not take; left in flight in acc_ref if given."""
+def _mma(acc: jax.Array, a: jax.Array, b_ref, acc_ref=None) -> Any:
+    """acc + a @ b with a in registers, which the interpreter's wgmma does not take; in flight in acc_ref if given."""
     if _dispatch.interpreted("gpu"):
         return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
     if acc_ref is not None:
@@ -702,7 +632,8 @@ def _grid(B: int, heads: int, tiles: int, bytes_per_head: int):
 
 def _tiled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory that TMA writes and wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    transforms: Any = plgpu  # pyright takes these two for abstract classes
+    return plgpu.SMEM(shape, dtype, transforms=(transforms.TilingTransform((8, 64)), transforms.SwizzleTransform(128)))
 
 
 def _call(kernel, name: str, out_type, grid, scratch, operands):
@@ -725,18 +656,3 @@ def _call(kernel, name: str, out_type, grid, scratch, operands):
 def _sinks(inputs: Inputs) -> jax.Array:
     N = inputs.q.shape[2]
     return jnp.zeros(N, jnp.float32) if inputs.sinks is None else inputs.sinks.astype(jnp.float32)
-
-
-def _pad(inputs: Inputs, block_q: int, block_kv: int) -> Inputs:
-    """The queries filled up to whole blocks, and the keys; segment ids with 0."""
-    queries = {x: getattr(inputs, x) for x in ("q", "q_segment_ids", "q_positions")}
-    keys = {x: getattr(inputs, x) for x in ("k", "v", "kv_segment_ids", "kv_positions")}
-    blocks = [(queries, block_q), (keys, block_kv)]
-    return inputs._replace(
-        **{name: None if x is None else _pad_to(x, 1, block) for group, block in blocks for name, x in group.items()}
-    )
-
-
-def _pad_to(x: jax.Array, axis: int, block: int) -> jax.Array:
-    missing = -x.shape[axis] % block
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
