@@ -9,14 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxscale.callbacks import Checkpoints, LossPlot, MetricsFile, Progress, TensorBoard, Validate
+from jaxscale.callbacks import Checkpoints, LossPlot, MetricsFile, Progress, TensorBoard, Validate, peak_flops
 from jaxscale.config import ModelConfig, TrainConfig, from_dict
 from jaxscale.data import load_tokenizer, make_dataset
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
 from jaxscale.params import init_params, num_params
-from jaxscale.train import Callback, TrainState, abstract_train_state, fit, make_train_state, make_train_step, put_batch
+from jaxscale.train import (
+    Callback,
+    TrainState,
+    abstract_train_state,
+    batch_share,
+    fit,
+    make_train_state,
+    make_train_step,
+    put_batch,
+)
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 
@@ -39,7 +48,9 @@ def run(
     out = Path(cfg.out)
     mesh = make_mesh(cfg.mesh)
     cfg.mesh.fill(mesh.size).check_model(cfg.model)
-    where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    index, count = share = batch_share(mesh, cfg.data.batch_size, rules)
+    where = {"process_index": index, "process_count": count}
+    first = jax.process_index() == 0
     saved = out / "tokenizer.json"
     tokenizer = load_tokenizer(saved) if saved.exists() else None
     data, held_out = (make_dataset(cfg.data, split=s, tokenizer=tokenizer, **where) for s in ("train", "valid"))
@@ -66,9 +77,10 @@ def run(
         _, parts = decoder.loss_fn(params, batch, cfg.model, rules=rules, chunk=cfg.loss_chunk)
         return parts["nll"], parts["weight"]
 
-    out.mkdir(parents=True, exist_ok=True)
-    if tokenizer is None and jax.process_index() == 0:
-        data.tokenizer.save(saved)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if tokenizer is None:
+            data.tokenizer.save(saved)
     checkpointer = Checkpointer(out / "checkpoints", cfg.checkpoint)
     with jax.set_mesh(mesh):
         if checkpointer.latest_step() is None:
@@ -79,7 +91,8 @@ def run(
             state = checkpointer.restore(abstract_train_state(specs, optimizer, mesh, rules))
             position = checkpointer.metadata(int(state.step))["data"]
             console.print(f"resumed from step {int(state.step)} of {out}", highlight=False)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        if first:
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
         def metadata(step: int) -> dict[str, Any]:
             return {"config": dataclasses.asdict(cfg), "data": data.state(step), "mesh": dict(mesh.shape)}
@@ -87,12 +100,12 @@ def run(
         held_out_rows = [held_out[i] for i in range(min(cfg.eval_batches, held_out.batches_per_epoch))]
 
         def validation() -> Iterator[dict[str, jax.Array]]:
-            return (put_batch(batch, mesh, rules) for batch in held_out_rows)
+            return (put_batch(batch, mesh, rules, share) for batch in held_out_rows)
 
         labels = (rows["labels"] for rows in held_out_rows)
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
         flops = cfg.model.flops_per_token(cfg.data.seq_len)
         tokens = cfg.data.batch_size * cfg.data.seq_len
-        first = jax.process_index() == 0
         writers: tuple[Callback, ...] = (
             MetricsFile(out / "metrics.jsonl"),
             TensorBoard(out / "tensorboard", cfg.log_every),
@@ -101,12 +114,12 @@ def run(
         return fit(
             state,
             make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps),
-            (put_batch(batch, mesh, rules) for batch in data.batches(position)),
+            (put_batch(batch, mesh, rules, share) for batch in data.batches(position)),
             steps=cfg.steps,
             callbacks=(
-                Progress(console, tokens, flops * tokens, None, cfg.log_every),
+                Progress(console, tokens, flops * tokens, peak and peak * mesh.size, cfg.log_every),
                 *(writers if first else ()),
-                Validate(eval_step, validation, _total(map(held_out.count_bytes, labels)), cfg.eval_every),
+                Validate(eval_step, validation, _total(map(held_out.count_bytes, labels), count), cfg.eval_every),
                 Checkpoints(checkpointer, metadata, cfg.checkpoint.every),
                 *callbacks,
             ),
@@ -148,11 +161,11 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     )
 
 
-def _total(counts: Iterable[float]) -> float:
-    """The sum over all processes."""
+def _total(counts: Iterable[float], num_parts: int) -> float:
+    """The sum over all parts of the batch. As many processes hold each part as any other."""
     total = sum(counts)
     if jax.process_count() == 1:
         return total
     from jax.experimental import multihost_utils
 
-    return float(multihost_utils.process_allgather(np.float64(total)).sum())
+    return float(multihost_utils.process_allgather(np.float64(total)).sum()) * num_parts / jax.process_count()

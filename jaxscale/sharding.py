@@ -174,7 +174,8 @@ def fsdp_shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any = None) ->
     size = math.prod(mesh.shape[a] for a in axes)
 
     def place(x, spec):
-        held = [(e,) if isinstance(e, str) else tuple(e or ()) for e in (*spec, *[None] * (len(x.shape) - len(spec)))]
+        entries = (*spec, *[None] * (len(x.shape) - len(spec)))
+        held: list[tuple[str, ...]] = [(e,) if isinstance(e, str) else tuple(e or ()) for e in entries]
         left = [n // math.prod(mesh.shape[a] for a in h) for n, h in zip(x.shape, held, strict=True)]
         fits = [d for d, n in enumerate(left) if n and n % size == 0]
         if axes and fits and not axes_of(spec) & set(axes):

@@ -247,19 +247,61 @@ def _preemption():
 
 
 def put_batch(
-    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, rules: Rules = MEGATRON_FSDP
-) -> dict[str, jax.Array]:
-    """This process's rows of a global batch -> arrays over the mesh, [B, T] split by batch and sequence.
+    batch: Batch, mesh: jax.sharding.Mesh, rules: Rules = MEGATRON_FSDP, share: tuple[int, int] = (0, 1)
+) -> Any:
+    """Rows of a global batch -> arrays over the mesh, [B, T, ...] split by batch and sequence.
 
     A batch that does not divide over the mesh is kept whole on every device, as the rules' fallback says.
+
+    Args:
+      batch: a tree of numpy arrays.
+      share: which part of the global batch these rows are, from `batch_share`; by default all of it.
+
+    Raises:
+      ValueError: a device of this process holds rows that are not among these.
     """
+    index, count = share
 
     def put(x: np.ndarray) -> jax.Array:
-        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
-        spec = resolve_spec(shape, ("batch", "seq")[: x.ndim], rules.compute, dict(mesh.shape)).spec
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
+        shape = (x.shape[0] * count, *x.shape[1:])
+        axes = ("batch", "seq", *[None] * (x.ndim - 2))[: x.ndim]
+        spec = resolve_spec(shape, axes, rules.compute, dict(mesh.shape)).spec
+        first, end = index * x.shape[0], (index + 1) * x.shape[0]
 
-    return {name: put(x) for name, x in batch.items()}
+        def part(at: Any) -> np.ndarray:
+            start, stop, _ = at[0].indices(shape[0])
+            if not first <= start < stop <= end:
+                raise ValueError(
+                    f"this process holds rows {start} to {stop} of {shape[0]} but was given {first} to {end}; "
+                    f"load and put the share that batch_share(mesh, {shape[0]}) says"
+                )
+            return x[slice(start - first, stop - first), *at[1:]]
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+    return jax.tree.map(put, batch)
+
+
+def batch_share(mesh: jax.sharding.Mesh, batch_size: int, rules: Rules = MEGATRON_FSDP) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of each global batch this process is to load.
+
+    Read off the mesh: processes that hold the same rows, with tp or cp across hosts, load the same part. It is the
+    whole batch, (0, 1), where devices are ordered so that a process's rows do not lie side by side.
+    """
+    spec = resolve_spec((batch_size,), ("batch",), rules.compute, dict(mesh.shape)).spec
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in NamedSharding(mesh, spec).devices_indices_map((batch_size,)).items():
+        rows.setdefault(device.process_index, set()).update(range(*part.indices(batch_size)))
+    return _equal_parts(rows, batch_size)[jax.process_index()]
+
+
+def _equal_parts(rows: dict[int, set[int]], batch_size: int) -> dict[int, tuple[int, int]]:
+    """The rows of each process -> its (index, count)."""
+    size = max(map(len, rows.values()))
+    for held in rows.values():
+        if len(held) != size or max(held) - min(held) != size - 1 or min(held) % size:
+            return dict.fromkeys(rows, (0, 1))
+    return {process: (min(held) // size, batch_size // size) for process, held in rows.items()}
 
 
 def abstract_train_state(
