@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -13,7 +14,7 @@ from sharding_rules.rules import MESH_AXES
 BATCH_AXES = ("dp", "fsdp", "ep")
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     """A mesh over the given devices (default: all), ordered by their topology so that inner axes get the fastest links.
 
     Takes a MeshConfig or sizes by name, as in `make_mesh(fsdp=4, tp=2)`; one size may be -1 and takes what is left.
