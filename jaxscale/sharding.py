@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxscale.params import path_name, resolve_param
+from jaxscale.table import Table, human_bytes
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -184,6 +186,28 @@ def fsdp_shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any = None) ->
         return NamedSharding(mesh, P(*(h[0] if len(h) == 1 else h or None for h in held)))
 
     return jax.tree.map(place, params, jax.tree.map(lambda _: P(), params) if specs is None else specs)
+
+
+def explain(specs: Any, mesh: Mesh | AbstractMesh, rules: Rules = MEGATRON_FSDP) -> Table:
+    """How each parameter is split over the mesh, what a device holds of it, and why where it is not as the rules ask.
+
+    Args:
+      specs: a tree of ParamSpec.
+    """
+    rows, held, numbers = [], 0, 0
+    for path, spec in jax.tree.leaves_with_path(specs):
+        where, notes = resolve_param(spec, mesh, rules)
+        share = math.prod(NamedSharding(mesh, where).shard_shape(spec.shape)) * jnp.dtype(spec.dtype).itemsize
+        held, numbers = held + share, numbers + math.prod(spec.shape)
+        shape, axes = "x".join(map(str, spec.shape)), " ".join(a or "-" for a in spec.axes)
+        rows.append((path_name(path), shape, axes, _spec_text(where), human_bytes(share), "; ".join(notes)))
+    rows.append(("all", f"{numbers:,} numbers", "", "", human_bytes(held), ""))
+    title = "Parameters on " + (",".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "one device")
+    return Table(title, ("parameter", "shape", "axes", "spec", "bytes per device", "note"), rows)
+
+
+def _spec_text(spec: P) -> str:
+    return "P(" + ", ".join("·" if e is None else e if isinstance(e, str) else "+".join(e) for e in spec) + ")"
 
 
 def _without(spec: P, axes: Sequence[str]) -> P:
