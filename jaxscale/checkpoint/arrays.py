@@ -98,12 +98,19 @@ def snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
     The copies are ordered before whatever the devices run next, so on an accelerator this returns at once, while the
     copying goes on.
     """
-    copies = {name: np.array(leaf) for name, leaf in leaves.items() if not isinstance(leaf, jax.Array)}
-    arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    arrays = {name: _one_replica(leaf) for name, leaf in arrays.items()}
+    copies = {name: np.array(leaf) for name, leaf in leaves.items() if rests_on_host(leaf)}
+    arrays = {name: _one_replica(leaf) for name, leaf in leaves.items() if name not in copies}
     shardings = [leaf.sharding.with_memory_kind(_host_memory(leaf)) for leaf in arrays.values()]
     copies |= zip(arrays, jax.device_put(list(arrays.values()), shardings, may_alias=False))
     return {name: copies[name] for name in leaves}
+
+
+def rests_on_host(leaf: Any) -> bool:
+    """Numbers, numpy arrays and, among several processes, arrays that each has for itself: process 0 writes those."""
+    if not hasattr(leaf, "dtype") or isinstance(leaf, np.ndarray | np.generic):
+        return True
+    sharding = getattr(leaf, "sharding", None)
+    return jax.process_count() > 1 and (sharding is None or sharding.is_fully_addressable)
 
 
 def _host_memory(array: jax.Array) -> str:

@@ -213,6 +213,7 @@ class Checkpointer:
         me, processes = jax.process_index(), jax.process_count()
         if me:
             _write_json(self.directory / str(step) / f"shares.{me}.json", shares)
+            _await_json(self.directory / str(step) / COMMIT)  # so that all processes list the same steps
             return
         for process in range(1, processes):
             others = self.directory / str(step) / f"shares.{process}.json"
@@ -300,7 +301,7 @@ class Checkpointer:
         if problem:
             raise ValueError(f"checkpoint step {step} in {self.directory} does not fit: {problem}")
         path = os.fspath(self.directory / str(step))
-        on_host = {name for name, leaf in leaves.items() if not hasattr(leaf, "dtype") or isinstance(leaf, np.ndarray)}
+        on_host = {name for name, leaf in leaves.items() if arrays.rests_on_host(leaf)}
         targets = {
             name: arrays.data_target(
                 tuple(saved[name]["shape"]), np.dtype(saved[name]["dtype"]), getattr(leaf, "sharding", None)
@@ -393,9 +394,14 @@ def _mismatches(saved: Mapping[str, Record], data: Mapping[str, Any]) -> list[st
 
 
 def _as_target(data: Any, leaf: Any, record: Record) -> Any:
-    if "key" in record:
-        return jax.random.wrap_key_data(data, impl=record["key"])
-    return data if hasattr(leaf, "dtype") else type(leaf)(data)
+    """The array as the kind of leaf that `leaf` is."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf)(data)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return data
+    if not isinstance(data, jax.Array):  # an array that each process has for itself
+        data = jax.device_put(data, leaf.sharding)
+    return jax.random.wrap_key_data(data, impl=record["key"]) if "key" in record else data
 
 
 def _list_files(root: Any) -> dict[str, list[int | None]]:
@@ -469,8 +475,8 @@ def _read_json(path: Any) -> dict[str, Any] | None:
 def _await_json(path: Any) -> dict[str, Any]:
     end = time.monotonic() + BARRIER_SECONDS
     while (found := _read_json(path)) is None:
-        if time.monotonic() > end:
-            raise TimeoutError(f"{path} did not appear within {BARRIER_SECONDS} s; its process is gone")
+        if time.monotonic() > end or not path.parent.exists():
+            raise TimeoutError(f"{path} did not appear; the process that writes it failed")
         time.sleep(0.05)
     return found
 
