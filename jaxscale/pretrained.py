@@ -83,7 +83,7 @@ def load_model(
         model = _load_hf(path, mesh, rules, dtype)
     else:
         raise ValueError(
-            f"{name_or_path!s} is no model: give a name ({', '.join(NAMED)}), a .gguf file, or a directory with config.json"
+            f"{name_or_path!s} is no model; give a name ({', '.join(NAMED)}), a .gguf file, or a Hugging Face directory"
         )
     return dataclasses.replace(model, notes=() if mesh is None else fallbacks(model.cfg, mesh, rules))
 
@@ -110,9 +110,8 @@ def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedM
     cfg = dataclasses.replace(load_config(path), dtype=dtype, param_dtype=dtype)
     shardings = None if mesh is None else param_shardings(param_specs(cfg), mesh, rules)
     params, cfg = import_hf(path, shardings, cfg)
-    ends: Any = _json(path / "generation_config.json").get(
-        "eos_token_id", _json(path / "config.json").get("eos_token_id")
-    )
+    settings = _json(path / "config.json") | _json(path / "generation_config.json")
+    ends = settings.get("eos_token_id")
     template = _json(path / "tokenizer_config.json").get("chat_template") or ""
     return LoadedModel(
         cfg=cfg,

@@ -310,7 +310,7 @@ def _gather(params, specs, cfg, rows, rules):
 def _write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
     """[L, B, S, K, H] with `new` [B, T, K, H] written to layer `index`, at each row's first position onwards."""
     new = constrain(new.astype(cache.dtype), CACHE[1:], rules)
-    starts = constrain(positions[:, 0], ("batch",), rules)
+    starts = constrain(positions, ("batch", None), rules)[:, 0]
 
     def write_local(cache, new, index, starts):
         # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to the
