@@ -2,7 +2,7 @@
 
 Three kernels (o and logsumexp; dq; dk and dv) that walk a grid of blocks. A table made before the kernel says which
 key blocks a query block visits; the index maps stay on the last one visited, so that a block outside of the range is
-neither copied nor computed, and a block that hides nothing is not masked. Inside of the kernels arrays are [B, N, T, H].
+neither copied nor computed, and a block that hides nothing is not masked. In the kernels arrays are [B, N, T, H].
 """
 
 import dataclasses
