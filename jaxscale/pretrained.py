@@ -100,7 +100,8 @@ def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str) -> Loade
     reader = gguf.open_gguf(path)
     params, cfg, backend = gguf.import_gguf(reader, mesh=mesh, rules=rules, dtype=dtype)
     chat, stop_tokens = gguf.chat_from_gguf(reader)
-    return LoadedModel(cfg=cfg, params=params, tokenizer=HFTokenizer(backend), stop_tokens=stop_tokens, chat=chat)
+    tokenizer = HFTokenizer(backend, bos_token=gguf.bos_from_gguf(reader))
+    return LoadedModel(cfg=cfg, params=params, tokenizer=tokenizer, stop_tokens=stop_tokens, chat=chat)
 
 
 def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedModel:

@@ -148,6 +148,12 @@ def tokenizer_from_gguf(reader: "gguf.GGUFReader") -> "tokenizers.Tokenizer":
     return tokenizer
 
 
+def bos_from_gguf(reader: "gguf.GGUFReader") -> str | None:
+    """The token that begins a text."""
+    bos = _field(reader, "tokenizer.ggml.bos_token_id", None)
+    return None if bos is None else _field(reader, "tokenizer.ggml.tokens")[bos]
+
+
 def chat_from_gguf(
     reader: "gguf.GGUFReader",
 ) -> tuple[Callable[[list[dict[str, str]]], str] | None, tuple[int, ...]]:

@@ -64,7 +64,7 @@ def model(cfg):
 
 
 def mesh_of(name):
-    sizes = MESHES[name]
+    sizes: Any = MESHES[name]
     return make_mesh(devices=jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
 
 
