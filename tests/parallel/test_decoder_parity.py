@@ -5,10 +5,15 @@ import functools
 
 import jax
 import numpy as np
+import optax
 
 from jaxscale.config import ModelConfig, RopeScaling
+from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
+from jaxscale.params import param_shardings
 from jaxscale.parity import parity
+from jaxscale.train import make_train_state, make_train_step, put_batch
+from sharding_rules.rules import MEGATRON_FSDP
 
 BASE = ModelConfig(
     vocab_size=96,
@@ -105,3 +110,26 @@ def test_remat_of_dots_changes_no_gradient(rng):
 
 def test_remat_of_everything_changes_no_gradient(rng):
     check(dataclasses.replace(BASE, **GEMMA), ["fsdp=2,tp=2"], rng, remat="full")
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(rng):
+    """On a mesh, two micro-batches with different numbers of labels; alone, the batch at once."""
+    specs = decoder.param_specs(BASE)
+    params = jax.tree.map(lambda s: (0.3 * rng.standard_normal(s.shape)).astype(np.float32), specs)
+    batch = packed_batch(BASE, rng, 8, 24)
+    loss, key = functools.partial(decoder.loss_fn, cfg=BASE), jax.random.key(0)
+    state = make_train_state(params, optax.sgd(1.0), key)
+    whole, metrics = make_train_step(loss, optax.sgd(1.0), donate=False)(state, batch)
+    mesh = make_mesh(fsdp=2, tp=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(specs, mesh, MEGATRON_FSDP))
+        state = make_train_state(placed, optax.sgd(1.0), key)
+        parts, split_metrics = make_train_step(loss, optax.sgd(1.0), accum_steps=2)(state, put_batch(batch, mesh))
+    np.testing.assert_allclose(split_metrics["loss"], metrics["loss"], rtol=1e-6)
+    assert float(split_metrics["weight"]) == float(metrics["weight"]) == (batch["labels"] >= 0).sum()
+    for (path, before), a, b in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True
+    ):
+        update = np.asarray(a) - before
+        off = np.linalg.norm(np.asarray(b) - np.asarray(a)) / np.linalg.norm(update)
+        assert off < 1e-5, f"{path}: {off}"
