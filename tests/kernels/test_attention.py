@@ -18,10 +18,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention, attention_implementation
+from pallas_kernels import _dispatch, attention, attention_implementation
+from pallas_kernels.attention.blocks import key_ranges, query_ranges
+from pallas_kernels.attention.inputs import Inputs, Options, visible
 
 # importlib: the package's attribute `attention` is the function.
 xla = importlib.import_module("pallas_kernels.attention.xla")
+mosaic_tpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_tpu")
 mosaic_gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
 
 
@@ -33,7 +36,9 @@ def oracle(q, k, v, *, do, dlse, causal=False, segment_ids=None, positions=None,
     scale = H**-0.5 if scale is None else scale
     pair = lambda x: x if isinstance(x, tuple) else (x, x)
     q_ids, kv_ids = (None, None) if segment_ids is None else pair(segment_ids)
-    q_pos, kv_pos = (np.arange(T)[None].repeat(B, 0), np.arange(S)[None].repeat(B, 0)) if positions is None else pair(positions)
+    q_pos, kv_pos = (
+        (np.arange(T)[None].repeat(B, 0), np.arange(S)[None].repeat(B, 0)) if positions is None else pair(positions)
+    )
     left, right = window if isinstance(window, tuple) else (None, None) if window is None else (int(window) - 1,) * 2
     full_bias = np.zeros((B, N, T, S)) if bias is None else np.broadcast_to(np.asarray(bias, np.float64), (B, N, T, S))
     o, lse = np.zeros((B, T, N, v.shape[-1])), np.zeros((B, T, N))
@@ -95,7 +100,9 @@ def documents(rng, B, T, padding=0):
 def restarting(ids):
     """Positions that count from 0 in each document."""
     ids = np.asarray(ids)
-    first = np.stack([np.searchsorted(np.where(row == 0, 1 << 20, row), np.where(row == 0, 1 << 20, row)) for row in ids])
+    first = np.stack(
+        [np.searchsorted(np.where(row == 0, 1 << 20, row), np.where(row == 0, 1 << 20, row)) for row in ids]
+    )
     return jnp.asarray(np.arange(ids.shape[1])[None] - first, jnp.int32)
 
 
@@ -193,10 +200,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["reference", "xla"])
-def test_matches_the_oracle(rng, name, case):
+def test_xla_matches_the_oracle(rng, case):
     sizes, make = CASES[case]
-    check(rng, name, *sizes, jnp.float32, **make(rng))
+    check(rng, "xla", *sizes, jnp.float32, **make(rng))
+
+
+@pytest.mark.parametrize("case", list(CASES)[2::4])
+def test_the_reference_matches_the_oracle(rng, case):
+    sizes, make = CASES[case]
+    check(rng, "reference", *sizes, jnp.float32, **make(rng))
 
 
 @pytest.mark.parametrize(
@@ -225,3 +237,248 @@ def test_restarting_positions_with_segments(rng):
     ids = documents(rng, 2, 60, padding=5)
     for kwargs in ({"causal": True}, {"window": 7}):
         check(rng, "xla", 2, 60, 60, 2, 2, 8, 8, jnp.float32, segment_ids=ids, positions=restarting(ids), **kwargs)
+
+
+# The Mosaic kernels, in the interpreters. Blocks of 64 and 128 keep them small; each case reaches what the others do
+# not: several blocks, skipped and unmasked ones, ragged ends, groups of heads, rows that see nothing.
+
+
+def small_blocks(monkeypatch, **gpu):
+    monkeypatch.setattr(mosaic_tpu, "TUNED", mosaic_tpu.Config(128, 128))
+    monkeypatch.setattr(mosaic_gpu, "tuned", lambda H, Hv: mosaic_gpu.Config(block_kv=64, **gpu))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_mosaic_gpu_causal_documents(rng, monkeypatch, overlap):
+    small_blocks(monkeypatch, overlap=overlap)
+    ids = documents(rng, 1, 150, padding=20)
+    kwargs = {"causal": True, "segment_ids": ids, "sinks": one(rng, (2,))}
+    check(rng, "mosaic_gpu", 1, 150, 150, 2, 1, 64, 128, jnp.bfloat16, **kwargs)
+
+
+def test_mosaic_gpu_window_positions(rng, monkeypatch):
+    small_blocks(monkeypatch)
+    positions = jnp.arange(100, dtype=jnp.int32)[None] + 30, jnp.arange(260, dtype=jnp.int32)[None]
+    kwargs = {"causal": True, "window": jnp.int32(50), "positions": positions, "soft_cap": 3.0}
+    check(rng, "mosaic_gpu", 1, 100, 260, 1, 1, 64, 64, jnp.float16, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_mosaic_tpu_causal_documents(rng, monkeypatch, dtype):
+    small_blocks(monkeypatch)
+    ids = documents(rng, 2, 300, padding=20)
+    kwargs = {"causal": True, "segment_ids": ids, "positions": restarting(ids), "sinks": one(rng, (2,))}
+    check(rng, "mosaic_tpu", 2, 300, 300, 2, 1, 16, 24, dtype, **kwargs)
+
+
+def test_mosaic_tpu_window(rng, monkeypatch):
+    small_blocks(monkeypatch)
+    kwargs = {"window": (40, 10), "soft_cap": 3.0}
+    check(rng, "mosaic_tpu", 1, 400, 260, 2, 2, 16, 16, jnp.float32, **kwargs)  # the last queries see nothing
+    check(rng, "mosaic_tpu", 1, 140, 140, 1, 1, 16, 16, jnp.float32, causal=True, window=jnp.int32(9))
+
+
+# Which blocks meet: the tables against the mask itself.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_block_tables_hold_every_visible_pair(rng, seed):
+    T, S, bq, bkv = int(rng.integers(1, 90)), int(rng.integers(1, 90)), 16, 8
+    q, k = jnp.zeros((2, T, 1, 1)), jnp.zeros((2, S, 1, 1))
+    ids = [jnp.asarray(np.sort(rng.integers(0, 4, (2, n)), axis=1), jnp.int32) for n in (T, S)]
+    positions = [jnp.asarray(rng.integers(0, 50, (2, n)), jnp.int32) for n in (T, S)]
+    windows = [(None, None), (int(rng.integers(0, 40)), None), (None, int(rng.integers(0, 40))), (5, 3)]
+    for causal, window, packed, placed, traced in [
+        (causal, window, packed, placed, traced)
+        for causal in (False, True)
+        for window in windows
+        for packed in (False, True)
+        for placed in (False, True)
+        for traced in (None, 1, 20)
+    ]:
+        options = Options(causal, window, 1.0, None)
+        inputs = Inputs(q, k, k)
+        if packed:
+            inputs = inputs._replace(q_segment_ids=ids[0], kv_segment_ids=ids[1])
+        if placed:
+            inputs = inputs._replace(q_positions=positions[0], kv_positions=positions[1])
+        if traced:
+            inputs = inputs._replace(window=jnp.int32(traced))
+        mask = visible(inputs, options)
+        mask = np.ones((1, T, S), bool) if mask is None else np.asarray(mask)
+        mask = np.pad(mask, ((0, 0), (0, -T % bq), (0, -S % bkv)))
+        blocks = mask.reshape(len(mask), -1, bq, mask.shape[2] // bkv, bkv)
+        for table, some, every in (
+            (key_ranges(inputs, options, bq, bkv), blocks.any((2, 4)), blocks.all((2, 4))),
+            (query_ranges(inputs, options, bq, bkv), blocks.any((2, 4)).swapaxes(1, 2), None),
+        ):
+            table = np.broadcast_to(np.asarray(table), (len(mask), *table.shape[1:]))
+            lo, full_lo, full_hi, hi = np.moveaxis(table, 2, 0)[..., None]
+            index = np.arange(some.shape[2])
+            assert ((lo >= 0) & (lo <= full_lo) & (full_lo <= full_hi) & (full_hi <= hi)).all()
+            assert not (some & ~((lo <= index) & (index < hi))).any(), "a block that some pair needs is skipped"
+            if every is not None:
+                # Rows of padding hide the last query block from `every`, and their outputs are cut off.
+                hidden = ((full_lo <= index) & (index < full_hi) & ~every)[:, : T // bq]
+                assert not hidden.any(), "a block that hides a pair is not masked"
+
+
+def test_packed_documents_cost_what_they_cost():
+    """Sixteen documents in one row: the tables visit little more than the blocks on their diagonals."""
+    ids = jnp.asarray(np.repeat(np.arange(1, 17), 1024)[None], jnp.int32)
+    q = jnp.zeros((1, ids.shape[1], 1, 1))
+    inputs = Inputs(q, q, q, q_segment_ids=ids, kv_segment_ids=ids)
+    table = np.asarray(key_ranges(inputs, Options(True, (None, None), 1.0, None), 128, 128))
+    visited, masked = (table[..., 3] - table[..., 0]).sum(), (table[..., 2] - table[..., 1]).sum()
+    assert visited == 16 * 8 * 9 // 2
+    assert masked == 16 * 8 * 7 // 2
+
+
+# Transformations.
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_vmap_remat_scan(rng, limit):
+    q, k, v = (one(rng, (2, 1, 140, 2, 8)) for _ in range(3))
+    windows = jnp.asarray([9, 2**31 - 1], jnp.int32)  # a local layer and a global one
+
+    def layers(q, k, v, name):
+        def layer(x, window):
+            return x + attention(x, k, v, causal=True, window=window, implementation=name), None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(jax.checkpoint(layer), q, windows)[0]))
+
+    with chunks(limit) if limit is not None else contextlib.nullcontext():
+        got, want = (
+            jax.jit(jax.vmap(jax.grad(lambda *x, name=name: layers(*x, name), argnums=(0, 1, 2))))(q, k, v)
+            for name in ("xla", "reference")
+        )
+    for x, y in zip(got, want):
+        close("gradient", x, np.asarray(y, np.float64), 1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("limit", [None, 0])
+def test_shard_map(rng, check_vma, limit):
+    """Batch and heads split, sinks over heads, a bias that every device shares: its gradient is summed."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    q, k, v = one(rng, (2, 140, 4, 8)), one(rng, (2, 140, 2, 8)), one(rng, (2, 140, 2, 8))
+    sinks, bias, ids = one(rng, (4,)), one(rng, (1, 1, 1, 140)), documents(rng, 2, 140)
+
+    def loss(q, k, v, sinks, bias, ids, split):
+        def local(q, k, v, sinks, bias, ids):
+            return attention(q, k, v, causal=True, segment_ids=ids, sinks=sinks, bias=bias, implementation="xla")
+
+        if split:
+            heads = P("dp", None, "tp", None)
+            specs = (heads, heads, heads, P("tp"), P(), P("dp", None))
+            local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=check_vma)
+        return jnp.sum(jnp.sin(local(q, k, v, sinks, bias, ids)))
+
+    grad = jax.grad(loss, argnums=(0, 1, 2, 3, 4))
+    want = grad(q, k, v, sinks, bias, ids, False)
+    heads = P("dp", None, "tp", None)
+    specs = (heads, heads, heads, P("tp"), P(), P("dp", None))
+    with chunks(limit) if limit is not None else contextlib.nullcontext(), jax.set_mesh(mesh):
+        args = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v, sinks, bias, ids), specs)]
+        got = jax.jit(grad, static_argnums=6)(*args, True)
+    for x, y in zip(got, want):
+        close("gradient", x, np.asarray(y, np.float64), 1e-5)
+
+
+def test_blocks_merge_by_logsumexp(rng):
+    """Two halves of the keys, merged as ring attention does, also where one half is hidden from a query."""
+    q, k, v = (one(rng, (1, 12, 2, 8)) for _ in range(3))
+
+    def merged(q, k, v):
+        at = jnp.arange(12, dtype=jnp.int32)[None]
+        halves = [
+            attention(q, k[:, s], v[:, s], causal=True, positions=(at, at[:, s]), return_lse=True)
+            for s in (slice(0, 5), slice(5, 12))
+        ]
+        (o1, l1), (o2, l2) = halves
+        lse = jnp.logaddexp(l1, l2)
+        return sum(o * jnp.exp(l - lse)[..., None] for o, l in ((o1, l1), (o2, l2)))
+
+    f = lambda attend: jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2))(q, k, v)
+    got, want = f(merged), f(functools.partial(attention, causal=True))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        close("merged", x, np.asarray(y, np.float64), 1e-5)
+
+
+def test_memory_is_linear_in_length(rng):
+    """No buffer of the compiled forward and backward is near T x T, and twice the length takes twice the memory."""
+
+    def temporary(T):
+        q = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
+        f = jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, causal=True, implementation="xla")), argnums=(0, 1, 2))
+        return jax.jit(f).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(4096), temporary(8192)
+    assert large < 0.25 * 4 * 8192**2
+    assert large < 2.1 * small
+
+
+# What ran, and bad input.
+
+
+def test_which_implementation_ran(caplog):
+    q = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)
+    assert attention_implementation(q, q, q, causal=True) == "xla"
+    assert attention_implementation(q, q, q, implementation="reference") == "reference"
+    with plgpu.force_gpu_interpret_mode():
+        h = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.bfloat16)
+        assert attention_implementation(h, h, h) == "mosaic_gpu"
+        bias = jax.ShapeDtypeStruct((1, 1, 16, 16), jnp.float32)
+        assert attention_implementation(h, h, h, bias=bias) == "xla"
+        assert attention_implementation(q, q, q) == "xla"
+    _dispatch._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+        for _ in range(2):
+            attention_implementation(q, q, q)
+    (record,) = caplog.records
+    assert "attention runs on xla" in record.getMessage()
+    assert "needs a Hopper GPU" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "change"),
+    [
+        (ValueError, "3 query heads are not divisible by 2 kv heads", {"q": (1, 8, 3, 8)}),
+        (ValueError, "sizes disagree", {"k": (1, 8, 2, 4)}),
+        (ValueError, "sizes disagree", {"v": (1, 9, 2, 8)}),
+        (ValueError, "q \\(8, 2, 8\\)", {"q": (8, 2, 8)}),
+        (ValueError, "int32", {"q": jnp.zeros((1, 8, 2, 8), jnp.int32)}),
+        (ValueError, "one dtype", {"q": jnp.zeros((1, 8, 2, 8), jnp.bfloat16)}),
+        (ValueError, "segment_ids must be \\[B=1, T=8\\].*\\(1, 7\\)", {"segment_ids": jnp.zeros((1, 7), jnp.int32)}),
+        (ValueError, "must be int32", {"segment_ids": jnp.zeros((1, 8), jnp.int8)}),
+        (ValueError, "needs T == S", {"positions": jnp.zeros((1, 8), jnp.int32), "q": (1, 4, 2, 8)}),
+        (ValueError, "sinks must be floating \\[N=2\\]", {"sinks": jnp.zeros(3)}),
+        (ValueError, "bias must be floating and broadcast", {"bias": jnp.zeros((8, 8))}),
+        (ValueError, "window", {"window": 0}),
+        (ValueError, "window", {"window": (-1, 3)}),
+        (ValueError, "soft_cap must be positive", {"soft_cap": 0.0}),
+        (ValueError, "'cudnn' is unknown", {"implementation": "cudnn"}),
+        (NotImplementedError, "needs a Hopper GPU; this is cpu", {"implementation": "mosaic_gpu"}),
+        (NotImplementedError, "needs a TPU; this is cpu", {"implementation": "mosaic_tpu"}),
+    ],
+)
+def test_bad_input(error, words, change):
+    arrays = {x: change.pop(x, (1, 8, 2, 8)) for x in ("q", "k", "v")}
+    arrays = {x: jnp.zeros(a, jnp.float32) if isinstance(a, tuple) else a for x, a in arrays.items()}
+    with pytest.raises(error, match=words):
+        attention(**arrays, **change)
+
+
+@pytest.mark.parametrize(
+    ("words", "H", "dtype", "kwargs"),
+    [
+        ("takes head_dim 64, 128, 192, 256. Got 80", 80, jnp.bfloat16, {}),
+        ("takes bfloat16 and float16. Got float32", 64, jnp.float32, {}),
+        ("takes a positive scale", 64, jnp.bfloat16, {"scale": -1.0}),
+    ],
+)
+def test_mosaic_gpu_says_what_it_cannot_do(words, H, dtype, kwargs):
+    q = jnp.zeros((1, 8, 1, H), dtype)
+    with plgpu.force_gpu_interpret_mode(), pytest.raises(NotImplementedError, match=words):
+        attention(q, q, q, implementation="mosaic_gpu", **kwargs)
