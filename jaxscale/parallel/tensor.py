@@ -31,7 +31,9 @@ def attention(
     """
     if active_mesh() is None:
         return attend(q, k, v, positions=positions, segment_ids=segment_ids)
-    k, v = (constrain(x, ("batch", None, "kv_heads", None), rules) for x in (k, v))
+    # `reduced`: the gradients of gathered keys are partial sums, scattered over the sequence again.
+    kv_spec = compute_spec(k.shape, ("batch", None, "kv_heads", None), rules) or P()
+    k, v = (jax.reshard(x, P(*kv_spec, reduced=axes_of(partitions(q)[1:2]))) for x in (k, v))
     kv_rows = ("batch", None)
     positions = (positions[0], constrain(positions[1], kv_rows, rules))
     if segment_ids is not None:
