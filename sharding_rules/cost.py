@@ -71,6 +71,9 @@ class CostModel:
         return size / math.prod(self.mesh[m] for m in layout if m != but)
 
     def cost(self, step: Step, count: int, splits: Splits) -> StepCost:
+        if step.primitive == "elementwise":  # written once; fused operations read what others write
+            written = self.bytes(step, step.outs[0], self.layout(step, step.outs[0], splits))
+            return StepCost((), count * written / self.hardware.memory_bandwidth)
         relevant = {m for axis, _ in step.space for m in splits.get(axis, ())}
         arrays = (*step.ins, *step.outs)
         layouts = [self.layout(step, a, splits) for a in arrays]

@@ -33,7 +33,7 @@ class Atom:
 
 
 def fresh(size: int) -> Dim:
-    return (Atom(size),) if size != 1 else ()
+    return (Atom(int(size)),) if size != 1 else ()
 
 
 def root(atom: Atom) -> Atom:
@@ -88,7 +88,7 @@ def unify(a: Dim, b: Dim) -> None:
 
 def split(atom: Atom, minor: int) -> bool:
     """Refines a root into (size / minor, minor); False where its segments forbid it."""
-    major = atom.size // minor
+    major, minor = atom.size // minor, int(minor)
     if atom.segments is None:
         parts = (Atom(major), Atom(minor))
     else:
@@ -135,8 +135,14 @@ def concatenate(pieces: Sequence[Dim]) -> Dim:
     if len(pieces) == 1:
         return pieces[0]
     atom = Atom(sum(size_of(p) for p in pieces))
-    atom.segments = list(pieces)
+    if not any(nearly_whole(size_of(p), atom.size) for p in pieces):
+        atom.segments = list(pieces)
     return (atom,)
+
+
+def nearly_whole(part: int, size: int) -> bool:
+    """A range that leaves out little is a shift, a halo or a class token: positions move, nothing is fused."""
+    return size // 2 < part < size and 16 * part > 15 * size
 
 
 def cut(dim: Dim, start: int, stop: int) -> Dim | None:
@@ -148,7 +154,7 @@ def cut(dim: Dim, start: int, stop: int) -> Dim | None:
         return None
     lead, rest = atoms[0], atoms[1:]
     inner = size_of(rest)
-    if start % inner or stop % inner:
+    if start % inner or stop % inner or nearly_whole(stop - start, inner * lead.size):
         return None
     start, stop = start // inner, stop // inner
     if start == 0 and stop == lead.size:

@@ -83,7 +83,7 @@ def _rebuild(value: Any, leaves: Sequence["Leaf | None"], eqn, name: str, mesh: 
 
 def _gather(x: Any, leaf: "Leaf", mesh: Mesh) -> Any:
     """x in its layout in computation; its gradient in the layout at rest."""
-    axes = [i for i, part in enumerate(leaf.parts) if not (part and part[0] == "layers")]
+    axes = [i for i, part in enumerate(leaf.parts) if not (part and part[0].startswith("layers"))]
     axes = axes if x.ndim == len(axes) else range(len(leaf.shape))
     if x.ndim != len(axes):
         return x

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding_rules.dims import Atom, Dim, expand, unify
+from sharding_rules.dims import Atom, Dim, expand, nearly_whole, size_of, unify
 from sharding_rules.propagate import Dims, Op, Walker, fresh_dims, itemsize
 
 
@@ -173,6 +173,9 @@ class Inferred:
         for dims in (*params, *args):
             for dim in dims:
                 add(dim)
+        for atom in atoms:
+            if atom.segments and any(nearly_whole(size_of(s), atom.size) for s in atom.segments):
+                atom.segments = None  # one element was taken: nothing is fused
         colors = self._colors(walker, atoms, params)
         together = _meetings(walker, atoms, params)
         ids: dict[Atom, int] = {}
@@ -293,7 +296,7 @@ def _step(op: Op, ids: dict[Atom, int]) -> Step | None:
         for o in op.ins
     )
     outs = tuple(Array(tuple(index(k, d) for k, d in zip(o.keys, o.dims, strict=True)), o.itemsize) for o in op.outs)
-    if "r" not in kinds and "b" not in kinds and not op.is_matmul:
+    if "r" not in kinds and "b" not in kinds and not op.is_matmul and op.primitive != "elementwise":
         return None
     return Step(op.primitive, tuple(space), "".join(kinds), ins, outs)
 

@@ -165,7 +165,10 @@ def make_plan(problem: "Problem", best: "Layout", second: "Layout | None") -> Pl
         ),
         runner_up=runner_up,
         visited=f"{problem.visited} of {options} layouts evaluated in full, the others cannot be better",
-        notes=(*dict.fromkeys(problem.notes), *(f"the primitive {n} is not known: its dims stay whole" for n in model.unknown)),
+        notes=(
+            *dict.fromkeys(problem.notes),
+            *(f"the primitive {n} is not known: its dims stay whole" for n in model.unknown),
+        ),
     )
 
 
@@ -210,7 +213,7 @@ def store(shape, parts: Parts, placed: Sequence[Sequence[str]], stored: Sequence
         fits = []
         for d, names in enumerate(parts):
             split = math.prod(mesh[m] for m in placed[d]) * mesh[axis]
-            if names and names[0] != "layers" and shape[d] % split == 0:
+            if names and not names[0].startswith("layers") and shape[d] % split == 0:
                 fits.append((names[0] == "embed", shape[d] // split, -d))
         if fits:
             placed[-max(fits)[2]].append(axis)
@@ -310,8 +313,7 @@ def _load(path: Path, params: Any) -> Plan:
                     fail(
                         "rules",
                         lead,
-                        f"{lead} and {owner[m]} are both split over {m} but meet in {name}; "
-                        f"take {m} from one of them",
+                        f"{lead} and {owner[m]} are both split over {m} but meet in {name}; take {m} from one of them",
                     )
         leaves.append(make_leaf(name, shape, entry["dtype"], parts, table, stored, sizes, mesh))
     treedef = None

@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from sharding_rules.dims import Atom, Dim, block, concatenate, cut, expand, fresh, size_of, take, unify
 
 Dims = tuple[Dim, ...]
@@ -52,6 +50,7 @@ class Walker:
         self.unknown: dict[str, int] = {}  # primitive -> how often it occurs
         self.softmaxed: list[Dim] = []  # dims reduced by a max or by an exponential's sum
         self.looked_up: list[Dim] = []  # parameter dims that integers index
+        self.carried: list[Dim] = []  # dims that a loop over layers carries
         self.origins: dict[Any, int | None] = {}
         self.reads: dict[tuple[int, int], int] = {}  # (parameter leaf, body) -> executions of the body
         self.out_origins: list[int | None] = []  # of the outputs of the body walked last
@@ -85,7 +84,7 @@ class Walker:
                         if not hasattr(v, "val") and local.get(v) is not None:
                             self.reads[local[v], self.scope] = self.count
             for var, dims in zip(eqn.outvars, outs, strict=True):
-                assert len(dims) == len(var.aval.shape), (eqn.primitive, dims, var.aval)
+                assert tuple(map(size_of, dims)) == tuple(var.aval.shape), (eqn.primitive, dims, var.aval)
                 env[var] = dims
             if eqn.primitive.name in LAYOUT_ONLY and not hasattr(eqn.invars[0], "val"):
                 for var in eqn.outvars:
@@ -119,7 +118,7 @@ class Walker:
 
         self.ops.append(
             Op(
-                eqn.primitive.name,
+                eqn.primitive.name if ins else "elementwise",
                 [operand(*i) for i in ins],
                 [operand(*o) for o in outs],
                 frozenset(reduced),
@@ -158,13 +157,16 @@ def _inner(eqn):
 def elementwise(w: Walker, eqn, ins):
     shape = eqn.outvars[0].aval.shape
     full = [dims for dims in ins if len(dims) == len(shape)]
-    if not full or not shape:
-        return [fresh_dims(v.aval.shape) for v in eqn.outvars]
-    for other in full[1:]:
-        for a, b in zip(full[0], other, strict=True):
-            if a is not b and size_of(a) == size_of(b):
-                unify(a, b)
-    return [full[0]] * len(eqn.outvars)
+    out = []
+    for i, size in enumerate(shape):
+        same = [dims[i] for dims in full if size_of(dims[i]) == size]  # dims of size 1 are broadcast
+        for other in same[1:]:
+            if other is not same[0]:
+                unify(same[0], other)
+        out.append(same[0] if same else fresh(size))
+    if len(shape) > 1:
+        w.record(eqn, [], [(eqn.outvars[0], out, range(len(out)))])
+    return [tuple(out)] * len(eqn.outvars)
 
 
 def unknown(w: Walker, eqn, ins):
@@ -412,6 +414,36 @@ def fresh_one() -> Dim:
     return (Atom(1),)
 
 
+def unstack(w: Walker, eqn, ins):
+    axis = eqn.params["axis"]
+    _cut_apart(ins[0][axis])
+    out = (*ins[0][:axis], *ins[0][axis + 1 :])
+    keys = [i for i in range(len(ins[0])) if i != axis]
+    for var in eqn.outvars:
+        w.record(eqn, [(eqn.invars[0], ins[0], range(len(ins[0])))], [(var, out, keys)], blocked=[axis])
+    return [out] * len(eqn.outvars)
+
+
+def stack(w: Walker, eqn, ins):
+    axis = eqn.params["axis"]
+    for other in ins[1:]:
+        for a, b in zip(ins[0], other, strict=True):
+            unify(a, b)
+    new = fresh(len(ins))
+    _cut_apart(new)
+    out = (*ins[0][:axis], new, *ins[0][axis:])
+    keys = [i if i < axis else i + 1 for i in range(len(ins[0]))]
+    for var in eqn.invars:
+        w.record(eqn, [(var, ins[0], keys)], [(eqn.outvars[0], out, range(len(out)))], blocked=[axis])
+    return [out]
+
+
+def _cut_apart(dim: Dim) -> None:
+    """Elements that are used one by one are segments of size 1."""
+    for i in range(size_of(dim)):
+        cut(dim, i, i + 1)
+
+
 def pad(w: Walker, eqn, ins):
     dims, out = ins[0], []
     for dim, (low, high, interior) in zip(dims, eqn.params["padding_config"], strict=True):
@@ -552,6 +584,8 @@ def scan(w: Walker, eqn, ins):
     for atom in expand(layer):
         atom.loop = True
     origins = [w.origin(v) for v in eqn.invars]
+    if any(o is not None for o in origins[n + m :]):
+        w.carried += [d for dims in carry for d in dims]
     outs = w.body(p["jaxpr"], [*consts, *carry, *(x[1:] for x in xs)], origins, length)
     for a, b in zip(carry, outs[:m], strict=True):
         for x, y in zip(a, b, strict=True):
@@ -594,22 +628,144 @@ def remat(w: Walker, eqn, ins):
     return w.body(eqn.params["jaxpr"], ins, origins, 1, new_scope=bool(eqn.params.get("differentiated")))
 
 
-ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
-    clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
-    igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not
-    optimization_barrier or population_count pow real reduce_precision rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor device_put name mul_add_any le_to lt_to pvary reshard layout_constraint
-""".split()
-GENERATORS = """
-    iota random_bits random_seed random_wrap random_unwrap random_fold_in random_split random_gamma threefry2x32
-    rng_bit_generator rng_uniform random_clone create_token empty empty2 full
-""".split()
-REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
+ELEMENTWISE = [
+    "abs",
+    "acos",
+    "acosh",
+    "add",
+    "add_any",
+    "and",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "atanh",
+    "bessel_i0e",
+    "bessel_i1e",
+    "bitcast_convert_type",
+    "cbrt",
+    "ceil",
+    "clamp",
+    "clz",
+    "complex",
+    "conj",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "cos",
+    "cosh",
+    "digamma",
+    "div",
+    "eq",
+    "erf",
+    "erf_inv",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "ge",
+    "gt",
+    "igamma",
+    "igamma_grad_a",
+    "igammac",
+    "mulhi",
+    "polygamma",
+    "regularized_incomplete_beta",
+    "zeta",
+    "imag",
+    "integer_pow",
+    "is_finite",
+    "le",
+    "lgamma",
+    "log",
+    "log1p",
+    "log2",
+    "logistic",
+    "lt",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "neg",
+    "nextafter",
+    "not",
+    "one_minus_square",
+    "or",
+    "population_count",
+    "pow",
+    "real",
+    "reduce_precision",
+    "rem",
+    "round",
+    "rsqrt",
+    "select_n",
+    "shift_left",
+    "shift_right_arithmetic",
+    "shift_right_logical",
+    "sharding_constraint",
+    "sign",
+    "sin",
+    "sinh",
+    "sqrt",
+    "square",
+    "stop_gradient",
+    "sub",
+    "tan",
+    "tanh",
+    "xor",
+    "device_put",
+    "name",
+    "le_to",
+    "lt_to",
+    "pvary",
+    "reshard",
+    "layout_constraint",
+]
+GENERATORS = [
+    "iota",
+    "random_bits",
+    "random_seed",
+    "random_wrap",
+    "random_unwrap",
+    "random_fold_in",
+    "random_split",
+    "random_gamma",
+    "threefry2x32",
+    "rng_bit_generator",
+    "rng_uniform",
+    "random_clone",
+    "create_token",
+    "empty",
+    "empty2",
+    "full",
+]
+REDUCTIONS = [
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_and",
+    "reduce_or",
+    "reduce_xor",
+    "argmax",
+    "argmin",
+]
 # What a parameter may pass through and still be that parameter.
 LAYOUT_ONLY = frozenset(
-    "convert_element_type transpose squeeze reshape slice dynamic_slice copy sharding_constraint broadcast_in_dim split name".split()
+    [
+        "convert_element_type",
+        "transpose",
+        "squeeze",
+        "reshape",
+        "slice",
+        "dynamic_slice",
+        "copy",
+        "sharding_constraint",
+        "broadcast_in_dim",
+        "split",
+        "name",
+    ]
 )
 CONTROL_FLOW = frozenset(["scan", "while", "cond", "checkpoint", "remat", "remat2"])
 OPAQUE = frozenset(["pallas_call", "shard_map", "custom_partitioning", "custom_call", "ffi_call", "pure_callback"])
@@ -624,8 +780,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(GENERATORS, generate),
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort"], along_one_dim),
-    **dict.fromkeys(["scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter-min", "scatter-max"], scatter),
+    **dict.fromkeys(
+        ["scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"], scatter
+    ),
     **dict.fromkeys(["reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"], window),
+    **dict.fromkeys(["select_and_scatter_add", "select_and_gather_add"], window),
     **dict.fromkeys(["checkpoint", "remat", "remat2"], remat),
     "optimization_barrier": barrier,
     "broadcast_in_dim": broadcast_in_dim,
@@ -644,6 +803,8 @@ RULES: dict[str, Rule] = {
     "scan": scan,
     "slice": slice_,
     "split": split_,
+    "stack": stack,
+    "unstack": unstack,
     "squeeze": squeeze,
     "top_k": top_k,
     "transpose": transpose,

@@ -1,10 +1,10 @@
 """Names for logical axes, by the part that they play in the program; an axis without a known part is axis_3."""
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from sharding_rules.dims import expand
+from sharding_rules.dims import Atom, expand
 from sharding_rules.propagate import Op, Walker
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
             taken[role] += 1
             names[i] = role if taken[role] == 1 else f"{role}_{taken[role]}"
 
+    def alike(i: int, role: str) -> None:
+        """Axes of one size share the name: they are never split, so nothing is decided for them."""
+        same = [j for j, n in names.items() if n.split("_")[0] == role.split("_")[0] and axes[j].size == axes[i].size]
+        if same and i not in names:
+            names[i] = names[same[0]]
+        name(i, role)
+
     def ids(dims) -> list[int]:
         return [model._ids[a] for d in dims for a in expand(d)]
 
@@ -29,7 +36,7 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
         if axis.segments and all(axes[i].size == 1 for s in axis.segments for part in s for i in part):
             axis.loop, axis.why_whole = True, "the program takes its elements one by one"
         if axis.loop:
-            names[axis.id] = "layers"
+            alike(axis.id, "layers")
     leading = Counter(dims[0][0] for dims in (_unlooped(model, d) for d in model.args) if dims and dims[0])
     batch = min((i for i, n in leading.items() if n == max(leading.values())), default=None)
     if batch is not None and not axes[batch].in_params:
@@ -53,8 +60,8 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
         for i, j in itertools.pairwise(flat):
             if i in heads and j not in heads and _fused(dims, i, j):
                 head_dims.add(j)
-    for i in head_dims - names.keys():
-        names[i] = "head_dim"
+    for i in sorted(head_dims - names.keys()):
+        alike(i, "head_dim")
         axes[i].why_whole = axes[i].why_whole or "heads stay whole"
 
     for op in walker.ops:
@@ -78,15 +85,16 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
             name(i, "vocab_out" if "vocab" in names.values() else "vocab")
 
     weight_dims = [[i for d in dims for i in d if not axes[i].loop] for dims in model.params]
-    touched = Counter(i for dims in weight_dims if len(dims) > 1 for i in set(dims) if i not in names)
-    if touched:
-        name(min(touched, key=lambda i: (-touched[i], i)), "embed")
-    embed = {i for i, n in names.items() if n.startswith("embed")}
-    made = Counter(i for s, n in model.steps.items() for i in _made(s) if n)
-    spent = Counter(i for s, n in model.steps.items() for i in _contracted(s) if n)
+    made, spent = _uses(walker)
+    made_ids, spent_ids = ({model._ids[a] for a, leaves in uses.items() if leaves} for uses in (made, spent))
+    touched = Counter(i for dims in weight_dims for i in set(dims))
+    carried = {i for i in ids(walker.carried) if axes[i].in_params}
+    streams = carried or {model._ids[a] for a in made if len(made[a]) > 1 and len(spent[a]) > 1}
+    for i in sorted(streams - names.keys(), key=lambda i: (-touched[i], i)):
+        name(i, "embed")
+        axes[i].why_whole = axes[i].why_whole or "the residual stream stays whole, or every norm would communicate"
     for axis in axes:
-        beside = [dims for dims in weight_dims if axis.id in dims and embed & set(dims)]
-        if axis.id not in names and made[axis.id] and spent[axis.id] and len(beside) > 1 and axis.leads:
+        if axis.id not in names and axis.leads and not axis.segments and axis.id in made_ids & spent_ids:
             name(axis.id, "mlp")
     for dims in model.args:
         for dim in dims[1:]:
@@ -123,24 +131,26 @@ def _scores(op: Op, ids, batch: int | None, axes) -> tuple[list[int], list[int],
     contracted = [i for k, d in zip(op.ins[0].keys, op.ins[0].dims) if k[0] == "k" for i in ids([d])]
     free = [i for o in op.ins for k, d in zip(o.keys, o.dims) if k[0] in "lr" for i in ids([d])]
     left, right = ([i for k, d in zip(o.keys, o.dims) if k[0] in "lr" for i in ids([d])] for o in op.ins)
+    both = set(left) & set(right)  # learned positions make a parameter's dim of the sequence
     if batch not in batched or not left or not right or batch in contracted:
         return None
-    positions = [i for i in left if not axes[i].in_params], [i for i in right if not axes[i].in_params]
+    positions = tuple([i for i in one if not axes[i].in_params or i in both] for one in (left, right))
     if not positions[0] or not positions[1] or any(not axes[i].in_params for i in contracted):
         return None
-    heads = [i for i in (*batched, *free) if i != batch and axes[i].in_params]
+    heads = [i for i in (*batched, *free) if i != batch and i not in both and axes[i].in_params]
     return heads, [*positions[0], *positions[1]], contracted
 
 
-def _made(step) -> list[int]:
-    """Axes that a product with a parameter brings in."""
-    if step.primitive != "dot_general" or step.gradient:
-        return []
-    out = {i for dim in step.outs[0].dims for i in dim}
-    return [step.space[i][0] for a in step.ins if a.is_param for dim in a.dims for i in dim if i in out]
-
-
-def _contracted(step) -> list[int]:
-    if step.primitive != "dot_general" or step.gradient or not any(a.is_param for a in step.ins):
-        return []
-    return [axis for (axis, _), kind in zip(step.space, step.kinds, strict=True) if kind == "r"]
+def _uses(walker: Walker) -> tuple[dict[Atom, set[int]], dict[Atom, set[int]]]:
+    """For each atom the parameters whose product with an activation makes it, and those that are summed over it."""
+    made: defaultdict[Atom, set[int]] = defaultdict(set)
+    spent: defaultdict[Atom, set[int]] = defaultdict(set)
+    seen: set[int] = set()
+    for op in walker.ops:
+        for operand in op.ins if op.is_matmul else ():
+            if operand.origin is not None and operand.origin not in seen:
+                seen.add(operand.origin)  # the first use is that of the forward pass
+                for key, dim in zip(operand.keys, operand.dims, strict=True):
+                    for atom in expand(dim):
+                        (spent if key in op.reduced else made)[atom].add(operand.origin)
+    return made, spent

@@ -7,7 +7,7 @@ sum of the steps' own minima as the bound visits a small part of the layouts and
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sharding_rules.cost import CostModel, Traffic
@@ -131,7 +131,9 @@ class Problem:
     def _domains(self) -> dict[int, list[Choice]]:
         domains: dict[int, list[Choice]] = {}
         free = [a for a in self.free if self.mesh_shape[a] > 1]
-        candidates = [a for a in self.model.logical if a.in_params and not a.why_whole and a.name not in ("batch",)]
+        candidates = [
+            a for a in self.model.logical if a.in_params and not a.why_whole and a.name not in ("batch", "seq")
+        ]
         for axis in candidates:
             base = self.fixed.get(axis.id, ())
             options = [base]
