@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxscale.config import MeshConfig
 from jaxscale.mesh import make_abstract_mesh, make_mesh
 from jaxscale.models import decoder, presets
 from jaxscale.params import abstract_params
-from jaxscale.picture import Picture
 from jaxscale.sharding import constrain, einsum, enter, explain, gather_params
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, MESH_AXES, Rules
@@ -120,14 +118,3 @@ def test_explain_gives_bytes_and_reasons():
     assert "fsdp=4,tp=2" in table.title
     total = sum(math.prod(s.shape) for s in jax.tree.leaves(decoder.param_specs(cfg))) * 4
     assert rows["all"][1] == f"{total // 4:,} numbers"
-
-
-def test_the_picture_of_a_sharding_has_a_cell_for_each_shard():
-    picture = Picture((8, 6), P("fsdp", "tp"), make_abstract_mesh(MeshConfig(dp=2, fsdp=4, tp=2)))
-    svg = picture._repr_html_()
-    assert svg.count("<rect") == 8
-    assert "16 devices" in svg
-    assert "2 copies" in svg
-    whole = Picture((8,), P(None), make_abstract_mesh(MeshConfig(fsdp=4)))._repr_html_()
-    assert whole.count("<rect") == 1
-    assert "4 copies" in whole
