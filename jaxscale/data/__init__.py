@@ -2,7 +2,6 @@
 
 from jaxscale.data.loader import Batches, Dataset, make_dataset
 from jaxscale.data.packing import document_order, pack_rows
-from jaxscale.data.store import cache_dir
 from jaxscale.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
@@ -11,7 +10,6 @@ __all__ = [
     "Dataset",
     "HFTokenizer",
     "Tokenizer",
-    "cache_dir",
     "document_order",
     "load_tokenizer",
     "make_dataset",

@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ import numpy as np
 
 from jaxscale.data.corpus import Corpus
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
+from jaxscale.fetch import cache_dir
 
 _log = logging.getLogger(__name__)
 
@@ -55,17 +54,6 @@ def corpus_bpe(corpus: Corpus, vocab_size: int) -> Tokenizer:
     if not whole(folder):
         _install(folder, lambda out: _train(corpus, vocab_size).save(out / "tokenizer.json"), whole)
     return load_tokenizer(folder)
-
-
-def cache_dir() -> Path:
-    """JAXSCALE_CACHE, else jaxscale's folder in the platform's cache directory."""
-    if chosen := os.environ.get("JAXSCALE_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "jaxscale"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "jaxscale" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxscale"
 
 
 def _train(corpus: Corpus, vocab_size: int) -> HFTokenizer:
