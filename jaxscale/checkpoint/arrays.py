@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxscale.checkpoint.checksum import crc32_share, crc32_whole
 
@@ -136,17 +135,3 @@ def _one_replica(array: jax.Array) -> jax.Array:
     by_device = {shard.device: shard.data for shard in array.addressable_shards}
     shards = [by_device[device] for device in kept.addressable_devices]
     return jax.make_array_from_single_device_arrays(array.shape, kept, shards)
-
-
-def zeros(target: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array without elements: Orbax stores none."""
-    return jax.device_put(jnp.zeros(target.shape, target.dtype), target.sharding)
-
-
-def data_target(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """The ShapeDtypeStruct that Orbax reads into; PRNG keys' data takes the keys' sharding, its last dim whole."""
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    elif isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec), memory_kind=sharding.memory_kind)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

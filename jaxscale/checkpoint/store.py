@@ -15,30 +15,18 @@ import json
 import logging
 import os
 import re
-import time
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
-from jaxscale.checkpoint import arrays
+from jaxscale.checkpoint import arrays, files, reading
 from jaxscale.checkpoint.checksum import crc32_whole
-from jaxscale.checkpoint.tree import Record, describe, is_key, named_leaves, num_bytes, tree_problem
+from jaxscale.checkpoint.layout import Layout
+from jaxscale.checkpoint.tree import Record, describe, is_key, named_leaves, num_bytes
 from jaxscale.config import CheckpointConfig
 
 log = logging.getLogger("jaxscale.checkpoint")
-
-FORMAT = 1  # of commit.json; raised when an older reader could not understand it
-COMMIT = "commit.json"
-REMOVING = "removing"  # marks a step whose removal has begun
-SMALL_FILE = 1 << 20  # bytes; up to this a file has a checksum of its own beside those of the arrays
-BARRIER_SECONDS = 1200  # how long process 0 waits for the other processes' shares
-
-
-class CorruptCheckpointError(ValueError):
-    """A step whose bytes are not those that were saved; the message names the arrays."""
 
 
 class Checkpointer:
@@ -126,12 +114,23 @@ class Checkpointer:
                 return step
         return None
 
-    def restore(self, target: Any, step: int | None = None) -> Any:
+    def restore(
+        self,
+        target: Any,
+        step: int | None = None,
+        *,
+        layout: Layout = (),
+        only: str | Sequence[str] | None = None,
+        missing: Literal["refuse", "keep"] = "refuse",
+    ) -> Any:
         """Reads a step straight into the shards of `target`, whatever mesh it was saved from, and checks every byte.
 
         Args:
-          target: a pytree as saved, of ShapeDtypeStructs with a sharding (or of arrays, which are left alone).
+          target: a pytree of ShapeDtypeStructs with a sharding, or of arrays, which are left alone.
           step: default: the newest. If that is corrupt a warning is logged and the one before it is taken.
+          layout: from the stored tree to the target's (`jaxscale.checkpoint.layout`).
+          only: patterns (`params/*`) of the leaves to read; the others are returned as they stand in `target`.
+          missing: what becomes of leaves that the checkpoint does not have: "refuse", or "keep" the target's own array.
 
         Raises:
           ValueError: the step holds other arrays than `target`; the message says which.
@@ -139,13 +138,13 @@ class Checkpointer:
           CorruptCheckpointError: the given step, or every step, is damaged.
         """
         self._finish()
-        candidates = list(reversed(self.steps())) if step is None else [step]
-        if not candidates:
-            raise FileNotFoundError(f"no complete checkpoint in {self.directory}; save one, or correct the path")
+        newest = self._known(step)
+        candidates = [s for s in reversed(self.steps()) if s <= newest] if step is None else [step]
         for candidate in candidates:
             try:
-                restored = self._restore(target, candidate)
-            except CorruptCheckpointError as error:
+                folder = self.directory / str(candidate)
+                restored = reading.restore_step(folder, target, layout=layout, only=only, missing=missing)
+            except reading.CorruptCheckpointError as error:
                 if candidate == candidates[-1]:
                     raise
                 log.warning("%s; falling back to the step before", error)
@@ -167,7 +166,9 @@ class Checkpointer:
         """Reads a step's arrays from disk and names those that are damaged; an empty list says that all is well."""
         self._finish()
         step = self._known(step)
-        problems = self._problems(step)
+        commit = self._commit(step)
+        assert commit is not None
+        problems = reading.find_problems(self.directory / str(step), commit)
         if not problems:
             self._verified.add(step)
         return problems
@@ -212,25 +213,25 @@ class Checkpointer:
             started.result()  # nothing may be left writing when this ends
         me, processes = jax.process_index(), jax.process_count()
         if me:
-            _write_json(self.directory / str(step) / f"shares.{me}.json", shares)
-            _await_json(self.directory / str(step) / COMMIT)  # so that all processes list the same steps
+            files.write_json(self.directory / str(step) / f"shares.{me}.json", shares)
+            files.await_json(self.directory / str(step) / files.COMMIT)  # so that all processes list the same steps
             return
         for process in range(1, processes):
             others = self.directory / str(step) / f"shares.{process}.json"
-            shares = {name: share ^ _await_json(others)[name] for name, share in shares.items()}
+            shares = {name: share ^ files.await_json(others)[name] for name, share in shares.items()}
             others.unlink()
         for name, record in records.items():
             record["crc32"] = crc32_whole(shares.get(name, 0), num_bytes(record))
         commit = {
-            "format": FORMAT,
+            "format": reading.FORMAT,
             "step": step,
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
             "num_processes": processes,
             "arrays": records,
-            "files": _list_files(self.directory / str(step)),
+            "files": files.list_files(self.directory / str(step)),
             "metadata": metadata,
         }
-        _write_json(self.directory / str(step) / COMMIT, commit)
+        files.write_json(self.directory / str(step) / files.COMMIT, commit)
         self._retain()
 
     def _finish(self) -> None:
@@ -246,7 +247,7 @@ class Checkpointer:
                 self._sweep(self._saving_step)
             newest = self.latest_step()
             self._failure = OSError(
-                f"step {self._saving_step} was not saved in {self.directory}: {_one_line(error)}; "
+                f"step {self._saving_step} was not saved in {self.directory}: {reading.one_line(error)}; "
                 f"the newest complete step is {'none' if newest is None else newest}"
             )
             self._failure.__cause__ = error
@@ -267,7 +268,9 @@ class Checkpointer:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise OSError(f"checkpoint directory {self.directory} cannot be written: {_one_line(error)}") from error
+            raise OSError(
+                f"checkpoint directory {self.directory} cannot be written: {reading.one_line(error)}"
+            ) from error
         self._sweep()
         self._cleaned = True
 
@@ -277,9 +280,9 @@ class Checkpointer:
             match = re.fullmatch(r"(\d+)(\.orbax-checkpoint-tmp.*)?", path.name)
             if not match or (step is not None and int(match[1]) != step):
                 continue
-            if match[2] or (_is_ours(path) and self._commit(int(match[1])) is None):
+            if match[2] or (files.is_ours(path) and self._commit(int(match[1])) is None):
                 log.warning("removing the half-written checkpoint %s", path)
-                _remove(path)
+                files.remove(path)
 
     def _retain(self) -> None:
         """Removes steps beyond the last `keep_last`, but neither multiples of `keep_every` nor the last verified."""
@@ -288,67 +291,9 @@ class Checkpointer:
         every = self.config.keep_every
         for step in steps[: -self.config.keep_last]:
             if step not in verified[-1:] and not (every and step % every == 0):
-                _remove(self.directory / str(step))
+                files.remove(self.directory / str(step))
 
     # Reading
-
-    def _restore(self, target: Any, step: int) -> Any:
-        commit = self._commit(step)
-        if commit is None:
-            raise FileNotFoundError(f"no complete checkpoint of step {step} in {self.directory}; it has {self.steps()}")
-        saved, leaves = commit["arrays"], named_leaves(target)
-        problem = tree_problem(saved, {name: describe(leaf) for name, leaf in leaves.items()})
-        if problem:
-            raise ValueError(f"checkpoint step {step} in {self.directory} does not fit: {problem}")
-        path = os.fspath(self.directory / str(step))
-        on_host = {name for name, leaf in leaves.items() if arrays.rests_on_host(leaf)}
-        targets = {
-            name: arrays.data_target(
-                tuple(saved[name]["shape"]), np.dtype(saved[name]["dtype"]), getattr(leaf, "sharding", None)
-            )
-            for name, leaf in leaves.items()
-            if name not in on_host
-        }
-        full = {name: shape for name, shape in targets.items() if num_bytes(saved[name])}
-        data: dict[str, Any] = {name: arrays.zeros(targets[name]) for name in targets.keys() - full.keys()}
-        problems = _file_problems(self.directory / str(step), commit["files"])
-        if problems:  # Orbax would find most of it too, and fail halfway with threads and coroutines left behind
-            raise CorruptCheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems[:6])}")
-        try:
-            arrays.check_index(path)
-            data |= arrays.load(path, full) if full else {}
-            data |= {
-                name: arrays.open_array(path, name).read().result()
-                if num_bytes(saved[name])
-                else np.zeros(saved[name]["shape"], saved[name]["dtype"])
-                for name in on_host
-            }
-        except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
-            problems = self._problems(step) or [_one_line(error)]
-            raise CorruptCheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems[:6])}") from error
-        damaged = _mismatches(saved, data)
-        if damaged:
-            raise CorruptCheckpointError(f"checkpoint {path} is damaged: the checksum of {', '.join(damaged)} differs")
-        leaves_out = {name: _as_target(data[name], leaf, saved[name]) for name, leaf in leaves.items()}
-        return jax.tree.unflatten(jax.tree.structure(target), list(leaves_out.values()))
-
-    def _problems(self, step: int) -> list[str]:
-        commit = self._commit(step)
-        if commit is None:
-            return [f"{COMMIT} is missing or damaged"]
-        path, problems = (
-            os.fspath(self.directory / str(step)),
-            _file_problems(self.directory / str(step), commit["files"]),
-        )
-        for name, record in commit["arrays"].items():
-            if not num_bytes(record):
-                continue
-            try:
-                if arrays.stored_crc32(path, name) != record["crc32"]:
-                    problems.append(f"the checksum of {name} differs")
-            except Exception as error:
-                problems.append(f"{name} cannot be read ({_one_line(error)})")
-        return problems
 
     def _warn_problems(self, step: int) -> list[str]:
         problems = self.verify(step)
@@ -362,13 +307,7 @@ class Checkpointer:
         return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d+", path.name))
 
     def _commit(self, step: int) -> dict[str, Any] | None:
-        commit = _read_json(self.directory / str(step) / COMMIT)
-        if commit is not None and commit["format"] > FORMAT:
-            raise ValueError(
-                f"checkpoint {self.directory / str(step)} has format {commit['format']}, this jaxscale reads up to "
-                f"{FORMAT}; upgrade it"
-            )
-        return commit
+        return reading.read_commit(self.directory / str(step))
 
     def _known(self, step: int | None) -> int:
         known = self.steps()
@@ -376,110 +315,3 @@ class Checkpointer:
             what = "complete checkpoint" if step is None else f"complete checkpoint of step {step}"
             raise FileNotFoundError(f"no {what} in {self.directory}; it has {known or 'none'}")
         return known[-1] if step is None else step
-
-
-def _mismatches(saved: Mapping[str, Record], data: Mapping[str, Any]) -> list[str]:
-    """Names of arrays whose bytes in memory, over all processes, are not those that were saved."""
-    names = sorted(data)
-    shares = np.array([arrays.local_share(data[name]) for name in names], np.uint32)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        shares = np.bitwise_xor.reduce(np.asarray(multihost_utils.process_allgather(shares)), axis=0)
-    return [
-        name
-        for name, share in zip(names, shares)
-        if crc32_whole(int(share), num_bytes(saved[name])) != saved[name]["crc32"]
-    ]
-
-
-def _as_target(data: Any, leaf: Any, record: Record) -> Any:
-    """The array as the kind of leaf that `leaf` is."""
-    if not hasattr(leaf, "dtype"):
-        return type(leaf)(data)
-    if isinstance(leaf, np.ndarray | np.generic):
-        return data
-    if not isinstance(data, jax.Array):  # an array that each process has for itself
-        data = jax.device_put(data, leaf.sharding)
-    return jax.random.wrap_key_data(data, impl=record["key"]) if "key" in record else data
-
-
-def _list_files(root: Any) -> dict[str, list[int | None]]:
-    """Size and, of small files, CRC-32 of everything under `root`."""
-    files: dict[str, list[int | None]] = {}
-    folders = [(root, "")]
-    while folders:
-        folder, prefix = folders.pop()
-        for path in folder.iterdir():
-            if path.is_dir():
-                folders.append((path, f"{prefix}{path.name}/"))
-            else:
-                size = path.stat().length
-                files[prefix + path.name] = [size, zlib.crc32(path.read_bytes()) if size <= SMALL_FILE else None]
-    return files
-
-
-def _file_problems(root: Any, files: Mapping[str, list[int | None]]) -> list[str]:
-    """What differs from `_list_files` when the step was saved."""
-    found = _list_files(root)
-    problems = []
-    for name, (size, checksum) in files.items():
-        if name not in found:
-            problems.append(f"file {name} is missing")
-        elif found[name][0] != size:
-            problems.append(f"file {name} has {found[name][0]} bytes instead of {size}")
-        elif found[name][1] != checksum:
-            problems.append(f"the checksum of file {name} differs")
-    return problems
-
-
-def _is_ours(path: Any) -> bool:
-    if (path / REMOVING).exists():
-        return True
-    try:
-        return json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] == arrays.OWNER
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _remove(path: Any) -> None:
-    """Removes a step so that it is no step from the first moment on, and can be finished by another process."""
-    (path / REMOVING).write_text("")
-    (path / COMMIT).unlink(missing_ok=True)
-    for child in path.iterdir():
-        if child.is_dir():
-            child.rmtree()
-        elif child.name != REMOVING:
-            child.unlink()
-    path.rmtree()
-
-
-def _write_json(path: Any, payload: dict[str, Any]) -> None:
-    """Written beside and renamed, behind a checksum of its own: it is there whole or not at all."""
-    text = json.dumps(payload)
-    part = path.parent / f"{path.name}.part"
-    part.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
-    part.replace(path)
-
-
-def _read_json(path: Any) -> dict[str, Any] | None:
-    """What `_write_json` wrote; None if it is not there or damaged."""
-    try:
-        checksum, _, text = path.read_text().partition("\n")
-    except (OSError, UnicodeDecodeError):
-        return None
-    text = text.removesuffix("\n")
-    return json.loads(text) if checksum == f"{zlib.crc32(text.encode()):08x}" else None
-
-
-def _await_json(path: Any) -> dict[str, Any]:
-    end = time.monotonic() + BARRIER_SECONDS
-    while (found := _read_json(path)) is None:
-        if time.monotonic() > end or not path.parent.exists():
-            raise TimeoutError(f"{path} did not appear; the process that writes it failed")
-        time.sleep(0.05)
-    return found
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -116,7 +116,7 @@ def test_half_written_steps_are_ignored_and_cleaned(tmp_path, caplog):
 
 
 def test_missing_and_unwritable_directories(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*nowhere; it has none"):
         Checkpointer(tmp_path / "nowhere").restore({"x": jnp.zeros(1)})
     with Checkpointer(tmp_path / "run") as ckpt:
         ckpt.save(1, {"x": jnp.zeros(1)})
@@ -129,15 +129,15 @@ def test_missing_and_unwritable_directories(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    from jaxscale.checkpoint import store
+    from jaxscale.checkpoint import files, reading
 
     state = {"x": jnp.zeros(1)}
     with Checkpointer(tmp_path) as ckpt:
         ckpt.save(1, state)
         ckpt.wait()
-        commit = store._read_json(ckpt.directory / "1" / "commit.json")
+        commit = files.read_json(ckpt.directory / "1" / "commit.json")
         assert commit is not None
-        store._write_json(ckpt.directory / "1" / "commit.json", commit | {"format": store.FORMAT + 1})
+        files.write_json(ckpt.directory / "1" / "commit.json", commit | {"format": reading.FORMAT + 1})
         with pytest.raises(ValueError, match="upgrade"):
             ckpt.restore(state)
 

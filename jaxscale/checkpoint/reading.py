@@ -1,0 +1,216 @@
+"""Reads one step into the leaves of a target tree: through a layout, in part, and never a damaged byte."""
+
+import fnmatch
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxscale.checkpoint import arrays, files
+from jaxscale.checkpoint.checksum import crc32_whole
+from jaxscale.checkpoint.layout import Layout, apply_layout
+from jaxscale.checkpoint.maps import Lazy
+from jaxscale.checkpoint.tree import Record, describe, named_leaves, num_bytes, tree_problem
+
+FORMAT = 1  # of commit.json; raised when an older reader could not understand it
+
+
+class CorruptCheckpointError(ValueError):
+    """A step whose bytes are not those that were saved; the message names the arrays or files."""
+
+
+def read_commit(step: Any) -> dict[str, Any] | None:
+    """What was committed with the step in this folder; None when it is not complete."""
+    commit = files.read_json(step / files.COMMIT)
+    if commit is not None and commit["format"] > FORMAT:
+        raise ValueError(
+            f"checkpoint {step} has format {commit['format']}, this jaxscale reads up to {FORMAT}; upgrade it"
+        )
+    return commit
+
+
+def restore_step(
+    step: Any,
+    target: Any,
+    *,
+    layout: Layout = (),
+    only: str | Sequence[str] | None = None,
+    missing: Literal["refuse", "keep"] = "refuse",
+) -> Any:
+    """The tree `target` with its leaves read from the step in this folder; see `Checkpointer.restore`."""
+    commit = read_commit(step)
+    if commit is None:
+        raise FileNotFoundError(f"{step} is not a complete checkpoint")
+    saved: dict[str, Record] = commit["arrays"]
+    leaves = named_leaves(target)
+    stored = {name: _open_lazily(step, name, record) for name, record in saved.items()}
+    mapped = apply_layout(stored, layout)
+    chosen = _choose(leaves, only)
+    if missing == "keep":
+        chosen = [name for name in chosen if name in mapped or isinstance(leaves[name], jax.ShapeDtypeStruct)]
+    direct = [name for name in chosen if name in stored and mapped.get(name) is stored[name]]
+    offered = {
+        name: saved[name] if array is stored.get(name) else describe(array)
+        for name, array in mapped.items()
+        if only is None or name in chosen
+    }
+    problem = tree_problem(offered, {name: describe(leaves[name]) for name in chosen})
+    if problem:
+        raise ValueError(f"checkpoint {step} does not fit: {problem}")
+
+    data = read_arrays(step, commit, {name: _target(saved[name], leaves[name]) for name in direct})
+    out = {name: _as_leaf(data.pop(name), leaves[name], saved[name]) for name in direct}
+    made = {name: mapped[name] for name in chosen if name not in out}
+    check_arrays(step, commit, sorted(set().union(*(array.sources for array in made.values()))))
+    out |= {name: _as_leaf(_place(array, leaves[name]), leaves[name], {}) for name, array in made.items()}
+    return jax.tree.unflatten(jax.tree.structure(target), [out.get(name, leaf) for name, leaf in leaves.items()])
+
+
+def read_arrays(step: Any, commit: dict[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by name, each in the shards of its ShapeDtypeStruct, or as numpy where that is None; all are checked.
+
+    Raises:
+      CorruptCheckpointError: a file or an array is not as it was saved.
+    """
+    path, saved = os.fspath(step), commit["arrays"]
+    problems = files.file_problems(step, commit["files"])
+    if problems:  # Orbax would find most of it too, and fail halfway with threads and coroutines left behind
+        raise _damaged(step, problems)
+    full = {name: target for name, target in targets.items() if target is not None and num_bytes(saved[name])}
+    try:
+        arrays.check_index(path)
+        data: dict[str, Any] = arrays.load(path, full) if full else {}
+        for name in targets.keys() - full.keys():
+            record = saved[name]
+            if num_bytes(record):
+                data[name] = arrays.open_array(path, name).read().result()
+            else:
+                empty = np.zeros(record["shape"], record["dtype"])
+                data[name] = empty if targets[name] is None else jax.device_put(empty, targets[name].sharding)
+    except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
+        raise _damaged(step, find_problems(step, commit) or [one_line(error)]) from error
+    differ = _mismatches(saved, data)
+    if differ:
+        raise _damaged(step, [f"the checksum of {name} differs" for name in differ])
+    return data
+
+
+def check_arrays(step: Any, commit: dict[str, Any], names: Sequence[str]) -> None:
+    """Compares arrays on disk with their checksums; the processes share the work.
+
+    Raises:
+      CorruptCheckpointError: an array is not as it was saved.
+    """
+    path, records = os.fspath(step), commit["arrays"]
+    me, processes = jax.process_index(), jax.process_count()
+    names = [name for name in names if num_bytes(records[name])]
+    problems = np.zeros(len(names), np.uint32)
+    for k in range(me, len(names), processes):
+        problems[k] = _problem(path, names[k], records[names[k]]) is not None
+    if processes > 1:
+        from jax.experimental import multihost_utils
+
+        problems = np.asarray(multihost_utils.process_allgather(problems)).max(axis=0)
+    if problems.any():
+        raise _damaged(step, [f"{name} is not as it was saved" for name, bad in zip(names, problems) if bad])
+
+
+def find_problems(step: Any, commit: dict[str, Any]) -> list[str]:
+    """Reads every byte of a step and says what is damaged; needs no devices."""
+    path, problems = os.fspath(step), files.file_problems(step, commit["files"])
+    found = (_problem(path, name, record) for name, record in commit["arrays"].items() if num_bytes(record))
+    return problems + [problem for problem in found if problem]
+
+
+def _problem(path: str, name: str, record: Record) -> str | None:
+    try:
+        if arrays.stored_crc32(path, name) != record["crc32"]:
+            return f"the checksum of {name} differs"
+    except Exception as error:  # TensorStore raises many kinds
+        return f"{name} cannot be read ({one_line(error)})"
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _damaged(step: Any, problems: list[str]) -> CorruptCheckpointError:
+    more = f" and {len(problems) - 6} more problems" if len(problems) > 6 else ""
+    return CorruptCheckpointError(f"checkpoint {step} is damaged: {'; '.join(problems[:6])}{more}")
+
+
+def _choose(leaves: Mapping[str, Any], only: str | Sequence[str] | None) -> list[str]:
+    if only is None:
+        return list(leaves)
+    patterns = [only] if isinstance(only, str) else list(only)
+    for pattern in patterns:
+        if not fnmatch.filter(leaves, pattern):
+            raise ValueError(
+                f"only={pattern!r} matches none of the target's {len(leaves)} arrays, such as {next(iter(leaves))}"
+            )
+    return [name for name in leaves if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _target(record: Record, leaf: Any) -> jax.ShapeDtypeStruct | None:
+    """What Orbax reads for a leaf as it is; PRNG keys' data takes the keys' sharding, its last dim whole."""
+    if arrays.rests_on_host(leaf):
+        return None
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(tuple(record["shape"]), jnp.dtype(record["dtype"]), sharding=sharding)
+
+
+def _open_lazily(step: Any, name: str, record: Record) -> Lazy:
+    """A stored array that is opened when a box of it is first read."""
+    path, shape, dtype = os.fspath(step), tuple(record["shape"]), jnp.dtype(record["dtype"])
+    opened = functools.cache(lambda: arrays.open_array(path, name))
+    if not num_bytes(record):
+        return Lazy(shape, dtype, lambda box: np.zeros([s.stop - s.start for s in box], dtype), frozenset([name]))
+    return Lazy(shape, dtype, lambda box: opened()[box].read().result(), frozenset([name]))
+
+
+def _place(array: Lazy, leaf: Any) -> Any:
+    """A lazy array in the shards of `leaf`, each box read once in this process."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or arrays.rests_on_host(leaf):
+        whole = array.whole()
+        return whole if arrays.rests_on_host(leaf) else jax.device_put(whole)
+
+    @functools.cache
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        return array.read(tuple(slice(*bound) for bound in bounds))
+
+    def callback(index: Any) -> np.ndarray:
+        return read(tuple(part.indices(size)[:2] for part, size in zip(index, array.shape)))
+
+    return jax.make_array_from_callback(array.shape, sharding, callback, dtype=array.dtype)
+
+
+def _as_leaf(data: Any, leaf: Any, record: Record) -> Any:
+    """The array as the kind of leaf that `leaf` is."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf)(data)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return data
+    if not isinstance(data, jax.Array):  # an array that each process has for itself
+        data = jax.device_put(data, leaf.sharding)
+    return jax.random.wrap_key_data(data, impl=record["key"]) if "key" in record else data
+
+
+def _mismatches(saved: Mapping[str, Record], data: Mapping[str, Any]) -> list[str]:
+    """Names of arrays whose bytes in memory, over all processes, are not those that were saved."""
+    names = sorted(data)
+    shares = np.array([arrays.local_share(data[name]) for name in names], np.uint32)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        shares = np.bitwise_xor.reduce(np.asarray(multihost_utils.process_allgather(shares)), axis=0)
+    return [
+        name
+        for name, share in zip(names, shares)
+        if crc32_whole(int(share), num_bytes(saved[name])) != saved[name]["crc32"]
+    ]

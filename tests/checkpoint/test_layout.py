@@ -1,0 +1,294 @@
+"""Layouts: every form into every other over many meshes, bit for bit against numpy; and what is refused."""
+
+import itertools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxscale.checkpoint import Checkpointer, maps
+from jaxscale.checkpoint import layout as lay
+from jaxscale.checkpoint.tree import named_leaves
+from jaxscale.mesh import make_mesh
+
+from .conftest import bits
+
+L, D, N, K, H, F, V = 6, 8, 3, 1, 4, 12, 10  # three heads: tp=2 cuts none of them
+SHAPES = {
+    "embed": (V, D),
+    "layers/attn/wq": (L, D, N, H),
+    "layers/attn/wk": (L, D, K, H),
+    "layers/attn/wv": (L, D, K, H),
+    "layers/mlp/w_gate": (L, D, F),
+    "layers/mlp/w_up": (L, D, F),
+    "norm": (D,),
+}
+LAYER = [name for name in SHAPES if name.startswith("layers/")]
+
+
+def unrolled(p):
+    out = {n: x for n, x in p.items() if n not in LAYER}
+    return out | {n.replace("layers/", f"layer_{i}/"): p[n][i] for n in LAYER for i in range(L)}
+
+
+def fused(p):
+    out = {n: x for n, x in p.items() if n not in LAYER}
+    out["layers/attn/wqkv"] = np.concatenate([p[f"layers/attn/w{n}"] for n in "qkv"], axis=2)
+    out["layers/mlp/w_gate_up"] = np.concatenate([p["layers/mlp/w_gate"], p["layers/mlp/w_up"]], axis=-1)
+    return out
+
+
+def hugging(p):
+    """One array a layer, [out, in], heads merged, rotary halves interleaved, other names."""
+    out = {"model.embed": p["embed"], "model.norm": p["norm"]}
+    for i in range(L):
+        for n in "qkv":
+            w = p[f"layers/attn/w{n}"][i]
+            if n != "v":
+                w = w.reshape(D, -1, 2, H // 2).swapaxes(2, 3)
+            out[f"model.layers.{i}.{n}_proj"] = w.reshape(D, -1).T
+        out[f"model.layers.{i}.gate"] = p["layers/mlp/w_gate"][i].T
+        out[f"model.layers.{i}.up"] = p["layers/mlp/w_up"][i].T
+    return out
+
+
+def staged(p):
+    return {n: x.reshape(2, L // 2, *x.shape[1:]) if n in LAYER else x for n, x in p.items()}
+
+
+def interleaved(p):
+    """Three stages, layers 0 and 3 on the first, 1 and 4 on the second, 2 and 5 on the third."""
+    return {n: np.stack([x[[s, s + 3]] for s in range(3)]) if n in LAYER else x for n, x in p.items()}
+
+
+def widened(p):
+    """The vocabulary padded to 16, each kv head three times."""
+    out = p | {"embed": np.concatenate([p["embed"], np.zeros((6, D), np.float32)])}
+    for n in "kv":
+        out[f"layers/attn/w{n}"] = np.repeat(p[f"layers/attn/w{n}"], N // K, axis=2)
+    return out
+
+
+ROTARY = [0, 2, 1, 3]  # H = 4: halves (0, 1 | 2, 3) -> pairs (0, 2 | 1, 3)
+FORMS = {
+    "scanned": (lambda p: p, ()),
+    "unrolled": (unrolled, (lay.unstack("layers/{rest}", "layer_{i}/{rest}"),)),
+    "fused": (
+        fused,
+        (
+            lay.fuse(tuple(f"layers/attn/w{n}" for n in "qkv"), "layers/attn/wqkv", axis=2, sizes=(N, K, K)),
+            lay.fuse(("layers/mlp/w_gate", "layers/mlp/w_up"), "layers/mlp/w_gate_up", axis=-1, sizes=(F, F)),
+        ),
+    ),
+    "hugging": (
+        hugging,
+        (
+            lay.rename("embed", "model.embed"),
+            lay.rename("norm", "model.norm"),
+            lay.permute("layers/attn/wq", -1, ROTARY),
+            lay.permute("layers/attn/wk", -1, ROTARY),
+            lay.merge_dims("layers/attn/wq", -1, (N, H)),
+            lay.merge_dims("layers/attn/wk", -1, (K, H)),
+            lay.merge_dims("layers/attn/wv", -1, (K, H)),
+            lay.transpose("layers/{part}", (0, 2, 1)),
+            lay.rename("layers/attn/w{n}", "layers/{n}_proj"),
+            lay.rename("layers/mlp/w_gate", "layers/gate"),
+            lay.rename("layers/mlp/w_up", "layers/up"),
+            lay.unstack("layers/{rest}", "model.layers.{i}.{rest}"),
+        ),
+    ),
+    "staged": (staged, (lay.stage("layers/{rest}", stages=2),)),
+    "interleaved": (interleaved, (lay.stage("layers/{rest}", stages=3, rounds=2),)),
+    "widened": (
+        widened,
+        (
+            lay.pad("embed", 0, old=V, new=16),
+            lay.repeat("layers/attn/wk", 2, N // K),
+            lay.repeat("layers/attn/wv", 2, N // K),
+        ),
+    ),
+}
+
+
+def on_mesh(values, mesh):
+    """Spread with no regard to meaning: the first two dims that divide take (pp, fsdp, dp) and tp."""
+    out = {}
+    for name, x in values.items():
+        spec = [None] * x.ndim
+        for axes in (("pp",), ("fsdp", "dp"), ("tp",)):
+            size = int(np.prod([mesh.shape[a] for a in axes]))
+            free = [d for d in range(x.ndim) if spec[d] is None and x.shape[d] % size == 0]
+            if free and size > 1:
+                spec[free[0]] = axes
+        out[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return out
+
+
+def as_state(form, values, mesh=None):
+    """Parameters, Adam moments and a step in one form: numpy, or ShapeDtypeStructs on a mesh."""
+    params, mu, nu = (form(v) for v in values)
+    count = np.asarray(5, np.int32)
+    if mesh is not None:
+        params, mu, nu = (on_mesh(x, mesh) for x in (params, mu, nu))
+        count = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return {"params": params, "opt_state": (optax.ScaleByAdamState(count, mu, nu), optax.EmptyState()), "step": count}
+
+
+def put(target, values):
+    return jax.tree.map(lambda t, x: jax.device_put(x, t.sharding), target, values)
+
+
+MESHES = {
+    "one": {"devices": 1},
+    "fsdp8": {"fsdp": 8},
+    "tp8": {"tp": 8},
+    "tp2": {"tp": 2, "devices": 2},
+    "tp4dp2": {"tp": 4, "dp": 2},
+    "fsdp3": {"fsdp": 3, "devices": 3},
+    "pp2tp2": {"pp": 2, "tp": 2, "devices": 4},
+    "pp3tp2": {"pp": 3, "tp": 2, "devices": 6},
+}
+
+
+def mesh_named(name):
+    sizes = dict(MESHES[name])
+    return make_mesh(devices=jax.devices()[: sizes.pop("devices", 8)], **sizes)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of one state in each form, each from another mesh."""
+    rng = np.random.default_rng()
+    values = [{n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(3)]
+    root = tmp_path_factory.mktemp("forms")
+    for name, mesh in zip(FORMS, itertools.cycle(MESHES)):
+        form, target = FORMS[name][0], mesh_named(mesh)
+        with Checkpointer(root / name) as ckpt:
+            state = put(as_state(form, values, target), as_state(form, values))
+            ckpt.save(5, state, metadata={"position": 77, "form": name, "mesh": mesh})
+    return root, values
+
+
+@pytest.mark.parametrize("source", FORMS)
+def test_every_form_into_every_other(saved, source):
+    """49 pairs of (layout, mesh), optimizer state included."""
+    root, values = saved
+    meshes = itertools.cycle(MESHES)
+    for _ in range(list(FORMS).index(source)):
+        next(meshes)
+    with Checkpointer(root / source) as ckpt:
+        for wanted, mesh in zip(FORMS, meshes):
+            layout = (*lay.inverse(FORMS[source][1]), *FORMS[wanted][1])
+            target = as_state(FORMS[wanted][0], values, mesh_named(mesh))
+            restored = ckpt.restore(target, layout=layout)
+            assert bits(restored) == bits(as_state(FORMS[wanted][0], values)), (source, wanted, mesh)
+            for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
+                assert got.sharding.is_equivalent_to(want.sharding, want.ndim)
+        assert ckpt.metadata()["position"] == 77
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_an_operation_and_its_inverse_cancel(data):
+    shape = data.draw(st.lists(st.sampled_from([2, 4, 6]), min_size=2, max_size=4))
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    size = shape[axis]
+    ops = {
+        "transpose": lay.transpose("w", data.draw(st.permutations(range(len(shape))))),
+        "permute": lay.permute("w", axis, data.draw(st.permutations(range(size)))),
+        "pad": lay.pad("w", axis, old=size, new=size + 3),
+        "repeat": lay.repeat("w", axis, 3),
+        "merge": lay.merge_dims("w", 0, shape[:2]),
+        "split": lay.split_dim("w", axis, (2, size // 2)),
+        "stage": lay.stage("w", stages=2, rounds=shape[0] // 2),
+        "unstack": lay.unstack("{rest}", "{rest}.{i}"),
+        "parts": lay.split("w", ("a", "b"), axis=axis, sizes=(1, size - 1)),
+        "cast": lay.cast("w", "float32", old="bfloat16"),
+    }
+    op = ops[data.draw(st.sampled_from(sorted(ops)))]
+    dtype = "bfloat16" if "cast" in str(op) else "int32"
+    x = np.random.default_rng(0).integers(0, 99, shape).astype(jnp.dtype(dtype))
+    there_and_back = lay.apply_layout({"w": maps.lazy(x)}, (op, *lay.inverse([op])))
+    assert there_and_back.keys() == {"w"}
+    assert bits(there_and_back["w"].whole()) == bits(x)
+    # A box of any result is that box of the whole result.
+    for result in lay.apply_layout({"w": maps.lazy(x)}, (op,)).values():
+        bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in result.shape]
+        box = tuple(slice(a, b) if a < b else slice(0, n) for (a, b), n in zip(bounds, result.shape))
+        assert bits(result.read(box)) == bits(result.whole()[box])
+
+
+def test_restage_between_pipelines():
+    x = np.arange(12 * 2).reshape(12, 2)
+    two = lay.stage("w", stages=2)
+    got = lay.apply_layout({"w": maps.lazy(x)}, (two, *lay.restage("w", old=2, new=3, new_rounds=2)))["w"].whole()
+    np.testing.assert_array_equal(got, np.stack([x[[2 * s, 2 * s + 1, 2 * s + 6, 2 * s + 7]] for s in range(3)]))
+
+
+def test_roots_are_the_trees_of_parameters_and_no_others():
+    params = {"w": 0, "a": {"norm": 1}, "norm": 2}
+    masked = {"w": optax.MaskedNode(), "a": {"norm": 1}, "norm": 2}
+    state = {"params": params, "opt": ({"count": 0, "mu": params, "nu": masked},), "norms": {"w": 3, "x": 4}, "step": 5}
+    assert sorted(lay.param_roots(named_leaves(state))) == ["opt/0/mu/", "opt/0/nu/", "params/"]
+    names = named_leaves(jax.tree.map(np.float32, state))
+    renamed = lay.apply_layout({n: maps.lazy(np.asarray(x)) for n, x in names.items()}, (lay.rename("norm", "scale"),))
+    assert renamed.keys() - names.keys() == {"params/scale", "opt/0/mu/scale", "opt/0/nu/scale"}
+    assert "params/a/norm" in renamed
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ([lay.rename("nothing", "x")], r"same nothing -> x matches no array"),
+        ([lay.rename("a/w", "b")], r"makes b, which is there already"),
+        ([lay.rename("{x}/w", "one")], r"makes one twice"),
+        ([lay.fuse(("b", "c"), "d", axis=0, sizes=(4, 4))], r"b is there but its c is not"),
+        ([lay.fuse(("a/w", "z/w"), "d", axis=0, sizes=(4, 4))], r"sizes along 0 are \(2, 3\), not \(4, 4\)"),
+        ([lay.pad("b", 0, old=5, new=8)], r"dim 0 of \(4,\) is not 5"),
+        ([lay.stage("a/w", stages=3)], r"\(2,\) layers do not divide over 3 stages"),
+        ([lay.stack("s/{i}", "s")], r"the layers of .* are \[0, 2\], not 0..1"),
+        ([lay.split("b", ("p", "q"), axis=0, sizes=(1, 1))], r"dim 0 of \(4,\) is not 2"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(layout, message):
+    tree = {"a": {"w": np.zeros((2, 5))}, "b": np.zeros(4), "z": {"w": np.zeros((3, 5))}, "s": {"0": 1.0, "2": 1.0}}
+    arrays = {n: maps.lazy(np.asarray(x)) for n, x in named_leaves(tree).items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        lay.apply_layout(arrays, layout)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layout_that_leaves_an_array_unmapped_is_refused_before_reading(saved):
+    root, values = saved
+    target = as_state(unrolled, values, mesh_named("fsdp8"))
+    with Checkpointer(root / "scanned") as ckpt:
+        only_mlp = (lay.unstack("layers/mlp/{rest}", "layer_{i}/mlp/{rest}"),)
+        with pytest.raises(ValueError, match=r"54 missing: .*; 9 extra: opt_state/0/mu/layers/attn/wk"):
+            ckpt.restore(target, layout=only_mlp)
+
+
+def test_partial_restore(saved):
+    root, values = saved
+    target = as_state(fused, values, mesh_named("tp4dp2"))
+    layout = FORMS["fused"][1]
+    with Checkpointer(root / "scanned") as ckpt:
+        some = ckpt.restore(target, layout=layout, only=["params/*"])
+        assert bits(some["params"]) == bits(fused(values[0]))
+        assert some["opt_state"] == target["opt_state"]
+        with pytest.raises(ValueError, match=r"only='parms/\*' matches none"):
+            ckpt.restore(target, layout=layout, only="parms/*")
+        lora = {"w": jnp.full((2, 2), 3.0)}
+        with pytest.raises(ValueError, match="1 missing: lora/w"):
+            ckpt.restore(target | {"lora": lora}, layout=layout)
+        kept = ckpt.restore(target | {"lora": lora}, layout=layout, missing="keep")
+        assert kept["lora"]["w"] is lora["w"]
+        assert bits(kept["params"]) == bits(fused(values[0]))
+        with pytest.raises(ValueError, match="1 missing: lora/w"):
+            ckpt.restore(
+                target | {"lora": {"w": jax.ShapeDtypeStruct((2, 2), np.float32)}}, layout=layout, missing="keep"
+            )
