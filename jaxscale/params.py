@@ -109,6 +109,16 @@ def resolve_param(spec: ParamSpec, mesh: Any, rules: Rules) -> Resolution:
     return resolve_spec(spec.shape, spec.axes, rules.params, dict(mesh.shape), rules.spill)
 
 
+def fallback_notes(specs: Any, mesh: Any, rules: Rules) -> tuple[str, ...]:
+    """What the mesh cannot split as the rules ask, a line each: "q_heads=9 is not divisible by tp=2: kept whole over tp
+    (layers/attn/wq, layers/attn/wo)"."""
+    where: dict[str, list[str]] = {}
+    for path, spec in jax.tree.leaves_with_path(specs):
+        for note in resolve_param(spec, mesh, rules).notes:
+            where.setdefault(note, []).append(path_name(path))
+    return tuple(f"{note} ({', '.join(names)})" for note, names in where.items())
+
+
 def num_params(tree: Any) -> int:
     """How many numbers a tree of specs or arrays holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

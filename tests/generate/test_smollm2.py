@@ -11,8 +11,9 @@ import pytest
 from jaxscale.generate import generate, stream_text
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
-from jaxscale.params import param_shardings
-from jaxscale.pretrained import fallbacks, load_model
+from jaxscale.models.decoder import param_specs
+from jaxscale.params import fallback_notes, param_shardings
+from jaxscale.pretrained import load_model
 from sharding_rules.rules import MEGATRON_FSDP
 
 FOX = [504, 2365, 6354, 16438, 27003, 690, 260, 23790]
@@ -50,7 +51,7 @@ def test_known_logits_and_answer(model, name):
     if sizes:
         mesh = make_mesh(devices=jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
         params = load_model("smollm2-135m", mesh=mesh).params if name == "fsdp2_tp3" else params
-    notes = fallbacks(cfg, mesh, MEGATRON_FSDP) if mesh else ()
+    notes = fallback_notes(param_specs(cfg), mesh, MEGATRON_FSDP) if mesh else ()
     assert ("layers/attn/wq: q_heads=9 is not divisible by tp=2: kept whole over tp" in notes) == (name == "tp2")
 
     heard = []

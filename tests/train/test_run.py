@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import struct
 from pathlib import Path
 
 import jax
@@ -136,4 +137,22 @@ def test_metrics_hold_what_they_should(config):
     train = [m for m in lines if "loss" in m]
     assert [m["step"] for m in train] == [1, 2, 3, 4]
     assert all({"loss", "nll", "grad_norm", "weight", "seconds"} <= set(m) for m in train)
+    events = read_events(_path(config) / "tensorboard")
+    assert [events[i, "loss"] for i in (1, 2, 3, 4)] == pytest.approx([m["loss"] for m in train])
+    assert events[4, "valid_bits_per_byte"] == pytest.approx(lines[-1]["valid_bits_per_byte"])
     assert np.log(256) < train[0]["loss"] < np.log(256) + 1  # nothing is known yet: all bytes are nearly alike
+
+
+def read_events(directory):
+    """{(step, tag): value} of TensorBoard's files: records of length, CRC, an Event message, CRC."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    out = {}
+    for path in directory.iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            out |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+            at += 12 + size + 4
+    return out
