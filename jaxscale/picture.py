@@ -35,22 +35,23 @@ def show(
     Raises:
       ValueError: a PartitionSpec without a shape, a dim that does not divide, an array on another mesh.
     """
-    if isinstance(what, P) and shape is None:
+    if not isinstance(what, P):
+        spec, sizes = _spec_of(what, mesh), tuple(what.shape)
+    elif shape is None:
         raise ValueError(f"{what} says nothing about sizes; pass the shape, as in show(mesh, {what}, (64, 64))")
-    spec = what if isinstance(what, P) else _spec_of(what, mesh)
-    shape = tuple(what.shape if shape is None else shape)
-    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in (*spec, *[None] * (len(shape) - len(spec)))]
-    if len(entries) != len(shape):
-        raise ValueError(f"{spec} has {len(spec)} entries for an array of {len(shape)} dims {shape}")
+    else:
+        spec, sizes = what, tuple(shape)
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in (*spec, *[None] * (len(sizes) - len(spec)))]
+    if len(entries) != len(sizes):
+        raise ValueError(f"{spec} has {len(spec)} entries for an array of {len(sizes)} dims {sizes}")
     parts = [math.prod(mesh.shape[axis] for axis in entry) for entry in entries]
-    for size, entry, count in zip(shape, entries, parts):
+    for size, entry, count in zip(sizes, entries, parts):
         if size % count:
-            raise ValueError(f"a dim of {size} is not divisible by {'*'.join(entry)}={count}; see {spec} on {shape}")
+            raise ValueError(f"a dim of {size} is not divisible by {'*'.join(entry)}={count}; see {spec} on {sizes}")
+    named = (*names, *(f"dim {d}" for d in range(len(names), len(sizes))))
     labels = [
         f"{name} = {size}" + (f", over {', '.join(f'{a}={mesh.shape[a]}' for a in entry)}" if count > 1 else "")
-        for name, size, entry, count in zip(
-            (*names, *[f"dim {d}" for d in range(len(names), len(shape))]), shape, entries, parts
-        )
+        for name, size, entry, count in zip(named, sizes, entries, parts)
     ]
     held: dict[tuple[int, ...], list[int]] = {}
     for at, device in np.ndenumerate(_device_ids(mesh)):
@@ -97,11 +98,8 @@ class Picture(NamedTuple):
         if columns is not None:
             out.append(_text(MARGIN + WIDTH / 2, 20, self.labels[columns]))
         if rows is not None:
-            out.append(
-                _text(
-                    20, MARGIN + HEIGHT / 2, self.labels[rows], "transform='rotate(-90 20 %g)'" % (MARGIN + HEIGHT / 2)
-                )
-            )
+            y = MARGIN + HEIGHT / 2
+            out.append(_text(20, y, self.labels[rows], f"transform='rotate(-90 20 {y:g})'"))
         for i, j in itertools.product(range(num_rows), range(num_columns)):
             x, y = MARGIN + j * width, MARGIN + i * height
             hue = 360 * (i * num_columns + j) / (num_rows * num_columns)

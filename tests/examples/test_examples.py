@@ -1,0 +1,81 @@
+"""The examples run, at a small size, as their users run them. (The demo has `make demo` and its own tests.)"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SECONDS = 300  # for one example on a busy machine
+
+
+@pytest.fixture
+def text(tmp_path, rng) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    words = ["the", "mesh", "splits", "every", "array", "and", "no", "number", "changes"]
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 60)))
+    return folder
+
+
+def python(*arguments) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2,dp=2,tp=2"])
+def test_flax_nnx(mesh, text):
+    sizes = {"steps": 11, "dim": 32, "length": 32, "depth": 1, "simulate": 8}
+    options = [part for name, value in sizes.items() for part in (f"--{name}", value)]
+    out = python(EXAMPLES / "flax_nnx.py", *options, "--text", text, "--mesh", mesh)
+    total, held = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) parameters .* holds ([\d,]+)", out).groups())
+    split = 8 if mesh == "fsdp=8" else 3  # over fsdp=2 all of them, most over tp=2 as well
+    assert held * split <= total, out
+    bits = [float(b) for b in re.findall(r"([\d.]+) bits per byte", out)]
+    assert len(bits) == 3 and bits[-1] < bits[0] - 1, out
+
+
+@pytest.mark.slow
+def test_train_llama_smoke(text, tmp_path):
+    run = tmp_path / "run"
+    python(EXAMPLES / "train_llama.py", "--smoke", "--text", text, "--out", run, "--steps", 6)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+    config = json.loads((run / "config.json").read_text())
+    assert config["mesh"]["tp"] == 4 and config["remat"] == "full"  # what the 8B run does, at a small size
+
+
+def test_train_llama_dry_run():
+    out = python(EXAMPLES / "train_llama.py", "--dry-run", "--devices", 1024, "--mesh", "fsdp=128,tp=8")
+    assert "8,030,261,248 parameters" in out  # of Llama 3.1 8B
+    held = 8_030_261_248 * 4 / 1024 / 2**20  # float32 masters, split over all devices but for the few in norms
+    assert f"parameters {held:.1f} MiB + optimizer state {2 * held:.1f} MiB" in out
+    assert "4,194,304 tokens per step" in out
+
+
+@pytest.mark.slow
+def test_notebook():
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)  # kept small in git
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3").execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    shown = [output.data for output in outputs if "data" in output]
+    assert sum("<svg" in data.get("text/html", "") for data in shown) == 3
+    assert sum("image/png" in data for data in shown) == 1
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "float32[2,64@fsdp,192@tp]" in printed
+    assert "def " in printed
+    assert float(re.search(r"'loss': ([\d.]+)", printed)[1]) < 7
