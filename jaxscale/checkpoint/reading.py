@@ -47,9 +47,9 @@ def restore_step(
         raise FileNotFoundError(f"{step} is not a complete checkpoint")
     saved: dict[str, Record] = commit["arrays"]
     leaves = named_leaves(target)
-    stored = {name: _open_lazily(step, name, record) for name, record in saved.items()}
+    stored = open_lazily(step, commit)
     mapped = apply_layout(stored, layout)
-    chosen = _choose(leaves, only)
+    chosen = choose(leaves, only)
     if missing == "keep":
         chosen = [name for name in chosen if name in mapped or isinstance(leaves[name], jax.ShapeDtypeStruct)]
     direct = [name for name in chosen if name in stored and mapped.get(name) is stored[name]]
@@ -68,6 +68,11 @@ def restore_step(
     check_arrays(step, commit, sorted(set().union(*(array.sources for array in made.values()))))
     out |= {name: _as_leaf(_place(array, leaves[name]), leaves[name], {}) for name, array in made.items()}
     return jax.tree.unflatten(jax.tree.structure(target), [out.get(name, leaf) for name, leaf in leaves.items()])
+
+
+def open_lazily(step: Any, commit: dict[str, Any]) -> dict[str, Lazy]:
+    """The stored arrays by name; each is opened when a box of it is first read."""
+    return {name: _open_lazily(step, name, record) for name, record in commit["arrays"].items()}
 
 
 def read_arrays(step: Any, commit: dict[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,15 +149,14 @@ def _damaged(step: Any, problems: list[str]) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"checkpoint {step} is damaged: {'; '.join(problems[:6])}{more}")
 
 
-def _choose(leaves: Mapping[str, Any], only: str | Sequence[str] | None) -> list[str]:
+def choose(leaves: Mapping[str, Any], only: str | Sequence[str] | None) -> list[str]:
+    """Names that match the patterns; each pattern must match one."""
     if only is None:
         return list(leaves)
     patterns = [only] if isinstance(only, str) else list(only)
     for pattern in patterns:
         if not fnmatch.filter(leaves, pattern):
-            raise ValueError(
-                f"only={pattern!r} matches none of the target's {len(leaves)} arrays, such as {next(iter(leaves))}"
-            )
+            raise ValueError(f"only={pattern!r} matches none of {len(leaves)} arrays such as {next(iter(leaves))}")
     return [name for name in leaves if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -165,7 +169,6 @@ def _target(record: Record, leaf: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def _open_lazily(step: Any, name: str, record: Record) -> Lazy:
-    """A stored array that is opened when a box of it is first read."""
     path, shape, dtype = os.fspath(step), tuple(record["shape"]), jnp.dtype(record["dtype"])
     opened = functools.cache(lambda: arrays.open_array(path, name))
     if not num_bytes(record):

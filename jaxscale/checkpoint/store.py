@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -159,7 +160,7 @@ class Checkpointer:
         step = self._known(step)
         commit = self._commit(step)
         assert commit is not None
-        own = {key: commit[key] for key in ("format", "step", "versions", "num_processes", "arrays")}
+        own = {key: commit[key] for key in ("format", "step", "time", "versions", "num_processes", "arrays")}
         return {**commit["metadata"], "jaxscale": own}
 
     def verify(self, step: int | None = None) -> list[str]:
@@ -225,6 +226,7 @@ class Checkpointer:
         commit = {
             "format": reading.FORMAT,
             "step": step,
+            "time": time.time(),
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
             "num_processes": processes,
             "arrays": records,

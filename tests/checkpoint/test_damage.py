@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxscale.checkpoint import Checkpointer, CorruptCheckpointError
+from jaxscale.checkpoint import layout as lay
 from jaxscale.mesh import make_mesh
 
 from .conftest import abstract, bits
@@ -113,3 +114,23 @@ def test_when_every_step_is_damaged_it_says_so(pristine, tmp_path):
             ckpt.restore(abstract(states[1]))
         assert ckpt.latest_step() == 2
         assert ckpt.latest_step(verified=True) is None
+
+
+def test_damage_behind_a_layout_is_found(pristine, tmp_path, rng):
+    """Boxes of arrays do not show a checksum of the whole; the arrays behind them are checked all the same."""
+    directory, states = pristine
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    shape = jax.ShapeDtypeStruct((1024, 256), np.float32, sharding=states[2]["w"].sharding)
+    target = {"w": shape, "b": shape, "c": shape}
+    layout = [lay.transpose(name, (1, 0)) for name in "wbc"]
+    needle = np.asarray(states[2]["b"])[:32].tobytes()
+    (file,) = [p for p in (copy / "2").rglob("*") if p.is_file() and needle in p.read_bytes()]
+    data = bytearray(file.read_bytes())
+    data[data.index(needle) + rng.integers(len(needle))] ^= 1 << rng.integers(8)
+    file.write_bytes(data)
+    with Checkpointer(copy) as ckpt:
+        with pytest.raises(CorruptCheckpointError, match="damaged: b is not as it was saved"):
+            ckpt.restore(target, 2, layout=layout)
+        restored = ckpt.restore(target, layout=layout)
+        assert bits(restored["b"]) == bits(np.asarray(states[1]["b"]).T.copy())

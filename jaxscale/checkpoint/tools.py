@@ -1,0 +1,165 @@
+"""Looking at checkpoints and rewriting them: ls, verify, diff, convert, and reading without the model.
+
+Each function takes the path of a step, or of a directory of steps: the newest complete one then.
+"""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxscale.checkpoint import files, reading
+from jaxscale.checkpoint.layout import Layout, apply_layout
+from jaxscale.checkpoint.maps import Box, Lazy
+from jaxscale.checkpoint.store import Checkpointer
+from jaxscale.checkpoint.tree import num_bytes, show_record
+
+Path = str | os.PathLike[str]
+BLOCK_BYTES = 64 << 20  # held at a time of each array that is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """One line of `list_steps`."""
+
+    step: int
+    saved: str  # UTC
+    num_bytes: int  # of the arrays
+    num_arrays: int
+    num_processes: int
+    metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One array that differs between two steps; the figures are None where the arrays cannot be subtracted."""
+
+    name: str
+    kind: str  # "only in the first", "only in the second", "shape or dtype", "values"
+    detail: str = ""
+    changed: float | None = None  # share of the elements
+    max_abs: float | None = None
+    relative: float | None = None  # norm of the difference over the norm of the first
+
+
+def list_steps(directory: Path) -> list[StepInfo]:
+    """The complete steps of a directory, in ascending order."""
+    steps = []
+    with Checkpointer(directory) as ckpt:
+        for step in ckpt.steps():
+            commit = reading.read_commit(ckpt.directory / str(step))
+            if commit is not None:
+                records = commit["arrays"].values()
+                saved = datetime.datetime.fromtimestamp(commit["time"], datetime.UTC).isoformat(timespec="seconds")
+                size = sum(map(num_bytes, records))
+                steps.append(StepInfo(step, saved, size, len(records), commit["num_processes"], commit["metadata"]))
+    return steps
+
+
+def verify_step(path: Path) -> list[str]:
+    """Reads every byte and names the files and arrays that are damaged; an empty list says that all is well."""
+    step, commit = _find(path)
+    return reading.find_problems(step, commit)
+
+
+def open_step(path: Path, layout: Layout = ()) -> dict[str, Lazy]:
+    """The arrays of a step by name, read when asked: `open_step(p)["params/embed"].whole()`, or a box with `.read`.
+
+    Needs neither the model nor its mesh. What is read this way is not compared with the checksums; see `verify_step`.
+    """
+    step, commit = _find(path)
+    return apply_layout(reading.open_lazily(step, commit), layout)
+
+
+def diff_steps(first: Path, second: Path, *, layout: Layout = ()) -> list[Difference]:
+    """Which arrays of the first step (under `layout`) differ from the second's, and by how much.
+
+    Arrays whose checksums agree are not read. Others are compared in blocks of at most 64 MiB.
+    """
+    (_, one), (_, two) = _find(first), _find(second)
+    left, right = open_step(first, layout), open_step(second)
+    out = [Difference(name, "only in the first") for name in left if name not in right]
+    out += [Difference(name, "only in the second") for name in right if name not in left]
+    for name in left.keys() & right.keys():
+        a, b = left[name], right[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            shown = [show_record({"shape": x.shape, "dtype": x.dtype.name}) for x in (a, b)]
+            out.append(Difference(name, "shape or dtype", f"{shown[0]} against {shown[1]}"))
+        elif layout or one["arrays"][name]["crc32"] != two["arrays"][name]["crc32"]:
+            out += _compare(name, a, b)
+    return sorted(out, key=lambda difference: difference.name)
+
+
+def convert_step(
+    path: Path, directory: Path, *, layout: Layout = (), only: str | Sequence[str] | None = None
+) -> list[str]:
+    """Writes a step of `directory` with the arrays of another under `layout`; the metadata goes along.
+
+    Args:
+      only: patterns of the new names to keep, such as `params/*`.
+
+    Returns:
+      The names written. The arrays are held in this host's memory together.
+
+    Raises:
+      CorruptCheckpointError: the step that is read is damaged.
+    """
+    step, commit = _find(path)
+    mapped = apply_layout(reading.open_lazily(step, commit), layout)
+    names = reading.choose(mapped, only)
+    reading.check_arrays(step, commit, sorted(set().union(*(mapped[name].sources for name in names))))
+    arrays: dict[str, Any] = {name: mapped[name].whole() for name in names}
+    for name in names:
+        record = commit["arrays"].get(name, {})
+        if "key" in record:
+            arrays[name] = jax.random.wrap_key_data(jax.numpy.asarray(arrays[name]), impl=record["key"])
+    with Checkpointer(directory) as ckpt:
+        if not ckpt.save(commit["step"], arrays, metadata=commit["metadata"]):
+            raise ValueError(f"{directory} has step {commit['step']} already; choose another directory")
+    return names
+
+
+def _find(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The folder and commit of a step, or of the newest step of a directory."""
+    with Checkpointer(path) as ckpt:
+        folder = ckpt.directory
+        commit = reading.read_commit(folder)
+        if commit is None:
+            newest = ckpt.latest_step()
+            if newest is None:
+                why = f"its {files.COMMIT} is missing or damaged" if folder.exists() else "there is no such path"
+                raise FileNotFoundError(f"{folder} is no complete checkpoint and holds none: {why}")
+            folder = folder / str(newest)
+            commit = reading.read_commit(folder)
+    assert commit is not None
+    return folder, commit
+
+
+def _compare(name: str, a: Lazy, b: Lazy) -> list[Difference]:
+    changed, largest, square, norm, size = 0, 0.0, 0.0, 0.0, int(np.prod(a.shape))
+    for box in _blocks(a):
+        x, y = a.read(box), b.read(box)
+        changed += int((x.reshape(-1, 1).view(np.uint8) != y.reshape(-1, 1).view(np.uint8)).any(axis=1).sum())
+        x64, y64 = x.astype(np.float64), y.astype(np.float64)
+        largest = max(largest, float(np.abs(x64 - y64).max(initial=0.0)))
+        square += float(np.square(x64 - y64).sum())
+        norm += float(np.square(x64).sum())
+    if not changed:
+        return []
+    relative = (square / norm) ** 0.5 if norm else float("inf")
+    return [Difference(name, "values", changed=changed / size, max_abs=largest, relative=relative)]
+
+
+def _blocks(array: Lazy) -> Iterator[Box]:
+    if not array.shape:
+        yield ()
+        return
+    row = max(1, int(np.prod(array.shape[1:])) * array.dtype.itemsize)
+    rows = max(1, BLOCK_BYTES // row)
+    for start in range(0, array.shape[0], rows):
+        rest = (slice(0, size) for size in array.shape[1:])
+        yield (slice(start, min(start + rows, array.shape[0])), *rest)
