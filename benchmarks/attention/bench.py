@@ -332,13 +332,13 @@ def jobs():
         yield "time", name, "mosaic_gpu", "tuned"
         if not (WORKS[name].documents or WORKS[name].window):
             yield "time", name, "cudnn", ""
+    for peer in ("torch", "tokamax"):
+        for name in list(WORKS)[:5]:
+            yield "time", name, peer, ""
     for name in SWEPT:
         for variant in list(VARIANTS)[1:]:
             yield "check", name, "mosaic_gpu", variant
             yield "time", name, "mosaic_gpu", variant
-    for peer in ("torch", "tokamax"):
-        for name in list(WORKS)[:5]:
-            yield "time", name, peer, ""
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 
 Needs jax[cuda13] for H200 and libtpu for TPUs, in an environment of its own (5 GB), and no device. For H200 a row
 shows ptxas' report: bytes of registers spilled, shared memory, and C7512 or C7513, which say that tensor core
-instructions run one after another. Exits with 1 when a kernel does not compile, spills much or is serialised.
+instructions run one after another. Exits with 1 when a kernel does not compile or is serialised.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import attention
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-MOST_SPILLED = 256  # bytes: a few registers outside of the hot loop
 
 # (B, T, N, K, H, Hv), and what hides keys.
 CALLS = {
@@ -100,9 +99,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="calls whose name holds this")
     args = parser.parse_args()
     failed = 0
-    print(
-        f"jax {jax.__version__}\n{'target':8}{'call':20}{'kernel':16}{'spilled B':>10}{'SMEM B, most of the three':>26}  warnings"
-    )
+    print(f"jax {jax.__version__}\n{'target':8}{'call':20}{'kernel':16}{'spilled B':>10}{'most SMEM B':>13}  warnings")
     for target in args.targets:
         for name, (sizes, hidden) in CALLS.items():
             if args.only not in name:
@@ -120,9 +117,9 @@ def main() -> int:
             serial = re.findall(r"\((C751[23])\).*?function '(\w+?)_mosaic_gpu_kernel'", printed)
             for kernel, spilled in spills:  # printed in another order than the resources
                 codes = sorted({code for code, where in serial if where == kernel})
-                failed += bool(codes) or int(spilled) > MOST_SPILLED
+                failed += bool(codes)
                 print(
-                    f"{target:8}{name:20}{kernel:16}{spilled:>10}{max(map(int, smem)):>26}  {' '.join(codes)}",
+                    f"{target:8}{name:20}{kernel:16}{spilled:>10}{max(map(int, smem)):>13}  {' '.join(codes)}",
                     flush=True,
                 )
             if not spills:

@@ -117,6 +117,56 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    causal: bool = False,
+    segment_ids: Pair | None = None,
+    positions: Pair | None = None,
+    window: Window | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a block of keys adds to the gradients, given the logsumexp of whole rows: one step of ring attention.
+
+    With `p = exp(logits - lse)` and `dlogits = p * (dout @ v - delta)` the parts of all blocks add up to the gradients
+    of attention over all keys; nothing of the forward pass is computed again.
+
+    Args:
+      q, k, v, and what hides keys: as in `attention`.
+      dout: [B, T, N, Hv], the cotangent of the output, in q's dtype.
+      lse: [B, T, N] float32, the logsumexp over all keys; -inf where a query saw none.
+      delta: [B, T, N] float32: sum(dout * out, -1), less the cotangent of lse if it has one.
+
+    Returns:
+      dq, dk, dv in the shapes and dtypes of q, k, v.
+
+    Raises:
+      As `attention` does.
+    """
+    inputs, options = _normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, None, None)
+    B, T, N, _ = q.shape
+    if dout.shape != (B, T, N, v.shape[3]) or not lse.shape == delta.shape == (B, T, N):
+        raise ValueError(
+            f"attention_backward takes dout [B={B}, T={T}, N={N}, Hv={v.shape[3]}], lse and delta [B, T, N]. "
+            f"Got {dout.shape}, {lse.shape}, {delta.shape}"
+        )
+    module, _ = BACKENDS[_choose(inputs, options, implementation)]
+    module = importlib.import_module(module)
+    if not hasattr(module, "backward"):
+        module = importlib.import_module(BACKENDS["xla"][0])
+    unseen = lse == -jnp.inf
+    rows = dout.astype(q.dtype), jnp.where(unseen, 0.0, lse), jnp.where(unseen, 0.0, delta)
+    inputs, rows = unify_vma((inputs, rows))
+    return module.backward(inputs, options, *rows)
+
+
 def attention_implementation(
     q,
     k,

@@ -62,8 +62,8 @@ def visible(inputs: Inputs, options: Options) -> jax.Array | None:
     return mask
 
 
-def unify_vma(inputs: Inputs) -> Inputs:
-    """Under shard_map with check_vma, every array made varying over the axes that any of them varies over.
+def unify_vma[T](inputs: T) -> T:
+    """Under shard_map with check_vma, every array of a tree made varying over the axes that any of them varies over.
 
     A custom_vjp must return cotangents that vary as its inputs do; the transpose of this cast sums those of an input
     that the caller holds replicated (sinks, a shared bias).

@@ -37,20 +37,22 @@ class Config:
 
     block_kv: int = 128  # forward: keys in a step
     stages: int = 2  # forward: steps in flight
-    overlap: bool = False  # forward: the next QK runs under this softmax, in one warpgroup
+    overlap: bool = True  # forward: the next QK runs under this softmax, in one warpgroup
     ping_pong: bool = True  # forward: one warpgroup's softmax runs under the other's matmuls
     block_kv_dq: int = 64
     stages_dq: int = 2
     block_q_dkv: int = 64
     stages_dkv: int = 2
+    warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
+    split_dkv: bool = False  # one kernel each for dk and dv, where registers do not hold both
 
 
 def tuned(H: int, Hv: int) -> Config:
     """The configuration for head_dim H of q and k, Hv of v."""
     if max(H, Hv) > 192:
-        return Config(block_kv=64, block_kv_dq=64, block_q_dkv=64)
+        return Config(block_kv=64, warpgroups_bwd=1, split_dkv=True)
     if max(H, Hv) > 128:
-        return Config(block_kv=64)
+        return Config(block_kv=64, split_dkv=True)
     return Config()
 
 
@@ -126,7 +128,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
 
     def kernel(q_ref, k_ref, v_ref, ranges_ref, sinks_ref, *refs):
         aux, (o_ref, lse_ref, smem, q_barriers, k_barriers, v_barriers, k_free, v_free, turn) = refs[:-9], refs[-9:]
-        q_smem, k_smem, v_smem, o_smem, lse_smem = smem
+        q_smem, k_smem, v_smem, lse_smem, *o_smem = smem
+        (o_smem,) = o_smem or [q_smem]
         wg = lax.axis_index("wg")
         b, n, t = locate()
         t = tiles - 1 - t  # under a causal mask the last tiles take longest: they start first
@@ -136,7 +139,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
 
         @pl.when(wg < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            _set_registers(2, 240)
             q_start = pl.multiple_of(t * tile + wg * _WG_ROWS, _WG_ROWS)
             rows = pl.ds(q_start, _WG_ROWS)
             q = q_smem.at[wg]
@@ -178,7 +181,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     your_turn()
                     return s_ref[...]
 
-                s = pl.run_scoped(qk, plgpu.ACC((_WG_ROWS, bkv), jnp.float32))
+                s = pl.run_scoped(qk, _acc(bkv))
                 plgpu.barrier_arrive(k_free.at[slot])
                 p, m, l, alpha = softmax(s, m, l, j, masked)
                 acc, p = rescale(acc, alpha), p.astype(dtype)
@@ -210,8 +213,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     new_acc, p_new = lax.optimization_barrier((new_acc, p_new))
                     return new_acc, p_new.astype(dtype), *rest
 
-                accs = [] if _dispatch.interpreted("gpu") else [plgpu.ACC((_WG_ROWS, Hv), jnp.float32)]
-                acc, p, m, l, alpha = pl.run_scoped(both, plgpu.ACC((_WG_ROWS, bkv), jnp.float32), *accs)
+                accs = [] if _dispatch.interpreted("gpu") else [_acc(Hv)]
+                acc, p, m, l, alpha = pl.run_scoped(both, _acc(bkv), *accs)
                 plgpu.barrier_arrive(v_free.at[previous])
                 return rescale(acc, alpha), m, l, p
 
@@ -224,7 +227,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     plgpu.wgmma(s_ref, q, k_smem.at[0].transpose((1, 0)))
                     return s_ref[...]
 
-                s = pl.run_scoped(qk, plgpu.ACC((_WG_ROWS, bkv), jnp.float32))
+                s = pl.run_scoped(qk, _acc(bkv))
                 plgpu.barrier_arrive(k_free.at[0])
                 p, m, l, _ = softmax(s, m, l, lo, True)
                 p = p.astype(dtype)
@@ -253,7 +256,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
 
         @pl.when(wg == 2)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
+            _set_registers(2, 24)
             k_head = lax.div(n, jnp.int32(N // K))
 
             def copy(i, ref, smem, slot, barriers):
@@ -268,8 +271,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         _tiled((2, _WG_ROWS, H), dtype),
         _tiled((stages, bkv, H), dtype),
         _tiled((stages, bkv, Hv), dtype),
-        _tiled((2, _WG_ROWS, Hv), dtype),
         plgpu.SMEM((2, _WG_ROWS), jnp.float32),
+        *([] if Hv == H else [_tiled((2, _WG_ROWS, Hv), dtype)]),  # o leaves from where q stood, if it fits
     )
     full = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
@@ -294,7 +297,8 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
     K, Hv = inputs.k.shape[2], inputs.v.shape[3]
     S = inputs.k.shape[1]
     dtype = inputs.q.dtype
-    tile, bkv, stages = 2 * _WG_ROWS, config.block_kv_dq, config.stages_dq
+    wgs, bkv, stages = config.warpgroups_bwd, config.block_kv_dq, config.stages_dq
+    tile = wgs * _WG_ROWS
     padded = pad_inputs(inputs, tile, bkv)
     do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
     tiles = padded.q.shape[1] // tile
@@ -311,9 +315,9 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
         t = tiles - 1 - t
         lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
 
-        @pl.when(wg < 2)
+        @pl.when(wg < wgs)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            _set_registers(wgs, 240)
             q_start = pl.multiple_of(t * tile + wg * _WG_ROWS, _WG_ROWS)
             rows = pl.ds(q_start, _WG_ROWS)
             q, do = q_smem.at[wg], do_smem.at[wg]
@@ -339,7 +343,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                     ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
                     return (ds if slope is None else ds * slope).astype(dtype)
 
-                block = plgpu.ACC((_WG_ROWS, bkv), jnp.float32)
+                block = _acc(bkv)
                 ds = pl.run_scoped(products, block, block)
                 plgpu.barrier_arrive(v_free.at[slot])
                 dq = _mma(dq, ds, k_smem.at[slot])
@@ -355,9 +359,9 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
             plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, n])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == wgs)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
+            _set_registers(wgs, 24)
             k_head = lax.div(n, jnp.int32(N // K))
 
             def copy(i, ref, smem, slot, barriers):
@@ -369,31 +373,42 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
             _feed_ring(hi - lo, stages, (v_free, copy_v), (k_free, copy_k))
 
     smem = (
-        _tiled((2, _WG_ROWS, H), dtype),
-        _tiled((2, _WG_ROWS, Hv), dtype),
+        _tiled((wgs, _WG_ROWS, H), dtype),
+        _tiled((wgs, _WG_ROWS, Hv), dtype),
         _tiled((stages, bkv, H), dtype),
         _tiled((stages, bkv, Hv), dtype),
     )
     full = plgpu.Barrier(num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
     (dq,) = _call(
         kernel,
         "attention_dq",
         [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
         grid,
-        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=2), full, full, free, free),
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
         (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
+        wgs,
     )
     return dq[:, :T]
 
 
 def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> tuple[jax.Array, jax.Array]:
     """dk [B, S, K, H] and dv [B, S, K, Hv]; a block sums over the query heads that share its kv head."""
+    run = functools.partial(_dkv, inputs, options, config, do, lse, delta)
+    if config.split_dkv:
+        return run(True, False)[0], run(False, True)[0]
+    dk, dv = run(True, True)
+    return dk, dv
+
+
+def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_dk: bool, want_dv: bool):
+    """The wanted ones of dk and dv."""
     B, S, K, H = inputs.k.shape
     N, Hv = inputs.q.shape[2], inputs.v.shape[3]
     G = N // K
     dtype = inputs.q.dtype
-    tile, bq, stages = 2 * _WG_ROWS, config.block_q_dkv, config.stages_dkv
+    wgs, bq, stages = config.warpgroups_bwd, config.block_q_dkv, config.stages_dkv
+    tile = wgs * _WG_ROWS
     padded = pad_inputs(inputs, bq, tile)
     do, lse, delta = pad_to(do, 1, bq), pad_to(lse, 2, bq), pad_to(delta, 2, bq)
     T = padded.q.shape[1]
@@ -402,17 +417,19 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
     mask = _Mask(padded, options, S, padded.k.shape[1])
     grid, locate = _grid(B, K, tiles, T * (H + Hv) * 2 * G)
     c = options.scale * _LOG2E
+    widths = {x: width for x, width, want in (("dv", Hv, want_dv), ("dk", H, want_dk)) if want}
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
-        aux, (dk_ref, dv_ref, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free) = refs[:-8], refs[-8:]
+        aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
+        *out_refs, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free = refs
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
         wg = lax.axis_index("wg")
         b, k_head, t = locate()
         lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
 
-        @pl.when(wg < 2)
+        @pl.when(wg < wgs)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            _set_registers(wgs, 240)
             kv_start = pl.multiple_of(t * tile + wg * _WG_ROWS, _WG_ROWS)
             rows = pl.ds(kv_start, _WG_ROWS)
             k, v = k_smem.at[wg], v_smem.at[wg]
@@ -420,55 +437,59 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
             plgpu.copy_gmem_to_smem(v_ref.at[b, rows, k_head], v, kv_barriers.at[wg])
             across = plgpu.Layout.WGMMA.reduce(0)
 
-            def step(j, carry, masked, first):
-                dk, dv = carry
+            def step(j, sums, masked, first):
                 i = first + j - lo
                 slot = _slot(i, stages)
                 plgpu.barrier_wait(do_barriers.at[slot])
 
-                def products(s_ref, dp_ref, dv_ref: Any = None, dk_ref: Any = None):  # s, dp: keys down, queries across
+                def products(s_ref, dp_ref, *sum_refs):  # s, dp: keys down, queries across
+                    in_flight = dict(zip(widths, sum_refs))
                     plgpu.wgmma(s_ref, k, q_smem.at[slot].transpose((1, 0)))
-                    plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
-                    s, slope = _soft_cap(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
+                    if want_dk:
+                        plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
+                    s, slope = _soft_cap(plgpu.wgmma_accumulator_load(s_ref, wait_n=int(want_dk)), options)
                     lse = plgpu.load(lse_smem.at[slot], layout=across)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
                     if masked:
                         p = jnp.where(mask.keep(aux, b, s.shape, 1, j * bq, kv_start), p, 0.0)
                     p = _before(p, i + 1 < G * (hi - lo), q_barriers.at[_slot(i + 1, stages)])
-                    new_dv = _mma(dv, p.astype(dtype), do_smem.at[slot], dv_ref)
-                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0 if dv_ref is None else 1)
-                    delta = plgpu.load(delta_smem.at[slot], layout=across)
-                    ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
-                    ds = (ds if slope is None else ds * slope).astype(dtype)
-                    new_dk = _mma(dk, ds, q_smem.at[slot], dk_ref)
-                    return (new_dk, new_dv) if dk_ref is None or dv_ref is None else (dk_ref[...], dv_ref[...])
+                    new = {}
+                    if want_dv:
+                        new["dv"] = _mma(sums["dv"], p.astype(dtype), do_smem.at[slot], in_flight.get("dv"))
+                    if want_dk:
+                        dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=int("dv" in in_flight))
+                        delta = plgpu.load(delta_smem.at[slot], layout=across)
+                        ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
+                        ds = (ds if slope is None else ds * slope).astype(dtype)
+                        new["dk"] = _mma(sums["dk"], ds, q_smem.at[slot], in_flight.get("dk"))
+                    return {x: in_flight[x][...] if in_flight else new[x] for x in widths}
 
-                block = plgpu.ACC((_WG_ROWS, bq), jnp.float32)
-                outs = [plgpu.ACC((_WG_ROWS, x), jnp.float32) for x in (Hv, H)]
-                dk, dv = pl.run_scoped(products, block, block, *([] if _dispatch.interpreted("gpu") else outs))
+                block = _acc(bq)
+                accs = [] if _dispatch.interpreted("gpu") else [_acc(width) for width in widths.values()]
+                sums = pl.run_scoped(products, block, block, *accs)
                 plgpu.barrier_arrive(do_free.at[slot])
                 plgpu.barrier_arrive(q_free.at[slot])
-                return dk, dv
+                return sums
 
             plgpu.barrier_wait(kv_barriers.at[wg])
             pl.when(lo < hi)(lambda: plgpu.barrier_wait(q_barriers.at[0]))
-            dk = plgpu.layout_cast(jnp.full((_WG_ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
-            dv = plgpu.layout_cast(jnp.full((_WG_ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+            zero = lambda width: plgpu.layout_cast(jnp.full((_WG_ROWS, width), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
-            def head(g, carry):
-                return _three_loops(functools.partial(step, first=g * (hi - lo)), (lo, full_lo, full_hi, hi), carry)
+            def head(g, sums):
+                return _three_loops(functools.partial(step, first=g * (hi - lo)), (lo, full_lo, full_hi, hi), sums)
 
-            dk, dv = lax.fori_loop(0, G, head, (dk, dv))
-            k[...] = (dk * options.scale).astype(dtype)
-            v[...] = dv.astype(dtype)
+            sums = lax.fori_loop(0, G, head, {x: zero(width) for x, width in widths.items()})
+            leaving = {"dk": k, "dv": v}
+            for x in widths:
+                leaving[x][...] = (sums[x] * (options.scale if x == "dk" else 1.0)).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k, dk_ref.at[b, rows, k_head])
-            plgpu.copy_smem_to_gmem(v, dv_ref.at[b, rows, k_head])
+            for x, out_ref in zip(widths, out_refs, strict=True):
+                plgpu.copy_smem_to_gmem(leaving[x], out_ref.at[b, rows, k_head])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == wgs)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
+            _set_registers(wgs, 24)
 
             def copy(i, ref, row_ref, smem, row_smem, slot, barriers):
                 n = k_head * G + lax.div(i, hi - lo)
@@ -481,24 +502,25 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
             _feed_ring(G * (hi - lo), stages, (q_free, copy_q), (do_free, copy_do))
 
     smem = (
-        _tiled((2, _WG_ROWS, H), dtype),
-        _tiled((2, _WG_ROWS, Hv), dtype),
+        _tiled((wgs, _WG_ROWS, H), dtype),
+        _tiled((wgs, _WG_ROWS, Hv), dtype),
         _tiled((stages, bq, H), dtype),
         _tiled((stages, bq, Hv), dtype),
         plgpu.SMEM((stages, bq), jnp.float32),
         plgpu.SMEM((stages, bq), jnp.float32),
     )
     full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    dk, dv = _call(
+    free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
+    out = _call(
         kernel,
-        "attention_dkv",
-        [jax.ShapeDtypeStruct(padded.k.shape, dtype), jax.ShapeDtypeStruct(padded.v.shape, dtype)],
+        "attention_" + "_".join(widths),
+        [jax.ShapeDtypeStruct((*padded.k.shape[:3], width), dtype) for width in widths.values()],
         grid,
-        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=2), full, full, free, free),
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
         (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
+        wgs,
     )
-    return dk[:, :S], dv[:, :S]
+    return [x[:, :S] for x in reversed(out)]
 
 
 # Pieces.
@@ -630,21 +652,31 @@ def _grid(B: int, heads: int, tiles: int, bytes_per_head: int):
     return (pairs // group, tiles, group), locate
 
 
+def _acc(width: int):
+    return plgpu.ACC((_WG_ROWS, width), jnp.float32)
+
+
 def _tiled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory that TMA writes and wgmma reads."""
     transforms: Any = plgpu  # pyright takes these two for abstract classes
     return plgpu.SMEM(shape, dtype, transforms=(transforms.TilingTransform((8, 64)), transforms.SwizzleTransform(128)))
 
 
-def _call(kernel, name: str, out_type, grid, scratch, operands):
-    """Two warpgroups that compute and one that feeds them, for each place in the grid."""
+def _set_registers(wgs: int, count: int) -> None:
+    """Registers go from the warpgroup that feeds to the two that compute; one alone starts with all it can use."""
+    if wgs > 1:
+        plgpu.set_max_registers(count, action="increase" if count > 168 else "decrease")
+
+
+def _call(kernel, name: str, out_type, grid, scratch, operands, wgs: int = 2):
+    """`wgs` warpgroups that compute and one that feeds them, for each place in the grid."""
     out = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=scratch,
         grid=grid,
         grid_names=("group", "tile", "pair"),
-        num_threads=3,
+        num_threads=wgs + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,

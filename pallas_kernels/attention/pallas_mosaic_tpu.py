@@ -51,10 +51,19 @@ def supported(inputs: Inputs, options: Options) -> str | None:
 
 def attention_mosaic_tpu(inputs: Inputs, options: Options, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, Hv] in q's dtype and the logsumexp [B, T, N] in float32."""
-    config = config or TUNED
+    return _attention(inputs, options, _fit(config or TUNED, inputs))
+
+
+def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, delta: jax.Array):
+    """dq, dk, dv of a block of keys; do [B, T, N, Hv], lse and delta [B, T, N] are those of whole rows."""
+    config = _fit(TUNED, inputs)
+    rows = do, lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+    return _backward_dq(inputs, options, config, *rows), *_backward_dkv(inputs, options, config, *rows)
+
+
+def _fit(config: Config, inputs: Inputs) -> Config:
     up = lambda n: -(-n // _LANES) * _LANES
-    fitted = Config(min(config.block_q, up(inputs.q.shape[1])), min(config.block_kv, up(inputs.k.shape[1])))
-    return _attention(inputs, options, fitted)
+    return Config(min(config.block_q, up(inputs.q.shape[1])), min(config.block_kv, up(inputs.k.shape[1])))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

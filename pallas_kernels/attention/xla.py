@@ -140,8 +140,15 @@ def _chunked_fwd(inputs: Inputs, options: Options):
 
 def _chunked_bwd(options: Options, residuals, cotangents):
     inputs, o, lse = residuals
-    T, S = inputs.q.shape[1], inputs.k.shape[1]
     do, delta = _cotangents(cotangents, o, lse, inputs)
+    dq, dk, dv, dbias = _chunked_grads(inputs, options, do, delta, lse)
+    dsinks = _dsinks(_grouped(inputs).sinks, delta, lse)
+    return (_input_cotangents(inputs, dq, dk, dv, dbias, dsinks),)
+
+
+def _chunked_grads(inputs: Inputs, options: Options, do: jax.Array, delta: jax.Array, lse: jax.Array):
+    """dq, dk, dv, dbias in float32, from rows in the order [B, K, G, T, ...]."""
+    T, S = inputs.q.shape[1], inputs.k.shape[1]
     queries, keys = _split(inputs)
     rows = [_cut(x, 3, queries.q.shape[4]) for x in (do, delta, _finite(lse))]
 
@@ -176,12 +183,17 @@ def _chunked_bwd(options: Options, residuals, cotangents):
     if dbias is not None:
         assert inputs.bias is not None
         dbias = _join(dbias, 3, T) if inputs.bias.shape[2] > 1 else jnp.sum(dbias, axis=0)
-    dsinks = _dsinks(_grouped(inputs).sinks, delta, lse)
-    grads = _join(dq, 3, T), _join(dk, 2, S), _join(dv, 2, S), dbias, dsinks
-    return (_input_cotangents(inputs, *grads),)
+    return _join(dq, 3, T), _join(dk, 2, S), _join(dv, 2, S), dbias
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, delta: jax.Array):
+    """dq, dk, dv of a block of keys; do [B, T, N, Hv], lse and delta [B, T, N] are those of whole rows."""
+    K = inputs.k.shape[2]
+    grads = _chunked_grads(inputs, options, _group(do, K), _group(delta, K), _group(lse, K))[:3]
+    return tuple(_input_cotangents(inputs, *grads, None, None)[:3])
 
 
 def _split(inputs: Inputs) -> tuple[_QueryChunk, _KeyChunk]:
