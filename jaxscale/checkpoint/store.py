@@ -23,7 +23,7 @@ import jax
 
 from jaxscale.checkpoint import arrays, files, reading
 from jaxscale.checkpoint.checksum import crc32_whole
-from jaxscale.checkpoint.layout import Layout
+from jaxscale.checkpoint.layout import Layout, param_roots
 from jaxscale.checkpoint.tree import Record, describe, is_key, named_leaves, num_bytes
 from jaxscale.config import CheckpointConfig
 
@@ -40,6 +40,8 @@ class Checkpointer:
     Args:
       directory: a local path, or gs:// and s3:// where Orbax has access; shared by all processes.
       config: retention: `keep_last` steps, and for good those that are multiples of `keep_every`.
+      axes: logical axes of each parameter by path, such as {"mlp/w_up": ("embed", "mlp")};
+        they are written down with the parameters and with what has the parameters' tree, such as Adam moments.
       on_error: what a failed save does. "continue": it is logged and training goes on; `wait` and `close` raise if no
         later save succeeded. "stop": the next `save` raises. Steps saved before are left as they are either way.
     """
@@ -49,6 +51,7 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         config: CheckpointConfig | None = None,
         *,
+        axes: Mapping[str, Sequence[str | None]] | None = None,
         on_error: Literal["continue", "stop"] = "continue",
     ):
         from etils import epath
@@ -56,6 +59,7 @@ class Checkpointer:
         text = os.fspath(directory)
         self.directory = epath.Path(text if "://" in text else os.path.abspath(text))
         self.config = config or CheckpointConfig()
+        self.axes = axes or {}
         self.on_error = on_error
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
@@ -92,6 +96,10 @@ class Checkpointer:
         for name, record in records.items():
             if record["dtype"] in ("uint4", "uint2"):
                 raise NotImplementedError(f"{name}: {record['dtype']} cannot be saved; bitcast it to int4 or uint8")
+        for root in param_roots(records) if self.axes else ():
+            for path in self.axes.keys() & {name.removeprefix(root) for name in records if name.startswith(root)}:
+                if len(self.axes[path]) == len(records[root + path]["shape"]):  # factored moments have fewer dims
+                    records[root + path]["axes"] = list(self.axes[path])
         self._prepare()
         stored = {name: leaf for name, leaf in leaves.items() if num_bytes(records[name])}
         copies = arrays.snapshot(

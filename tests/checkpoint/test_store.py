@@ -6,10 +6,12 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -140,6 +142,18 @@ def test_a_newer_format_is_refused(tmp_path):
         files.write_json(ckpt.directory / "1" / "commit.json", commit | {"format": reading.FORMAT + 1})
         with pytest.raises(ValueError, match="upgrade"):
             ckpt.restore(state)
+
+
+def test_logical_axes_are_written_down(tmp_path):
+    params = {"embed": jnp.zeros((4, 2)), "norm": jnp.zeros(2)}
+    state = {"params": params, "opt_state": optax.adam(1e-3).init(params), "norm": jnp.zeros(3)}
+    with Checkpointer(tmp_path, axes={"embed": ("vocab", "embed"), "norm": ("embed",)}) as ckpt:
+        ckpt.save(1, state)
+        records = ckpt.metadata()["jaxscale"]["arrays"]
+    named = {name: record["axes"] for name, record in records.items() if "axes" in record}
+    roots = ("params", "opt_state/0/mu", "opt_state/0/nu")
+    assert named == {f"{r}/embed": ["vocab", "embed"] for r in roots} | {f"{r}/norm": ["embed"] for r in roots}
+    assert records["params/embed"]["crc32"] == zlib.crc32(np.zeros((4, 2), np.float32).tobytes())
 
 
 def test_what_cannot_be_saved_says_so(tmp_path):
