@@ -104,7 +104,7 @@ class Picture(NamedTuple):
             x, y = MARGIN + j * width, MARGIN + i * height
             hue = 360 * (i * num_columns + j) / (num_rows * num_columns)
             out.append(
-                f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' fill='hsl({hue:.0f} 45% 45%)' "
+                f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' fill='hsl({hue:.0f},45%,45%)' "
                 f"stroke='white'/>"
             )
             style = f"fill='white' font-size='{font:g}' dominant-baseline='central'"
