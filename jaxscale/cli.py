@@ -1,4 +1,4 @@
-"""The command line: jaxscale train | generate | doctor. Light to import: each command brings in what it needs."""
+"""The command line: train, generate, rules, checkpoint, doctor. Light to import: a command brings in what it needs."""
 
 import dataclasses
 import importlib.util
@@ -17,6 +17,8 @@ jaxscale: shard a model over any mesh, prove it, and run it at the speed of the 
 
   jaxscale train RUN [--options]     train; the same command resumes after a stop
   jaxscale generate [--options]      generate text from a checkpoint or a published model
+  jaxscale rules FILE.py:BUILD       tensor-parallel rules of your own model, from its program
+  jaxscale checkpoint ls|verify|diff|convert PATH ...
   jaxscale doctor                    what hardware and software is here, and what it unlocks
 
 A RUN is a name ({runs}) or file.py:function, a Python function that returns a
@@ -33,7 +35,13 @@ A mistake is answered in one line; JAXSCALE_TRACEBACK=1 shows where it was notic
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake, 75 when preempted (the run saved itself)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "generate": _generate, "doctor": _doctor}
+    commands = {
+        "train": _train,
+        "generate": _generate,
+        "rules": _rules,
+        "checkpoint": _checkpoint,
+        "doctor": _doctor,
+    }
     try:
         args = _simulate(args)
         if not args or args[0] in ("-h", "--help", "help"):
@@ -169,6 +177,93 @@ def _load(name: str, mesh: Any) -> Any:
     return load_model(name, mesh=mesh)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RulesOptions:
+    """Write tensor-parallel rules for any model. BUILD() returns (loss_fn, params, batch); shapes are enough
+    (jax.ShapeDtypeStruct). Nothing is computed."""
+
+    mesh: str = "fsdp=8,tp=8"
+    hardware: str = "h200"
+    """h200, h100, a100, v5e, v5p, v6e, tpu7x, cpu, or a TOML file"""
+    memory_gb: float | None = None
+    """for parameters, gradients and optimizer state of a device; default: all that the hardware has"""
+    out: str = "rules.toml"
+
+
+def _rules(args: list[str]) -> int:
+    if not args or args[0].startswith("-"):
+        _parse(RulesOptions, args or ["--help"], "jaxscale rules FILE.py:BUILD")
+        raise ValueError("jaxscale rules needs file.py:function, a function that returns (loss_fn, params, batch)")
+    options = _parse(RulesOptions, args[1:], f"jaxscale rules {args[0]}")
+    import sharding_rules
+    from jaxscale.config import MeshConfig
+
+    built = _function(args[0])()
+    if not (isinstance(built, tuple) and len(built) == 3 and callable(built[0])):
+        raise ValueError(f"{args[0]} returned {type(built).__name__}; it should return (loss_fn, params, batch)")
+    config = MeshConfig.parse(options.mesh)
+    if config.num_devices is None:
+        raise ValueError(f"mesh {options.mesh}: rules are for a mesh of known size; replace the -1")
+    sizes = {axis: size for axis, size in dataclasses.asdict(config).items() if isinstance(size, int) and size > 1}
+    memory = None if options.memory_gb is None else options.memory_gb * 1e9
+    plan = sharding_rules.search(sharding_rules.infer(*built), sizes, options.hardware, memory=memory)
+    print(plan.explain())
+    plan.save(options.out)
+    print(f"written to {options.out}: edit it, and read it back with sharding_rules.Plan.load")
+    return 0
+
+
+CHECKPOINT_HELP = """\
+jaxscale checkpoint ls DIR                    the complete steps of a run (DIR: its checkpoints/ folder)
+jaxscale checkpoint verify PATH               read every byte and name what is damaged
+jaxscale checkpoint diff PATH PATH            which arrays differ, and by how much
+jaxscale checkpoint convert PATH DIR [PATTERN ...]   copy a step, or what matches: 'params/*'
+
+A PATH is a step, or a directory of steps (the newest is meant then).
+"""
+
+
+def _checkpoint(args: list[str]) -> int:
+    verb, paths = (args[0], args[1:]) if args else ("--help", [])
+    wanted = {"ls": 1, "verify": 1, "diff": 2, "convert": 2}
+    if verb not in wanted:
+        if verb not in ("-h", "--help"):
+            raise ValueError(f"no command checkpoint {verb!r}{_nearest(verb, wanted)}; jaxscale checkpoint --help")
+        print(CHECKPOINT_HELP)
+        return 0
+    if len(paths) < wanted[verb] or (len(paths) > wanted[verb] and verb != "convert"):
+        raise ValueError(
+            f"checkpoint {verb} takes {wanted[verb]} path(s), got {len(paths)}; jaxscale checkpoint --help"
+        )
+    from jaxscale import checkpoint
+
+    if verb == "ls":
+        steps = checkpoint.list_steps(paths[0])
+        for s in steps:
+            print(f"step {s.step:>8}  {s.saved}  {s.num_bytes / 2**20:,.1f} MiB in {s.num_arrays} arrays")
+        if not steps:
+            raise ValueError(f"no complete step in {paths[0]}")
+    elif verb == "verify":
+        problems = checkpoint.verify_step(paths[0])
+        print("\n".join(problems) or "every byte is as it was saved")
+        return 1 if problems else 0
+    elif verb == "diff":
+        differences = checkpoint.diff_steps(paths[0], paths[1])
+        for d in differences:
+            figures = (
+                ""
+                if d.changed is None
+                else f"{d.changed:.1%} changed, largest {d.max_abs:.3g}, {d.relative:.2g} of norm"
+            )
+            print(f"{d.name}  {d.kind}  {d.detail}{figures}")
+        print(f"{len(differences)} arrays differ" if differences else "the same")
+        return 1 if differences else 0
+    else:
+        names = checkpoint.convert_step(paths[0], paths[1], only=paths[2:] or None)
+        print(f"wrote {len(names)} arrays to {paths[1]}")
+    return 0
+
+
 def _doctor(args: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -211,22 +306,29 @@ def _find_run(name: str, runs: Any) -> Callable[[], Any]:
     named = _named_runs(runs)
     if name in named:
         return named[name]
-    path, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(
             f"no run {name!r}{_nearest(name, named)}; the runs are {', '.join(named)}, or file.py:function"
         )
+    return _function(name)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """The function that file.py:function names."""
+    path, _, function = name.partition(":")
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not a file; a run of your own is file.py:function")
+        raise ValueError(f"{path} is not a file; name a function of your own as file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(Path(path).resolve().parent))  # its neighbours import as they do when it is run
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     if not callable(getattr(module, function, None)):
-        functions = [n for n, f in vars(module).items() if inspect.isfunction(f)]
-        raise ValueError(
-            f"{path} has no function {function!r}{_nearest(function, functions)}; it has {', '.join(functions)}"
-        )
+        own = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+        raise ValueError(f"{path} has no function {function!r}{_nearest(function, own)}; it has {', '.join(own)}")
     return getattr(module, function)
 
 

@@ -68,6 +68,70 @@ def test_doctor_names_what_is_here(capsys):
     assert "8 x cpu" in out
 
 
+MODEL = """
+import jax, jax.numpy as jnp
+
+def build():
+    def loss(params, batch):
+        return ((jax.nn.gelu(batch @ params["up"]) @ params["down"]) ** 2).mean()
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    return loss, {"up": shape(4096, 16384), "down": shape(16384, 4096)}, shape(8192, 4096)
+"""
+
+
+def test_rules_for_a_model_of_ones_own(capsys, tmp_path):
+    import sharding_rules
+
+    (tmp_path / "mine.py").write_text(MODEL)
+    build, out = f"{tmp_path}/mine.py:build", str(tmp_path / "rules.toml")
+    status, text, _ = call(capsys, "rules", build, "--mesh", "fsdp=2,tp=4", "--out", out)
+    assert status == 0
+    assert "column-parallel" in text
+    assert "row-parallel" in text
+    assert sharding_rules.Plan.load(out).specs["down"][0] == "tp"
+    for args, message in [
+        ([build, "--mesh", "tp=7"], "no axis divides by tp=7"),
+        ([build, "--mesh", "fsdp=-1"], "a mesh of known size"),
+        ([build, "--hardware", "h2000"], "h2000"),
+        ([f"{tmp_path}/mine.py:buid"], "did you mean 'build'?"),
+        ([], "returns (loss_fn, params, batch)"),
+    ]:
+        status, _, err = call(capsys, "rules", *args)
+        assert status == cli.EXIT_USER_ERROR
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_checkpoint_commands(capsys, tmp_path):
+    import jax.numpy as jnp
+
+    from jaxscale.checkpoint import Checkpointer
+
+    with Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, {"a": jnp.arange(4.0), "b": jnp.ones(3)})
+        ckpt.save(2, {"a": jnp.arange(4.0) + 1, "b": jnp.ones(3)})
+    one, two = str(tmp_path / "run" / "1"), str(tmp_path / "run" / "2")
+    status, text, _ = call(capsys, "checkpoint", "ls", str(tmp_path / "run"))
+    assert status == 0
+    assert len(text.strip().splitlines()) == 2
+    assert "every byte" in call(capsys, "checkpoint", "verify", one)[1]
+    status, text, _ = call(capsys, "checkpoint", "diff", one, two)
+    assert status == 1
+    assert text.startswith("a  values")
+    assert "1 arrays differ" in text
+    assert call(capsys, "checkpoint", "convert", one, str(tmp_path / "copy"), "a")[0] == 0
+    assert "only in the first" in call(capsys, "checkpoint", "diff", one, str(tmp_path / "copy"))[1]
+    for args in (
+        ["ls", str(tmp_path / "nowhere")],
+        ["verfy", one],
+        ["diff", one],
+        ["verify", str(tmp_path / "nowhere")],
+    ):
+        status, _, err = call(capsys, "checkpoint", *args)
+        assert status == cli.EXIT_USER_ERROR
+        assert len(err.strip().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_sigterm_from_outside_and_the_same_command_again(tmp_path):
     """Processes, as a scheduler would treat them."""
