@@ -88,7 +88,7 @@ def test_rules_for_a_model_of_ones_own(capsys, tmp_path):
     assert status == 0
     assert "column-parallel" in text
     assert "row-parallel" in text
-    assert sharding_rules.Plan.load(out).specs["down"][0] == "tp"
+    assert "tp" in sharding_rules.Plan.load(out).specs["down"][0]  # by its rows, which are contracted
     for args, message in [
         ([build, "--mesh", "tp=7"], "no axis divides by tp=7"),
         ([build, "--mesh", "fsdp=-1"], "a mesh of known size"),
