@@ -133,7 +133,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         wg = lax.axis_index("wg")
         b, n, t = locate()
         t = tiles - 1 - t  # under a causal mask the last tiles take longest: they start first
-        lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
+        lo, full_lo, full_hi, hi = _bounds(ranges_ref, b, t)
         if config.overlap:  # it starts on one block; a tile that sees none masks all of it
             hi = jnp.maximum(hi, lo + 1)
 
@@ -313,7 +313,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
         wg = lax.axis_index("wg")
         b, n, t = locate()
         t = tiles - 1 - t
-        lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
+        lo, full_lo, full_hi, hi = _bounds(ranges_ref, b, t)
 
         @pl.when(wg < wgs)
         def _compute():
@@ -425,7 +425,7 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
         wg = lax.axis_index("wg")
         b, k_head, t = locate()
-        lo, full_lo, full_hi, hi = (ranges_ref[lax.rem(b, jnp.int32(ranges.shape[0])), t, i] for i in range(4))
+        lo, full_lo, full_hi, hi = _bounds(ranges_ref, b, t)
 
         @pl.when(wg < wgs)
         def _compute():
@@ -577,6 +577,13 @@ class _Mask:
         if not conditions:  # a block that is not full, with nothing to hide: only when the last one is ragged
             return index(kv_start, kv_dim) >= 0
         return functools.reduce(lambda x, y: x & y, conditions)
+
+
+def _bounds(ranges_ref, b, t):
+    """One row of a range table, which has one row for all batches or one for each."""
+    row = lax.rem(b, jnp.int32(ranges_ref.shape[0]))
+    # Under shard_map with check_vma a value read varies over mesh axes and a sum in a kernel does not: loops want sums.
+    return tuple(ranges_ref[row, t, i] + 0 for i in range(4))
 
 
 def _three_loops(step, bounds, carry):

@@ -376,6 +376,29 @@ def test_shard_map(rng, check_vma, limit):
         close("gradient", x, np.asarray(y, np.float64), 1e-5)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_mosaic_types_under_shard_map(name, check_vma):
+    """Only traced: what differs from outside of shard_map is which mesh axes a value varies over."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    heads = P("dp", None, "tp", None)
+    specs = (heads, heads, heads, P("tp"), P("dp", None))
+    shapes = [((2, 140, 4, 64), jnp.bfloat16)] + [((2, 140, 2, 64), jnp.bfloat16)] * 2
+    shapes += [((4,), jnp.float32), ((2, 140), jnp.int32)]
+
+    def loss(*args):
+        def local(q, k, v, sinks, ids):
+            return attention(q, k, v, causal=True, segment_ids=ids, sinks=sinks, implementation=name)
+
+        o = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=check_vma)(*args)
+        return jnp.sum(o.astype(jnp.float32))
+
+    with jax.set_mesh(mesh), interpreter(name):
+        args = [jax.ShapeDtypeStruct(*x, sharding=jax.NamedSharding(mesh, s)) for x, s in zip(shapes, specs)]
+        grads = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2, 3)), *args)
+    assert [(x.shape, x.dtype) for x in grads] == shapes[:4]
+
+
 def test_blocks_merge_by_logsumexp(rng):
     """Two halves of the keys, merged as ring attention does, also where one half is hidden from a query."""
     q, k, v = (one(rng, (1, 12, 2, 8)) for _ in range(3))
