@@ -170,14 +170,15 @@ def fsdp_shardings(params: Any, mesh: Mesh | AbstractMesh, specs: Any = None) ->
       specs: a tree of PartitionSpec like params: what is split already, over tp say.
 
     Returns:
-      A tree of NamedSharding like params. What no dim of divides stays as it was.
+      A tree of NamedSharding like params, without axes of size 1. What has no dim that divides stays as it was.
     """
     axes = tuple(a for a in RESTING if mesh.shape[a] > 1)
     size = math.prod(mesh.shape[a] for a in axes)
 
     def place(x, spec):
         entries = (*spec, *[None] * (len(x.shape) - len(spec)))
-        held: list[tuple[str, ...]] = [(e,) if isinstance(e, str) else tuple(e or ()) for e in entries]
+        named = [(e,) if isinstance(e, str) else e or () for e in entries]
+        held: list[tuple[str, ...]] = [tuple(a for a in e if mesh.shape[a] > 1) for e in named]
         left = [n // math.prod(mesh.shape[a] for a in h) for n, h in zip(x.shape, held, strict=True)]
         fits = [d for d, n in enumerate(left) if n and n % size == 0]
         if axes and fits and not axes_of(spec) & set(axes):

@@ -159,6 +159,7 @@ def test_weights_are_gathered_not_activations(rng):
         ((32, 64), P(None, "tp"), {"fsdp": 2, "tp": 4}, P("fsdp", "tp")),
         ((64, 64), P("fsdp"), {"fsdp": 8}, P("fsdp", None)),
         ((64, 64), None, {"dp": 8}, P(None, None)),
+        ((64, 32), P(None, "tp"), {"fsdp": 8}, P("fsdp", None)),
     ],
 )
 def test_fsdp_shardings(shape, spec, sizes, want):
