@@ -192,7 +192,7 @@ class RulesOptions:
 
 def _rules(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
-        _parse(RulesOptions, args or ["--help"], "jaxscale rules FILE.py:BUILD")
+        _parse(RulesOptions, args, "jaxscale rules FILE.py:BUILD")  # --help ends here
         raise ValueError("jaxscale rules needs file.py:function, a function that returns (loss_fn, params, batch)")
     options = _parse(RulesOptions, args[1:], f"jaxscale rules {args[0]}")
     import sharding_rules
