@@ -6,8 +6,8 @@ takes at most one member of each stripe with it, and every host holds lost / (n 
 
 The code is systematic over GF(2^8), its matrix a Cauchy matrix scaled so that the first parity is a plain XOR. Products
 are looked up two bytes at a time in numpy: 0.3 GB/s on one busy core (benchmarks/checkpoint/erasure.py), in the range
-of the C libraries (zfec 0.47), so that the parity costs no dependency. These are functions of bytes: moving them between
-hosts, and keeping them in a process that outlives training, is the caller's.
+of the C libraries (zfec 0.47), so that the parity costs no dependency. These are functions of bytes: moving them
+between hosts, and keeping them in a process that outlives training, is the caller's.
 """
 
 import functools

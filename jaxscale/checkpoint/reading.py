@@ -70,6 +70,22 @@ def restore_step(
     return jax.tree.unflatten(jax.tree.structure(target), [out.get(name, leaf) for name, leaf in leaves.items()])
 
 
+def read_into(target: Any, arrays: Mapping[str, Lazy], layout: Layout = ()) -> Any:
+    """The tree `target` with its leaves read from lazy arrays of any origin under `layout`, shard by shard.
+
+    Raises:
+      ValueError: the arrays are not those of `target`; the message says which.
+    """
+    leaves, mapped = named_leaves(target), apply_layout(arrays, layout)
+    problem = tree_problem(
+        {name: describe(array) for name, array in mapped.items()}, {name: describe(x) for name, x in leaves.items()}
+    )
+    if problem:
+        raise ValueError(f"the arrays do not fit: {problem}")
+    out = [_as_leaf(_place(mapped[name], leaf), leaf, {}) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(target), out)
+
+
 def open_lazily(step: Any, commit: dict[str, Any]) -> dict[str, Lazy]:
     """The stored arrays by name; each is opened when a box of it is first read."""
     return {name: _open_lazily(step, name, record) for name, record in commit["arrays"].items()}
