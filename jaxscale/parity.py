@@ -14,7 +14,7 @@ from jaxscale.params import param_shardings, path_name
 from jaxscale.sharding import auto, fsdp_shardings
 from jaxscale.table import Table
 from sharding_rules.resolve import resolve_spec
-from sharding_rules.rules import MEGATRON_FSDP, Rules
+from sharding_rules.rules import MEGATRON_FSDP, MESH_AXES, Rules
 
 # In float32: what the order of a sum changes, and no more.
 LOSS_TOLERANCE = 1e-6
@@ -178,9 +178,7 @@ def _mesh(mesh):
     if isinstance(mesh, str):
         mesh = MeshConfig.parse(mesh)
     if isinstance(mesh, MeshConfig):
-        sizes = list(vars(mesh).values())
-        devices = jax.devices()
-        return make_mesh(mesh, devices if -1 in sizes else devices[: int(np.prod(sizes))])
+        return make_mesh(mesh, jax.devices()[: mesh.num_devices])
     return mesh
 
 
