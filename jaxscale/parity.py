@@ -14,7 +14,7 @@ from jaxscale.params import param_shardings, path_name
 from jaxscale.sharding import auto, fsdp_shardings
 from jaxscale.table import Table
 from sharding_rules.resolve import resolve_spec
-from sharding_rules.rules import MEGATRON_FSDP, MESH_AXES, Rules
+from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 # In float32: what the order of a sum changes, and no more.
 LOSS_TOLERANCE = 1e-6
