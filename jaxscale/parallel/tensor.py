@@ -33,7 +33,8 @@ def attention(
         return attend(q, k, v, positions=positions, segment_ids=segment_ids)
     # `reduced`: the gradients of gathered keys are partial sums, scattered over the sequence again.
     kv_spec = compute_spec(k.shape, ("batch", None, "kv_heads", None), rules) or P()
-    k, v = (jax.reshard(x, P(*kv_spec, reduced=axes_of(partitions(q)[1:2]))) for x in (k, v))
+    gathered = axes_of(partitions(q)[1:2])
+    k, v = (jax.reshard(x, P(*kv_spec, reduced=gathered)) for x in (k, v))
     kv_rows = ("batch", None)
     positions = (positions[0], constrain(positions[1], kv_rows, rules))
     if segment_ids is not None:
@@ -43,6 +44,7 @@ def attention(
     pick = partitions(q)[2] is not None and partitions(k)[2] is None
 
     def attention_local(q, k, v, positions, segment_ids):
+        k, v = _vary(k, gathered), _vary(v, gathered)
         if pick:
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
         return attend(q, k, v, positions=positions, segment_ids=segment_ids)
