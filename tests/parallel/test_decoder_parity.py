@@ -82,7 +82,7 @@ def test_nine_heads_do_not_divide_by_two(rng):
 
 def test_fewer_kv_heads_than_shards(rng):
     """Each shard takes the kv heads of its own queries; with 12 heads on 4 shards a group of 6 is cut, too."""
-    check(dataclasses.replace(BASE, num_kv_heads=1, qk_norm=True), ["fsdp=2,tp=4"], rng)
+    check(dataclasses.replace(BASE, num_kv_heads=1, qk_norm=True), ["cp=2,tp=4"], rng)
     check(dataclasses.replace(BASE, num_heads=12, num_kv_heads=2, qkv_bias=True), ["fsdp=2,tp=4"], rng)
 
 
