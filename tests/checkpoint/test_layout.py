@@ -292,3 +292,44 @@ def test_partial_restore(saved):
             ckpt.restore(
                 target | {"lora": {"w": jax.ShapeDtypeStruct((2, 2), np.float32)}}, layout=layout, missing="keep"
             )
+
+
+def test_training_continues_on_the_loss_curve(tmp_path, rng):
+    """Stopped after 4 of 8 steps and resumed: on the same mesh bit for bit, through another layout and mesh too."""
+    data = rng.normal(size=(8, 32, 16)).astype(np.float32)
+    optimizer = optax.adamw(1e-2)
+
+    def loss_fn(params, batch):
+        return jnp.mean(jnp.square(jnp.tanh(batch @ params["layers/w"][0]) @ params["layers/w"][1] - batch))
+
+    @jax.jit
+    def train(state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, loss
+
+    params = {"layers/w": jnp.asarray(rng.normal(size=(2, 16, 16)).astype(np.float32) / 4)}
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    target = jax.eval_shape(lambda: state)
+    losses, unrolled_form = [], (lay.unstack("layers/{rest}", "{rest}/{i}"),)
+    with Checkpointer(tmp_path / "a") as ckpt, Checkpointer(tmp_path / "b") as other:
+        for step in range(8):
+            if step == 4:
+                ckpt.save(step, state, metadata={"position": step})
+            state, loss = train(state, data[step])
+            losses.append(float(loss))
+        spread = {n: NamedSharding(make_mesh(tp=4, dp=2), PartitionSpec(None, "tp")) for n in "01"}
+        unrolled = {f"w/{n}": jax.ShapeDtypeStruct((16, 16), np.float32, sharding=spread[n]) for n in "01"}
+        count = target["opt_state"][0].count
+        moments = optax.ScaleByAdamState(count, unrolled, unrolled)
+        elsewhere = {"params": unrolled, "opt_state": (moments, *target["opt_state"][1:])}
+        other.save(4, ckpt.restore(elsewhere, layout=unrolled_form), metadata={"position": 4})
+        for source, layout in ((ckpt, ()), (other, lay.inverse(unrolled_form))):
+            resumed = source.restore(target, layout=layout)
+            again = []
+            for step in range(source.metadata()["position"], 8):
+                resumed, loss = train(resumed, data[step])
+                again.append(float(loss))
+            assert again == losses[4:]
+            assert bits(resumed) == bits(state)
