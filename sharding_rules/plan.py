@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules.cost import Traffic
@@ -112,6 +113,12 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Writes the rules as TOML; `Plan.load` reads it back, edited or not."""
         Path(path).write_text(_toml(self))
+
+    def apply(self, fn: Callable, mesh: Mesh) -> Callable:
+        """`fn` with the plan said inside, to be compiled with `specs` on a mesh of Auto axes; see `applied.applied`."""
+        from sharding_rules.applied import applied
+
+        return applied(self, fn, mesh)
 
     def verify(self, fn: Callable, params: Any, *args: Any, **options: Any) -> "Verification":
         """Compiles `fn` under the plan, counts its collectives and compares its numbers; see `verify.verify`."""

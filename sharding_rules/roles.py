@@ -27,11 +27,15 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
         same = [j for j, n in names.items() if n.split("_")[0] == role.split("_")[0] and axes[j].size == axes[i].size]
         if same and i not in names:
             names[i] = names[same[0]]
-        name(i, role)
+        elif i not in names:
+            name(i, role)
 
     def ids(dims) -> list[int]:
         return [model._ids[a] for d in dims for a in expand(d)]
 
+    for axis in axes:
+        if axis.loop and axis.in_params:
+            alike(axis.id, "layers")
     for axis in axes:
         if axis.segments and all(axes[i].size == 1 for s in axis.segments for part in s for i in part):
             axis.loop, axis.why_whole = True, "the program takes its elements one by one"

@@ -54,8 +54,8 @@ def linen(L, D, F, V, N, B, T):
 
 LINEN_EXPERT = [
     ("Embed_0", P("tp")), ("(query|key|value)/kernel", P(None, "tp")), ("(query|key|value)/bias", P("tp")),
-    ("out/kernel", P("tp")), ("Block.*Dense_0/kernel", P(None, "tp")), ("Block.*Dense_0/bias", P("tp")),
-    ("Block.*Dense_1/kernel", P("tp")), ("params/Dense_0/kernel", P(None, "tp")),
+    ("out/kernel", P("tp")), ("Block.*Dense_1/kernel", P(None, "tp")), ("Block.*Dense_1/bias", P("tp")),
+    ("Block.*Dense_0/kernel", P("tp")), ("params/Dense_0/kernel", P(None, "tp")),
 ]  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Parameters that rest split over storage axes (fsdp, cp), gathered where they are read.
+"""A function with its plan said inside, where specs of the parameters alone leave the partitioner a choice.
 
-Left to itself the partitioner often moves activations instead of weights, so the gather is said: `gathered(fn, ...)`
-traces the function and evaluates it again with a constraint on each parameter in the body that reads it, inside loops
-and recomputed blocks, and on its gradient there.
+Parameters that rest split over storage axes (fsdp, cp) are gathered where they are read: left to itself the
+partitioner often moves activations instead. Fused segments are whole where they are cut apart or put together: left to
+itself the partitioner splits them across their boundaries and exchanges the pieces. `applied(plan, fn, mesh)` traces
+the function and evaluates it again with these constraints, inside loops and recomputed blocks too.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 HANDS_ON = frozenset(["convert_element_type", "squeeze", "slice", "dynamic_slice", "copy", "reshape"])
 
 
-def gathered(plan: "Plan", fn: Callable, mesh: Mesh) -> Callable:
-    """`fn(params, *args)` with every stored parameter constrained to its layout in computation where it is read.
+def applied(plan: "Plan", fn: Callable, mesh: Mesh) -> Callable:
+    """`fn(params, *args)` with every stored parameter gathered where it is read and fused segments kept whole.
 
     Args:
       plan: what is stored how.
@@ -48,29 +49,36 @@ def _evaluate(closed, args: Sequence[Any], leaves: Sequence["Leaf | None"], mesh
         return v.val if isinstance(v, Literal) else env[v]
 
     def read(v):
-        if isinstance(v, Literal) or origin.get(v) is None:
+        leaf = None if isinstance(v, Literal) else origin.get(v)
+        if leaf is None:
             return raw(v)
         if v not in whole:
-            whole[v] = _gather(env[v], origin[v], mesh)
+            whole[v] = _gather(env[v], leaf, mesh)
         return whole[v]
 
     for eqn in jaxpr.eqns:
         from_leaves = [None if isinstance(v, Literal) else origin.get(v) for v in eqn.invars]
         params = dict(eqn.params)
-        rebuilt = {k: _rebuild(v, from_leaves, eqn, k, mesh) for k, v in params.items()} if any(from_leaves) else {}
+        rebuilt = {k: _rebuild(v, from_leaves, eqn, mesh) for k, v in params.items()}
         changed = {k: v for k, v in rebuilt.items() if v is not None}
         hands_on = eqn.primitive.name in HANDS_ON and from_leaves[0] is not None
         values = [raw(v) if changed or hands_on else read(v) for v in eqn.invars]
+        cut = _cut_last(eqn) if from_leaves[:1] == [None] else False
+        if cut:  # inputs and outputs: the partitioner would cut a whole array at the layout of what is cut from it
+            values = [_whole_last(x, mesh) for x in values]
         with eqn.ctx.manager:
             outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params({**params, **changed}))
-        for v, out in zip(eqn.outvars, outs if eqn.primitive.multiple_results else [outs], strict=True):
+        outs = outs if eqn.primitive.multiple_results else [outs]
+        if cut:
+            outs = [_whole_last(x, mesh) for x in outs]
+        for v, out in zip(eqn.outvars, outs, strict=True):
             env[v] = out
             if hands_on:
                 origin[v] = from_leaves[0]
     return [raw(v) for v in jaxpr.outvars]
 
 
-def _rebuild(value: Any, leaves: Sequence["Leaf | None"], eqn, name: str, mesh: Mesh) -> Any:
+def _rebuild(value: Any, leaves: Sequence["Leaf | None"], eqn, mesh: Mesh) -> Any:
     """The inner program of a jit, scan or recomputed block with its parameters gathered inside; None: not one."""
     if eqn.primitive.name not in ("jit", "pjit", "scan", "remat2", "checkpoint", "closed_call"):
         return None
@@ -79,6 +87,23 @@ def _rebuild(value: Any, leaves: Sequence["Leaf | None"], eqn, name: str, mesh: 
     closed = value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
     new = jax.make_jaxpr(lambda *args: _evaluate(closed, args, leaves, mesh))(*closed.in_avals)
     return new if isinstance(value, ClosedJaxpr) else new.jaxpr
+
+
+def _cut_last(eqn) -> bool:
+    """The equation cuts the last dim of an activation into segments, or makes it of segments."""
+    name, ndim = eqn.primitive.name, len(eqn.outvars[0].aval.shape)
+    if ndim < 2:
+        return False
+    if name == "slice":
+        return eqn.invars[0].aval.shape[-1] != eqn.outvars[0].aval.shape[-1]
+    return (name == "split" and eqn.params["axis"] == ndim - 1) or (
+        name == "concatenate" and eqn.params["dimension"] == ndim - 1
+    )
+
+
+def _whole_last(x: Any, mesh: Mesh) -> Any:
+    spec = P(*[P.UNCONSTRAINED] * (x.ndim - 1), None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def _gather(x: Any, leaf: "Leaf", mesh: Mesh) -> Any:

@@ -1,0 +1,230 @@
+"""What the graph alone tells: axes, roles, structure; names in the user's tree play no part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sharding_rules import evaluate, infer, search
+from sharding_rules.dims import Atom, concatenate, cut, expand, fresh, size_of, split, take, unify
+from sharding_rules.explain import permutation
+from tests.rules.models import CASES
+from tests.rules.models.case import arrays
+from tests.rules.models.language import LLAMA_TINY, llama
+
+
+def _axes(name: str) -> dict[str, tuple]:
+    fn, params, args = CASES[name].build(**CASES[name].tiny)
+    model = infer(fn, params, *args)
+    assert not model.unknown
+    return {path: model.leaf_axes(i) for i, path in enumerate(model.paths)}
+
+
+# Dims ----------------------------------------------------------------------------------------------------------------
+
+
+def test_reshapes_split_and_merge_dims(rng):
+    """Any chain of splits of one dim ends in atoms whose product is its size, common to all views of it."""
+    for _ in range(50):
+        primes = rng.choice([2, 3, 5], size=int(rng.integers(2, 6)))
+        whole = fresh(int(primes.prod()))
+        cuts = sorted(rng.choice(len(primes) + 1, size=2))
+        for at in cuts:
+            left, right = fresh(int(primes[:at].prod())), fresh(int(primes[at:].prod()))
+            unify(whole, (*left, *right))
+            assert expand(whole) == (*expand(left), *expand(right))
+        assert size_of(expand(whole)) == primes.prod()
+
+
+def test_sizes_that_do_not_factor_block_each_other():
+    a, b = (*fresh(4), *fresh(3)), (*fresh(6), *fresh(2))
+    unify(a, b)
+    assert any(atom.blocked for atom in (*expand(a), *expand(b)))
+
+
+def test_segments_follow_slices_and_splits():
+    fused = fresh(96)
+    q, k, v = cut(fused, 0, 64), cut(fused, 64, 80), cut(fused, 80, 96)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    heads = (*fresh(8), *fresh(8))
+    unify(q, heads)
+    unify(k, (*fresh(2), *fresh(8)))
+    (atom,) = expand(fused)
+    assert [size_of(s) for s in atom.segments or ()] == [64, 16, 16]
+    assert split(atom, 8)  # [N*H | K*H | K*H] regrouped by H
+    major, minor = expand(fused)
+    assert (major.size, minor.size) == (12, 8)
+    assert expand(heads)[1] is minor
+
+
+def test_take_leaves_the_rest():
+    atoms: list[Atom] = list((*fresh(4), *fresh(6)))
+    assert size_of(take(atoms, 3) or ()) == 3
+    assert [a.size for a in atoms] == [4, 2]
+    assert take(atoms, 16) is None
+
+
+def test_a_shift_is_not_a_segment():
+    assert cut(fresh(64), 0, 63) is None
+    (joined,) = concatenate([fresh(63), (Atom(1),)])
+    assert joined.segments is None
+
+
+# Structure -----------------------------------------------------------------------------------------------------------
+
+
+def test_grouped_heads():
+    axes = _axes("Llama (raw JAX, scanned)")
+    assert axes["layers/wq"] == ("layers", "embed", "q_heads*head_dim")
+    assert axes["layers/wk"] == axes["layers/wv"] == ("layers", "embed", "kv_heads*head_dim")
+    assert axes["layers/wo"] == ("layers", "q_heads*head_dim", "embed")
+    assert axes["layers/wg"] == axes["layers/wu"] == ("layers", "embed", "mlp")
+    assert axes["layers/wd"] == ("layers", "mlp", "embed")
+    assert axes["embed"] == ("vocab", "embed")
+
+
+def test_unrolled_layers_are_one_axis():
+    fn, params, args = llama(**{**LLAMA_TINY, "L": 5}, unroll=True)
+    model = infer(fn, params, *args)
+    scanned = infer(*(lambda f, p, a: (f, p, *a))(*llama(**{**LLAMA_TINY, "L": 5})))
+    assert model.axes == scanned.axes
+    assert len([a for a in model.logical if a.in_params and not a.why_whole]) <= 6
+
+
+def test_fused_projections():
+    axes = _axes("GPT-2")
+    assert axes["h/0/attn/c_attn/w"][1].startswith("[q_heads")
+    assert axes["h/0/attn/c_proj/w"] == ("q_heads*head_dim", "embed")
+    assert _axes("Mamba")["layers/in_proj"] == ("layers", "embed", "[mlp|mlp]")
+    assert _axes("GPT-NeoX")["layers/attention/query_key_value/w"][2].startswith("q_heads*")
+
+
+def test_experts_and_tied_embeddings():
+    axes = _axes("Mixtral")
+    assert axes["layers/wg"] == ("layers", "experts", "embed", "mlp")
+    assert axes["layers/router"] == ("layers", "embed", "experts")
+    fn, params, args = CASES["Mamba"].build(**CASES["Mamba"].tiny)
+    plan = evaluate(infer(fn, params, *args), {"tp": 4}, {"vocab": ("tp",)})
+    assert plan.specs["embedding"] == P("tp")  # looked up and multiplied with: one decision
+
+
+def test_lora_pairs_follow_their_base():
+    axes = _axes("LoRA on Llama")
+    for name, base in (("wq", 2), ("wv", 2)):
+        assert axes[f"lora/{name}/b"][2] == axes[f"base/layers/{name}"][base]
+    assert axes["lora/wd/a"][1] == axes["base/layers/wd"][1]
+
+
+def test_a_square_weight_conflicts_with_itself(rng):
+    """x + x @ W: both dims of W are the residual stream; any layout computes the same."""
+
+    def loss(p, x):
+        for w in p:
+            x = x + jnp.tanh(x @ w)
+        return (x * x).mean()
+
+    params, x = [jnp.asarray(rng.normal(size=(16, 16)), jnp.float32) for _ in range(2)], jnp.ones((8, 16))
+    model = infer(loss, params, x)
+    assert model.leaf_axes(0)[0] == model.leaf_axes(0)[1]
+
+
+@pytest.mark.parametrize("name", ["Llama (raw JAX, scanned)", "GPT-2", "Mixtral", "Mamba", "DiT"])
+def test_names_play_no_part(name, rng):
+    """Every parameter renamed to a random string: the same specs, the same cost."""
+    case = CASES[name]
+    fn, params, args = case.build(**case.tiny)
+    leaves, treedef = jax.tree.flatten(params)
+    names = [f"{rng.integers(1 << 40):x}{i}" for i in range(len(leaves))]
+
+    def renamed(p, *args):
+        return fn(jax.tree.unflatten(treedef, [p[n] for n in names]), *args)
+
+    mesh = {"dp": 2, "tp": 4}
+    plan = search(infer(fn, params, *args), mesh, "v5e")
+    other = search(infer(renamed, dict(zip(names, leaves, strict=True)), *args), mesh, "v5e")
+    is_spec = lambda x: isinstance(x, P)
+    assert [other.specs[n] for n in names] == jax.tree.leaves(plan.specs, is_leaf=is_spec)
+    assert plan.prediction is not None
+    assert other.prediction is not None
+    assert other.prediction.seconds == pytest.approx(plan.prediction.seconds)
+
+
+def test_control_flow_and_custom_rules():
+    """while, cond, custom_vjp and remat hand dims on."""
+
+    @jax.custom_vjp
+    def act(x):
+        return jax.nn.relu(x)
+
+    act.defvjp(lambda x: (act(x), x), lambda x, g: (g * (x > 0).astype(g.dtype),))
+
+    @jax.checkpoint
+    def block(x, w):
+        return x + act(x @ w["a"]) @ w["b"]
+
+    def loss(p, x):
+        x = jax.lax.cond(x[0, 0] > 0, lambda x: block(x, p[0]), lambda x: block(x, p[1]), x)
+        x = jax.lax.fori_loop(0, 3, lambda _, x: block(x, p[0]), x)
+        x = jax.lax.stop_gradient(jax.lax.while_loop(lambda x: x.sum() > 10.0, lambda x: block(x, p[1]) * 0.1, x)) + x
+        return (x * x).mean()
+
+    shapes = [arrays({"a": (16, 40), "b": (40, 16)})] * 2
+    model = infer(loss, shapes, jax.ShapeDtypeStruct((8, 16), jnp.float32))
+    assert not model.unknown
+    plan = evaluate(model, {"tp": 8}, {model.leaf_axes(0)[1]: ("tp",), model.leaf_axes(2)[1]: ("tp",)})
+    assert [w["a"] for w in plan.specs] == [P(None, "tp")] * 2
+    assert [w["b"] for w in plan.specs] == [P("tp", None)] * 2
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_primitive_is_named_and_never_split():
+    def loss(p, x):
+        h = x @ p["a"]
+        h = jnp.fft.irfft(jnp.fft.rfft(h, axis=-1), n=h.shape[-1], axis=-1)
+        return (h @ p["b"]).sum()
+
+    model = infer(loss, arrays({"a": (16, 32), "b": (32, 16)}), jax.ShapeDtypeStruct((8, 16), jnp.float32))
+    assert "fft" in model.unknown
+    with pytest.raises(ValueError, match="no axis divides by tp=8"):
+        search(model, {"tp": 8})
+
+
+def test_the_users_own_error_comes_through():
+    def loss(p, x):
+        return (x @ p).sum()
+
+    with pytest.raises(TypeError, match="dot_general") as error:
+        infer(loss, jnp.ones((3, 4)), jnp.ones((5, 7)))
+    assert any("infer its sharding rules" in note for note in error.value.__notes__)
+
+
+def test_shapes_are_enough():
+    fn, params, args = llama(**{**LLAMA_TINY, "D": 1 << 16, "V": 1 << 18, "F": 1 << 18})
+    assert infer(fn, params, *args).sizes["mlp"] == 1 << 18
+
+
+def test_the_permutation_of_segments():
+    """A contiguous split of the permuted dim gives each device its part of every segment."""
+    sizes, n = [8, 4, 4], 4
+    parts = np.split(np.array(permutation(sizes, n)), n)
+    for r, part in enumerate(parts):
+        want = np.concatenate([np.split(np.arange(a, b), n)[r] for a, b in ((0, 8), (8, 12), (12, 16))])
+        np.testing.assert_array_equal(part, want)
+
+
+def test_functions_that_are_not_losses():
+    model = infer(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], arrays({"a": (16, 32), "b": (32, 16)}), tokens_like())
+    assert not model.train
+    assert evaluate(model, {"tp": 8}, {model.leaf_axes(0)[1]: ("tp",)}).specs == {
+        "a": P(None, "tp"),
+        "b": P("tp", None),
+    }
+
+
+def tokens_like():
+    return jax.ShapeDtypeStruct((8, 16), jnp.float32)
