@@ -1,8 +1,10 @@
 """The command line: train, generate, rules, checkpoint, doctor. Light to import: a command brings in what it needs."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -282,13 +284,22 @@ def _parse(cls: type, args: list[str], prog: str, **kwargs: Any) -> Any:
     """Options -> a configuration; every field of it is an option."""
     import tyro
 
-    cfg, unknown = tyro.cli(
-        tyro.conf.AvoidSubcommands[cls],
-        args=args,
-        prog=prog,
-        return_unknown_args=True,
-        **kwargs,  # type: ignore
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            cfg, unknown = tyro.cli(
+                tyro.conf.AvoidSubcommands[cls],  # type: ignore
+                args=args,
+                prog=prog,
+                return_unknown_args=True,
+                **kwargs,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip(" │") for line in said.getvalue().splitlines()]
+        lines = [line for line in lines if line and line[0] not in "╭╰─" and "For full helptext" not in line]
+        raise ValueError(f"{' '.join(lines)}; {prog} --help lists the options") from None
     if unknown:
         raise ValueError(f"no option {unknown[0]!r}{_nearest(unknown[0], _options(cls))}; {prog} --help lists them")
     return cfg

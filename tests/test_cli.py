@@ -28,6 +28,12 @@ def call(capsys, *args):
             ["train", "tiny", "--model.num-layerz", "3"],
             "no option '--model.num-layerz' (did you mean '--model.num-layers'?)",
         ),
+        (
+            ["train", "tiny", "--model.num-kv-heads", "3"],
+            "num_heads=4 is not divisible by num_kv_heads=3; use num_kv_heads",
+        ),
+        (["train", "tiny", "--model.dtype", "float13"], "float13"),
+        (["train", "tiny", "--data.seq-len", "4096"], "seq_len=4096 is longer than the model's max_seq_len=512"),
         (["train", "tiny", "--simulate", "many"], "--simulate many: expected a number of devices"),
         (["train", "tiny", "--mesh.fsdp", "3"], "needs 3 devices but 8 are there"),
         (["train", "tiny", "--mesh.fsdp", "-1", "--mesh.tp", "5"], "a multiple of 5 devices but 8 are there"),
