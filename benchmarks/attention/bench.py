@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict] = {
     "no overlap": {"overlap": False, "ping_pong": True},
     "no ping-pong": {"overlap": True, "ping_pong": False},
     "neither": {"overlap": False, "ping_pong": False},
+    "kv128x3": {"stages": 3},
     "kv64x4": {"block_kv": 64, "stages": 4},
     "dq128": {"block_kv_dq": 128},
     "dq64x3": {"block_kv_dq": 64, "stages_dq": 3},

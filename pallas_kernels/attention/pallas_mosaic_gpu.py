@@ -685,7 +685,8 @@ def _call(kernel, name: str, out_type, grid, scratch, operands, wgs: int = 2):
         grid_names=("group", "tile", "pair"),
         num_threads=wgs + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # A row lies in one warp: no reduction needs shared memory, and three stages of the forward need the rest.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         kernel_name=name,
     )(*operands)
     axes = tuple(sorted(jax.typeof(operands[0]).mat.varying))
