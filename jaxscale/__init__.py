@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     )
     from jaxscale.mesh import make_abstract_mesh, make_mesh
     from jaxscale.params import ParamSpec, abstract_params, init_params, param_shardings
-    from jaxscale.sharding import constrain
+    from jaxscale.plan.hlo import census, compile_with_findings
+    from jaxscale.sharding import auto, constrain, explain, fsdp_shardings
     from jaxscale.train import Callback, TrainState, fit, make_train_state, make_train_step, put_batch
     from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -34,7 +35,8 @@ _HOMES = {
     ),
     "jaxscale.mesh": ("make_abstract_mesh", "make_mesh"),
     "jaxscale.params": ("ParamSpec", "abstract_params", "init_params", "param_shardings"),
-    "jaxscale.sharding": ("constrain",),
+    "jaxscale.plan.hlo": ("census", "compile_with_findings"),
+    "jaxscale.sharding": ("auto", "constrain", "explain", "fsdp_shardings"),
     "jaxscale.train": ("Callback", "TrainState", "fit", "make_train_state", "make_train_step", "put_batch"),
     "sharding_rules.rules": ("MEGATRON_FSDP", "Rules"),
 }
