@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from sharding_rules.rules import MESH_AXES
 
+# How attention over a split sequence communicates, and how its tokens are dealt: jaxscale.parallel.context.
+CPStrategy = Literal["all_gather", "ring", "bidirectional", "ulysses", "usp", "halo"]
+CPLayout = Literal["contiguous", "zigzag", "striped", "packed"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -94,7 +98,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes, outermost first. One of them may be -1: it takes the devices that are left."""
+    """Sizes of the mesh axes, outermost first. One of them may be -1: it takes the devices that are left.
+
+    With cp > 1 the sequence is split: `cp_strategy` says how attention communicates, `cp_layout` how tokens are dealt;
+    "auto" estimates what is fastest (jaxscale.parallel.context_cost). A strategy given by name is that of every layer.
+    """
 
     pp: int = 1
     dp: int = 1
@@ -102,8 +110,13 @@ class MeshConfig:
     ep: int = 1
     cp: int = 1
     tp: int = 1
+    cp_strategy: CPStrategy | Literal["auto"] = "all_gather"
+    cp_layout: CPLayout | Literal["auto"] = "contiguous"
 
     def __post_init__(self):
+        for field, kind in (("cp_strategy", CPStrategy), ("cp_layout", CPLayout)):
+            if (value := getattr(self, field)) not in (known := ("auto", *typing.get_args(kind))):
+                raise ValueError(f"{field}={value!r} is not one of {', '.join(known)}")
         for axis in MESH_AXES:
             size = getattr(self, axis)
             if size == 0 or size < -1:
@@ -113,14 +126,19 @@ class MeshConfig:
 
     def __str__(self):
         shown = [f"{a}={getattr(self, a)}" for a in MESH_AXES if getattr(self, a) != 1]
+        choices = [f for f in dataclasses.fields(self) if f.name not in MESH_AXES]
+        shown += [f"{f.name}={getattr(self, f.name)}" for f in choices if getattr(self, f.name) != f.default]
         return ",".join(shown) or "one device"
 
     @classmethod
     def parse(cls, text: str) -> "MeshConfig":
-        """`fsdp=4,tp=2` -> MeshConfig(fsdp=4, tp=2)."""
-        sizes = {}
+        """`fsdp=4,tp=2` -> MeshConfig(fsdp=4, tp=2); `cp=8,cp_strategy=ring` names a choice as well."""
+        sizes: dict[str, Any] = {}
         for part in filter(None, text.replace(" ", "").split(",")):
             axis, _, size = part.partition("=")
+            if axis in ("cp_strategy", "cp_layout"):
+                sizes[axis] = size
+                continue
             if axis not in MESH_AXES or not size.lstrip("-").isdigit():
                 raise ValueError(f"mesh {text!r}: {part!r} is not axis=size with an axis of {' '.join(MESH_AXES)}")
             sizes[axis] = int(size)
@@ -144,7 +162,7 @@ class MeshConfig:
                 f"mesh {self} needs {'a multiple of ' if free else ''}{known} devices but {num_devices} are there; "
                 f"change a size, or set one axis to -1 to take what is left"
             )
-        return MeshConfig(**sizes)
+        return dataclasses.replace(self, **sizes)
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuse a mesh on which tensor parallelism would split nothing of the attention."""

@@ -15,6 +15,8 @@ from jaxscale.data import load_tokenizer, make_dataset
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
+from jaxscale.parallel.context_cost import Context, plan
+from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import fallback_notes, init_params, num_params
 from jaxscale.train import (
     Callback,
@@ -69,14 +71,24 @@ def run(
     for note in fallback_notes(specs, mesh, rules):
         console.print(note, style="yellow", highlight=False)
 
+    context = None
+    split = cfg.mesh.fill(mesh.size)
+    if split.cp > 1 and (split.cp_strategy, split.cp_layout) != Context():
+        context, why = plan(split, cfg.model, cfg.data.batch_size, cfg.data.seq_len)
+        console.print(f"sequences over {why}", highlight=False)
+
+    def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        if context is not None:
+            batch = permute_batch(batch, context.layout, split.cp)
+        return put_batch(batch, mesh, rules, share)
+
     def loss_fn(params, batch):
-        return decoder.loss_fn(
-            params, batch, cfg.model, rules=rules, remat=cfg.remat, z_loss=cfg.z_loss, chunk=cfg.loss_chunk
-        )
+        options = {"remat": cfg.remat, "z_loss": cfg.z_loss, "chunk": cfg.loss_chunk, "context": context}
+        return decoder.loss_fn(params, batch, cfg.model, rules=rules, **options)
 
     @jax.jit
     def eval_step(params, batch):
-        _, parts = decoder.loss_fn(params, batch, cfg.model, rules=rules, chunk=cfg.loss_chunk)
+        _, parts = decoder.loss_fn(params, batch, cfg.model, rules=rules, chunk=cfg.loss_chunk, context=context)
         return parts["nll"], parts["weight"]
 
     if first:
@@ -102,7 +114,7 @@ def run(
         held_out_rows = [held_out[i] for i in range(min(cfg.eval_batches, held_out.batches_per_epoch))]
 
         def validation() -> Iterator[dict[str, jax.Array]]:
-            return (put_batch(batch, mesh, rules, share) for batch in held_out_rows)
+            return map(put, held_out_rows)
 
         labels = (rows["labels"] for rows in held_out_rows)
         peak = peak_flops(mesh.devices.flat[0].device_kind)
@@ -116,7 +128,7 @@ def run(
         return fit(
             state,
             make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps),
-            (put_batch(batch, mesh, rules, share) for batch in data.batches(position)),
+            map(put, data.batches(position)),
             steps=cfg.steps,
             callbacks=(
                 Progress(console, tokens, flops * tokens, peak and peak * mesh.size, cfg.log_every),

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxscale.config import ModelConfig
 from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_cap
 from jaxscale.parallel import tensor
+from jaxscale.parallel.context_cost import Context
 from jaxscale.params import ParamSpec, constant, normal
 from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, saveable
 from pallas_kernels import attention
@@ -33,9 +34,19 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
     rules: Rules = MEGATRON_FSDP,
     remat: Remat = "none",
+    context: Context | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits in float32. Tokens attend causally within their segment (0 is padding); positions default to 0..T-1."""
-    x, _ = hidden(params, tokens, cfg, segment_ids=segment_ids, positions=positions, rules=rules, remat=remat)
+    x, _ = hidden(
+        params,
+        tokens,
+        cfg,
+        segment_ids=segment_ids,
+        positions=positions,
+        rules=rules,
+        remat=remat,
+        context=context,
+    )
     return logits(params, x, cfg, rules)
 
 
@@ -48,11 +59,13 @@ def loss_fn(
     remat: Remat = "none",
     z_loss: float = 0.0,
     chunk: int = 2048,
+    context: Context | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Mean next-token loss in nats over the tokens with a label, and its parts.
 
     Args:
-      batch: int32 [B, T] each: tokens, labels (-1: none), segment_ids, positions.
+      batch: int32 [B, T] each: tokens, labels (-1: none), segment_ids, positions; dealt as context's layout says.
+      context: how a sequence that is split over cp attends; by default the partitioner gathers keys and values.
 
     Returns:
       loss: nll, plus z_loss times the mean squared logsumexp (PaLM, arXiv 2204.02311).
@@ -69,6 +82,7 @@ def loss_fn(
         positions=batch.get("positions"),
         rules=rules,
         remat=remat,
+        context=context,
     )
     labels = batch["labels"]
     with jax.named_scope("loss"):
@@ -100,6 +114,7 @@ def hidden(
     cache: Cache | None = None,
     rules: Rules = MEGATRON_FSDP,
     remat: Remat = "none",
+    context: Context | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Activations after the last norm, and the cache with these tokens' keys and values in it.
 
@@ -124,7 +139,7 @@ def hidden(
         x, cache = carry
         p, index, local = stacked
         p = _gather(p, specs["layers"], cfg, tokens.shape, rules)
-        return _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules), None
+        return _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, context), None
 
     if remat != "none" or active_mesh() is not None:
         layer = jax.checkpoint(layer, policy=functools.partial(saveable, remat), prevent_cse=False)
@@ -216,11 +231,11 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     return specs
 
 
-def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules):
+def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, context):
     norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
     with jax.named_scope("attention"):
         y, cache = _attention_block(
-            p["attn"], norm(x, p["attn_norm"]), cfg, local, positions, segment_ids, index, cache, rules
+            p["attn"], norm(x, p["attn_norm"]), cfg, local, positions, segment_ids, index, cache, rules, context
         )
         x = x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y)
     with jax.named_scope("mlp"):
@@ -229,7 +244,7 @@ def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules):
     return x, cache
 
 
-def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules):
+def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules, context):
     y_q, y_kv = enter(y, INSIDE, (p["wq"], p["wk"]), rules)
     q = jnp.einsum("BTD,DNH->BTNH", y_q, p["wq"])
     k = jnp.einsum("BTD,DKH->BTKH", y_kv, p["wk"])
@@ -260,7 +275,8 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
             soft_cap=cfg.attn_soft_cap,
             scale=cfg.query_scale,
         )
-        return tensor.attention(attend_one, q, k, v, (positions, kv_positions), segments, rules)
+        split = context if cache is None else None
+        return tensor.attention(attend_one, q, k, v, (positions, kv_positions), segments, rules, split)
 
     kinds = set(cfg.local_layers)
     if len(kinds) == 1:

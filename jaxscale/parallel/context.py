@@ -32,8 +32,8 @@ import numpy as np
 from jax import lax
 
 import pallas_kernels
+from jaxscale.config import CPLayout, CPStrategy
 from jaxscale.parallel import context_cost
-from jaxscale.parallel.context_cost import Layout, Strategy
 
 type Pair = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -46,8 +46,8 @@ def attention(
     v: jax.Array,
     *,
     axis_name: str = "cp",
-    strategy: Strategy | Literal["auto"] = "auto",
-    layout: Layout = "contiguous",
+    strategy: CPStrategy | Literal["auto"] = "auto",
+    layout: CPLayout = "contiguous",
     positions: Pair | None = None,
     segment_ids: Pair | None = None,
     causal: bool = False,
@@ -89,10 +89,10 @@ def attention(
         raise ValueError(f"context.attention: queries and keys are split alike. Got T={T}, S={k.shape[1]}")
     if N % K:
         raise ValueError(f"context.attention: {N} query heads are not divisible by {K} kv heads")
-    if layout not in get_args(Layout):
-        raise ValueError(f"context.attention: layout={layout!r} is not one of {get_args(Layout)}")
-    if strategy != "auto" and strategy not in get_args(Strategy):
-        raise ValueError(f"context.attention: strategy={strategy!r} is not 'auto' or one of {get_args(Strategy)}")
+    if layout not in get_args(CPLayout):
+        raise ValueError(f"context.attention: layout={layout!r} is not one of {get_args(CPLayout)}")
+    if strategy != "auto" and strategy not in get_args(CPStrategy):
+        raise ValueError(f"context.attention: strategy={strategy!r} is not 'auto' or one of {get_args(CPStrategy)}")
     if layout == "zigzag" and T % 2:
         raise ValueError(
             f"context.attention: a zigzag layout gives each of cp={size} devices two equal chunks, but T={T} tokens a "
@@ -144,12 +144,11 @@ def attention(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         implementation=implementation,
     )
-    given = positions, segment_ids
-    rows = _PairOfRows(Rows(*given), None)
-    if any(isinstance(x, tuple | list) for x in given):
-        pairs = [x if isinstance(x, tuple | list) else (x, x) for x in given]
-        rows = _PairOfRows(*(Rows(*(x[i] for x in pairs)) for i in range(2)))
-    out, lse = _attention(call, *_vary((q, k, v, rows), axis_name))
+    pairs: list[Any] = [x if isinstance(x, tuple | list) else (x, x) for x in (positions, segment_ids)]
+    own, other = (Rows(*(x[i] for x in pairs)) for i in range(2))
+    rows = _PairOfRows(own, None if all(x is y for x, y in pairs) else other)
+    q, k, v, rows = _vary((q, k, v, rows), axis_name)
+    out, lse = _attention(call, q, k, v, rows)
     return (out, lse) if return_lse else out
 
 
@@ -218,7 +217,7 @@ class _Call:
     axis_name: str
     size: int
     strategy: str
-    layout: Layout
+    layout: CPLayout
     group: int  # devices that exchange heads by ulysses
     causal: bool
     window: tuple[int | None, int | None]
@@ -295,19 +294,23 @@ def _masks(call: _Call, q_rows: Rows, kv_rows: Rows) -> dict[str, Any]:
     }
 
 
-def _add_block(call: _Call, acc, *block):
+def _add_block(call: _Call, acc, q, kv, q_rows: Rows, kv_rows: Rows):
     """The accumulated (out, lse) with a block merged in; a block that no query sees costs nothing."""
-    return _if_seen(call, block[-2:], lambda acc: _merge(acc, _block(call, *block)), lambda acc: acc, acc)
+
+    def add(acc):
+        return _merge(acc, _block(call, q, kv[0], kv[1], q_rows, kv_rows))
+
+    return _if_seen(call, (q_rows, kv_rows), add, lambda acc: acc, acc)
 
 
-def _block_grads(call: _Call, dq, q, k, v, q_rows, kv_rows, rows):
-    """dq with a block's part added; its dk and dv."""
+def _block_grads(call: _Call, dq, q, kv, q_rows, kv_rows, rows):
+    """dq with a block's part added; its (dk, dv)."""
 
     def add(dq):
-        part, dk, dv = _block_bwd(call, q, k, v, q_rows, kv_rows, rows)
+        part, dk, dv = _block_bwd(call, q, kv[0], kv[1], q_rows, kv_rows, rows)
         return dq + part.astype(jnp.float32), (dk, dv)
 
-    return _if_seen(call, (q_rows, kv_rows), add, lambda dq: (dq, (jnp.zeros_like(k), jnp.zeros_like(v))), dq)
+    return _if_seen(call, (q_rows, kv_rows), add, lambda dq: (dq, jax.tree.map(jnp.zeros_like, kv)), dq)
 
 
 def _if_seen(call: _Call, rows: tuple[Rows, Rows], add: Callable, skip: Callable, carry):
@@ -352,7 +355,7 @@ def _merge(a, b):
 class _AllRows:
     """The rows of every place, a group of devices, in the order in which `_in_order` puts their tokens."""
 
-    def __init__(self, call: _Call, rows: Rows, shape: tuple[int, int], group: int):
+    def __init__(self, call: _Call, rows: Rows, shape: tuple[int, ...], group: int):
         self.call, self.group, self.batch, self.length = call, group, shape[0], shape[1] * group
         given = {name: x for name, x in rows._asdict().items() if x is not None}
         self.gathered = {}
@@ -393,7 +396,7 @@ class _PairOfRows(NamedTuple):
         return self.q._replace(positions=jnp.broadcast_to(index[None], x.shape[:2]))
 
 
-def _positions(layout: Layout, place, T: int, size: int, group: int) -> jax.Array:
+def _positions(layout: CPLayout, place, T: int, size: int, group: int) -> jax.Array:
     """[T] int32: where the tokens of a place stand in the sequence."""
     t = jnp.arange(T, dtype=jnp.int32)
     place = jnp.asarray(place, jnp.int32)
@@ -405,7 +408,7 @@ def _positions(layout: Layout, place, T: int, size: int, group: int) -> jax.Arra
     return place * T + t
 
 
-def _in_order(x: jax.Array, layout: Layout, group: int) -> jax.Array:
+def _in_order(x: jax.Array, layout: CPLayout, group: int) -> jax.Array:
     """[B, group * T, ...] of `group` neighbours side by side -> with positions that grow, as far as the layout tells.
 
     Kernels skip ranges of keys; dealt tokens side by side would look as if every range were needed.
@@ -419,7 +422,7 @@ def _in_order(x: jax.Array, layout: Layout, group: int) -> jax.Array:
     return jnp.concatenate([x[:, :, 0], x[:, ::-1, 1]], axis=1).reshape(B, T, *rest)
 
 
-def _dealt(x: jax.Array, layout: Layout, group: int) -> jax.Array:
+def _dealt(x: jax.Array, layout: CPLayout, group: int) -> jax.Array:
     """The inverse of `_in_order`."""
     B, T, *rest = x.shape
     if group == 1 or layout not in ("zigzag", "striped"):
@@ -484,11 +487,12 @@ def _lanes(call: _Call, T: int) -> list[_Lane]:
     lanes = [_Lane(1, places - 1, T)]
     if call.strategy == "bidirectional":
         lanes = [_Lane(1, places // 2, T), _Lane(-1, (places - 1) // 2, T)]
-    elif call.layout == "contiguous" and None not in call.reach:
+    reach = [n for n in call.reach if n is not None]
+    if call.strategy != "bidirectional" and call.layout == "contiguous" and len(reach) == 2:
         # A query at the edge of its block sees the key n tokens away: this many places.
-        hops = [-(-n // T) for n in call.reach if n is not None]
+        hops = [-(-n // T) for n in reach]
         if sum(hops) < places:
-            tails = [n - (hop - 1) * T if call.strategy == "halo" else T for n, hop in zip(call.reach, hops)]
+            tails = [n - (hop - 1) * T if call.strategy == "halo" else T for n, hop in zip(reach, hops)]
             lanes = [_Lane(d, hop, tail) for d, hop, tail in zip((1, -1), hops, tails)]
     return [lane for lane in lanes if lane.steps]
 
@@ -539,7 +543,7 @@ def _ring(call: _Call, q, k, v, rows: "_PairOfRows"):
         held, acc = carry
         coming = _send(call, {lane: held[lane] for lane in sending}, s + 1)
         for lane, kv in held.items():
-            acc = _add_block(call, acc, q, *kv, own, _rows_of(call, keys, lane, s, kv[0]))
+            acc = _add_block(call, acc, q, kv, own, _rows_of(call, keys, lane, s, kv[0]))
         return coming, acc
 
     coming = _send(call, dict.fromkeys(lanes, (k, v)), 1)
@@ -569,7 +573,7 @@ def _ring_bwd(call: _Call, q, k, v, rows: "_PairOfRows", cotangent: _Cotangent):
         moved = {lane: _shift(call, sums[lane], lane.direction) for lane in held if lane in sums}
         for lane, kv in held.items():
             kv_rows = _rows_of(call, keys, lane, s, kv[0])
-            dq, part = _block_grads(call, dq, q, *kv, own, kv_rows, cotangent)
+            dq, part = _block_grads(call, dq, q, kv, own, kv_rows, cotangent)
             moved[lane] = jax.tree.map(jnp.add, moved[lane], lane.pad(part, T)) if lane in moved else _float32(part)
         return coming, sums | moved, dq
 
@@ -622,19 +626,17 @@ def _bidirectional(call: _Call, q, k, v, rows: "_PairOfRows"):
         return _ring(call, q, k, v, rows)
     queries, own = rows.all_queries(call, q), rows.keys(call, k, 1).at(_place(call))
     place = _place(call)
-    acc = None
-    here = q
+    acc, coming = None, q
     for s in range(call.size):
-        coming = _shift(call, here, 1) if s + 1 < call.size else None
+        here = coming
+        coming = _shift(call, here, 1) if s + 1 < call.size else here
         there = queries.at((place - s) % call.size)
         zero = jnp.zeros_like(here[..., 0], dtype=jnp.float32)
         nothing = jnp.broadcast_to(zero[..., None], (*zero.shape, v.shape[3])), zero - jnp.inf
         block = functools.partial(_block, call, here, k, v, there, own)
         out, lse = _if_seen(call, (there, own), lambda nothing, block=block: block(), lambda nothing: nothing, nothing)
-        part = _shift(call, (out.astype(q.dtype), lse), -s)
-        acc = _float32(part) if acc is None else _merge(acc, _float32(part))
-        here = coming
-    assert acc is not None
+        part = _float32(_shift(call, (out.astype(q.dtype), lse), -s))
+        acc = part if acc is None else _merge(acc, part)
     return acc
 
 
@@ -643,16 +645,14 @@ def _bidirectional_bwd(call: _Call, q, k, v, rows: "_PairOfRows", cotangent: _Co
         return _ring_bwd(call, q, k, v, rows, cotangent)
     queries, own = rows.all_queries(call, q), rows.keys(call, k, 1).at(_place(call))
     place = _place(call)
-    dq = jnp.zeros_like(q, dtype=jnp.float32)
-    dk, dv = (jnp.zeros_like(x, dtype=jnp.float32) for x in (k, v))
-    here = q, cotangent
+    dq, dk, dv = (jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
+    coming = q, cotangent
     for s in range(call.size):
-        coming = _shift(call, here, 1) if s + 1 < call.size else None
+        here, cot = coming
+        coming = _shift(call, (here, cot), 1) if s + 1 < call.size else (here, cot)
         there = queries.at((place - s) % call.size)
-        zero = jnp.zeros_like(q, dtype=jnp.float32)
-        part, (dk_part, dv_part) = _block_grads(call, zero, here[0], k, v, there, own, here[1])
-        dq, dk, dv = dq + _shift(call, part, -s), dk + dk_part, dv + dv_part
-        here = coming
+        part, (dk_part, dv_part) = _block_grads(call, jnp.zeros_like(dq), here, (k, v), there, own, cot)
+        dq, dk, dv = jax.tree.map(jnp.add, (dq, dk, dv), _float32((_shift(call, part, -s), dk_part, dv_part)))
     return dq, dk, dv
 
 
@@ -748,7 +748,7 @@ def _reach(window, causal: bool) -> tuple[int | None, int | None]:
     return left, (0 if causal else right)
 
 
-def _vary(tree, axis_name: str):
+def _vary(tree: Any, axis_name: str) -> Any:
     """Arrays that all vary over the same mesh axes: what a scan's carry and a custom_vjp need. The transpose of this
     cast sums the gradients of what the caller holds replicated."""
     axes = frozenset({axis_name}).union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))

@@ -1,6 +1,7 @@
 """Tensor-parallel ops whose communication must not be left to the partitioner: attention over heads, the vocabulary-
 parallel embedding and loss (Megatron-LM, arXiv 1909.08053). Without a mesh each is its single-device twin."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,10 +10,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.layers import soft_cap
+from jaxscale.parallel.context import attention as context_attention
+from jaxscale.parallel.context_cost import Context
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 TP = "tp"
+CP = "cp"
 
 
 def attention(
@@ -23,14 +27,20 @@ def attention(
     positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     rules: Rules = MEGATRON_FSDP,
+    context: Context | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attend` on each shard's own heads; keys and values are gathered where the sequence is split (cp).
 
     Args:
-      attend: (q, k, v, positions=(q, kv), segment_ids=(q, kv) or None) -> like q: the attention of one device.
+      attend: (q, k, v, positions=(q, kv), segment_ids=(q, kv) or None) -> like q: the attention of one device. A
+        partial of `pallas_kernels.attention` where `context` is given.
+      context: with it keys stay split over cp, which `jaxscale.parallel.context.attention` then deals with.
     """
-    if active_mesh() is None:
+    mesh = active_mesh()
+    if mesh is None:
         return attend(q, k, v, positions=positions, segment_ids=segment_ids)
+    if context is not None and mesh.shape[CP] > 1:
+        return _context_attention(attend, q, k, v, positions[0], segment_ids and segment_ids[0], rules, context)
     # `reduced`: the gradients of gathered keys are partial sums, scattered over the sequence again.
     kv_spec = compute_spec(k.shape, ("batch", None, "kv_heads", None), rules) or P()
     gathered = axes_of(partitions(q)[1:2])
@@ -48,6 +58,25 @@ def attention(
         if pick:
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
         return attend(q, k, v, positions=positions, segment_ids=segment_ids)
+
+    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids)
+
+
+def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: Context):
+    k, v = (constrain(x, ("batch", "seq", "kv_heads", None), rules) for x in (k, v))
+    if CP not in axes_of(partitions(q)[1:2]):
+        raise ValueError(
+            f"a sequence of {q.shape[1]} tokens is not divisible by cp={jax.typeof(q).sharding.mesh.shape[CP]}; "
+            f"make it a multiple of cp (of 2 cp in a zigzag layout)"
+        )
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    pick = partitions(q)[2] is not None and partitions(k)[2] is None
+    split = functools.partial(context_attention, strategy=context.strategy, layout=context.layout, **attend.keywords)
+
+    def attention_local(q, k, v, positions, segment_ids):
+        if pick:
+            k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
+        return split(q, k, v, positions=positions, segment_ids=segment_ids)
 
     return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids)
 

@@ -1,0 +1,146 @@
+"""How the tokens of a row are dealt over cp devices: a permutation, applied once where batches are made (numpy)."""
+
+from typing import Any, get_args
+
+import numpy as np
+
+from jaxscale.config import CPLayout
+
+_PARTS = 256  # of a device's tokens, at most: what the planner deals
+_PART_TOKENS = 128  # at least, where the row allows it: a kernel's block
+
+
+def permute_batch(
+    batch: dict[str, Any], layout: CPLayout, cp: int, *, causal: bool = True, window: int | None = None
+) -> dict[str, Any]:
+    """A batch whose rows, cut into cp equal pieces, give every device the tokens that the layout gives it.
+
+    Positions go along, so rotary embeddings and masks see the sequence as it was; a loss over tokens does not change.
+
+    Args:
+      batch: arrays [B, T, ...] by name; `positions` are added where there are none.
+      layout: see `layout_order`.
+      causal, window: of the attention that "packed" balances.
+
+    Raises:
+      ValueError: T does not divide; positions restart but there are no segment_ids to tell the documents apart.
+    """
+    B, T = np.shape(next(iter(batch.values())))[:2]
+    if layout == "contiguous":
+        _check(T, cp, layout)
+        return batch
+    if "positions" not in batch:
+        batch = batch | {"positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))}
+    if "segment_ids" not in batch and (np.diff(batch["positions"]) <= 0).any():
+        raise ValueError(
+            f"positions restart inside a row but the batch has no segment_ids: once dealt as {layout!r}, tokens of one "
+            f"document could not be told from another's; add segment_ids, or use the layout 'contiguous'"
+        )
+    order = layout_order(layout, T, cp, batch["positions"], batch.get("segment_ids"), causal=causal, window=window)
+    return {name: permute(x, order) for name, x in batch.items()}
+
+
+def layout_order(
+    layout: CPLayout,
+    seq_len: int,
+    cp: int,
+    positions: np.ndarray | None = None,
+    segment_ids: np.ndarray | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+) -> np.ndarray:
+    """int32 [T], or [B, T] for "packed": the token that stands at each place.
+
+    - contiguous: as it was.
+    - zigzag: 2 cp chunks, the i-th and the i-th from the end together.
+    - striped: token t on device t % cp.
+    - packed: parts of the row, given out by the attention work of their documents (`token_work`): in order of work, cp
+      at a time, the largest to the device that has least. Within a device tokens keep their order.
+
+    Raises:
+      ValueError: T does not divide by cp (zigzag: 2 cp).
+    """
+    _check(seq_len, cp, layout)
+    t = np.arange(seq_len, dtype=np.int32)
+    if layout == "zigzag":
+        chunks = t.reshape(2, cp, -1)
+        return np.concatenate([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+    if layout == "striped":
+        return t.reshape(-1, cp).T.reshape(-1)
+    if layout == "contiguous":
+        return t
+    if positions is None:
+        raise ValueError("the layout 'packed' balances documents: give it positions and segment_ids of the rows")
+    work = token_work(positions, segment_ids, causal=causal, window=window)
+    return np.stack([_deal(row, cp) for row in work])
+
+
+def permute(x: Any, order: np.ndarray) -> np.ndarray:
+    """x [B, T, ...] with the tokens of each row in the given order, [T] or [B, T]."""
+    x = np.asarray(x)
+    if order.ndim == 1:
+        return x[:, order]
+    return np.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def restore(x: Any, order: np.ndarray) -> np.ndarray:
+    """The inverse of `permute`: what a model says of each token, back in the order of the text."""
+    return permute(x, np.argsort(order, axis=-1))
+
+
+def token_work(
+    positions: np.ndarray, segment_ids: np.ndarray | None = None, *, causal: bool = True, window: int | None = None
+) -> np.ndarray:
+    """int64 [B, T]: how many keys each token sees, where positions count up from the start of its document.
+
+    Args:
+      window: as in `pallas_kernels.attention`, an int.
+    """
+    positions = np.asarray(positions).astype(np.int64)
+    ids = np.ones_like(positions) if segment_ids is None else np.asarray(segment_ids)
+    before = positions + 1
+    if window is not None:
+        before = np.minimum(before, window)
+    work = before
+    if not causal:
+        length = np.zeros_like(positions)
+        for row, (row_ids, row_positions) in enumerate(zip(ids, positions)):
+            last = np.zeros(row_ids.max() + 1, np.int64)
+            np.maximum.at(last, row_ids, row_positions)
+            length[row] = last[row_ids] + 1
+        after = length - positions - 1
+        work = before + (after if window is None else np.minimum(after, window - 1))
+    return np.where(ids > 0, work, 0)
+
+
+def work_per_device(work: np.ndarray, cp: int) -> np.ndarray:
+    """[B, T] work of tokens as they are dealt -> [B, cp]."""
+    return work.reshape(work.shape[0], cp, -1).sum(axis=2)
+
+
+def _deal(work: np.ndarray, cp: int) -> np.ndarray:
+    """The order [T] of one row."""
+    T = len(work)
+    local = T // cp
+    fitting = [n for n in range(1, min(_PARTS, local) + 1) if local % n == 0]
+    parts = max([n for n in fitting if local // n >= _PART_TOKENS or n <= 32], default=1)
+    part_work = work.reshape(cp * parts, -1).sum(axis=1)
+    load, owner = np.zeros(cp, np.int64), np.zeros(cp * parts, np.int64)
+    for turn in np.argsort(-part_work, kind="stable").reshape(parts, cp):
+        least = np.argsort(load, kind="stable")
+        owner[turn] = least
+        load[least] += part_work[turn]
+    tokens = np.arange(T, dtype=np.int32).reshape(cp * parts, -1)
+    return tokens[np.argsort(owner, kind="stable")].reshape(-1)
+
+
+def _check(seq_len: int, cp: int, layout: CPLayout) -> None:
+    if layout not in get_args(CPLayout):
+        raise ValueError(f"layout={layout!r} is not one of {get_args(CPLayout)}")
+    unit = 2 * cp if layout == "zigzag" else cp
+    if seq_len % unit:
+        raise ValueError(
+            f"seq_len={seq_len} is not divisible by {'2 * ' if unit > cp else ''}cp={cp}, as a {layout} layout needs; "
+            f"use {seq_len // unit * unit or unit} or {-(-seq_len // unit) * unit}, or a cp that divides"
+        )
