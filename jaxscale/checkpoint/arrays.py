@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -91,17 +92,27 @@ def local_share(array: Any) -> int:
     return share
 
 
-def snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies in host memory; `leaves` may be donated at once.
+def snapshot(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Arrays that stay as they are though `leaves` be donated at once, and what must be kept alive with them.
 
-    The copies are ordered before whatever the devices run next, so on an accelerator this returns at once, while the
-    copying goes on.
+    On an accelerator these are copies in pinned host memory, ordered before whatever the devices run next, so this
+    returns at once while the copying goes on. On the CPU the arrays are in host memory already: views of their buffers
+    are held, and a step that donates them writes its results elsewhere for once.
     """
     copies = {name: np.array(leaf) for name, leaf in leaves.items() if rests_on_host(leaf)}
-    arrays = {name: _one_replica(leaf) for name, leaf in leaves.items() if name not in copies}
-    shardings = [leaf.sharding.with_memory_kind(_host_memory(leaf)) for leaf in arrays.values()]
-    copies |= zip(arrays, jax.device_put(list(arrays.values()), shardings, may_alias=False))
-    return {name: copies[name] for name in leaves}
+    arrays = {name: leaf for name, leaf in leaves.items() if name not in copies}
+    held = {name: leaf for name, leaf in arrays.items() if _can_hold(leaf)}
+    views = [np.asarray(shard.data) for leaf in held.values() for shard in leaf.addressable_shards]
+    moved = {name: _one_replica(leaf) for name, leaf in arrays.items() if name not in held}
+    shardings = [leaf.sharding.with_memory_kind(_host_memory(leaf)) for leaf in moved.values()]
+    copies |= held | dict(zip(moved, jax.device_put(list(moved.values()), shardings, may_alias=False)))
+    return {name: copies[name] for name in leaves}, views
+
+
+def _can_hold(array: jax.Array) -> bool:
+    """Whether numpy sees the buffer itself: on the CPU, but for int4 and its like, which are unpacked on the way."""
+    whole_bytes = jnp.dtype(array.dtype).name not in ("int4", "int2", "float4_e2m1fn")
+    return whole_bytes and all(device.platform == "cpu" for device in array.sharding.device_set)
 
 
 def rests_on_host(leaf: Any) -> bool:

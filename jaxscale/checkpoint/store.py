@@ -102,14 +102,14 @@ class Checkpointer:
                     records[root + path]["axes"] = list(self.axes[path])
         self._prepare()
         stored = {name: leaf for name, leaf in leaves.items() if num_bytes(records[name])}
-        copies = arrays.snapshot(
+        copies, held = arrays.snapshot(
             {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in stored.items()}
         )
         path = os.fspath(self.directory / str(step))
         # Orbax agrees on the path with collectives, which must not race with those of the training step.
         started = arrays.start_save(path, copies) if jax.process_count() > 1 else None
         self._saving_step = step
-        self._saving = self._worker.submit(self._write, step, path, copies, records, copied, started)
+        self._saving = self._worker.submit(self._write, step, path, copies, held, records, copied, started)
         return True
 
     def steps(self) -> list[int]:
@@ -210,6 +210,7 @@ class Checkpointer:
         step: int,
         path: str,
         copies: dict[str, Any],
+        held: list[Any],
         records: dict[str, Record],
         metadata: dict[str, Any],
         started: Any,
@@ -220,6 +221,7 @@ class Checkpointer:
             shares = {name: arrays.local_share(copy) for name, copy in copies.items()}
         finally:
             started.result()  # nothing may be left writing when this ends
+        held.clear()
         me, processes = jax.process_index(), jax.process_count()
         if me:
             files.write_json(self.directory / str(step) / f"shares.{me}.json", shares)

@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxscale.checkpoint import Checkpointer
+from jaxscale.checkpoint import Checkpointer, arrays
 from jaxscale.config import CheckpointConfig
 
 from .conftest import abstract, bits
@@ -40,18 +40,30 @@ def test_round_trip_over_meshes(tmp_path, make_state, meshes, source, target):
             assert got.sharding.is_equivalent_to(want.sharding, want.ndim)
 
 
-def test_the_state_may_be_donated_at_once(tmp_path, meshes, rng):
-    where = NamedSharding(meshes["fsdp8"], PartitionSpec("fsdp"))
-    state = {f"w{i}": jax.device_put(rng.normal(size=(1024, 512)).astype(np.float32), where) for i in range(4)}
-    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 3 + 1, tree), donate_argnums=0)
-    jax.block_until_ready(step(jax.tree.map(jnp.copy, state)))  # compiled: the next call starts to overwrite at once
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4", "bool"])
+@pytest.mark.parametrize("hold", [True, False], ids=["held", "copied"])
+def test_the_state_may_be_donated_at_once(tmp_path, meshes, rng, monkeypatch, dtype, hold):
+    """Held, as on the CPU, and copied, as on an accelerator."""
+    if not hold:
+        monkeypatch.setattr(arrays, "_can_hold", lambda array: False)
+    mesh = meshes["tp4dp2"]
+    specs = {"split": ("tp",), "both": ("tp", "dp"), "whole": ()}
+    state = {
+        name: jax.device_put(
+            rng.integers(0, 2, (512, 256)).astype(jnp.dtype(dtype)), NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for name, spec in specs.items()
+    }
+    change = {"bool": jnp.logical_not, "int4": lambda x: 1 - x}.get(dtype, lambda x: x * 3 + 1)
+    step = jax.jit(lambda tree: jax.tree.map(change, tree), donate_argnums=0)
+    state = jax.block_until_ready(step(state))  # compiled: the next call starts to overwrite at once
     for trial in range(3):
         want = bits(jax.tree.map(jnp.copy, state))  # of a copy: a numpy view would keep the buffers from being reused
         with Checkpointer(tmp_path / str(trial)) as ckpt:
             ckpt.save(1, state)
             donated, state = state, step(state)
-            state = step(state)
-            assert all(x.is_deleted() for x in donated.values())
+            state = step(step(state))
+            assert hold or all(x.is_deleted() for x in donated.values())
             ckpt.wait()
             assert bits(ckpt.restore(abstract(state))) == want
         assert bits(jax.tree.map(jnp.copy, state)) != want
@@ -181,7 +193,7 @@ CHILD = """
     import os, signal, resource, sys, logging
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax.numpy as jnp
-    from jaxscale.checkpoint import Checkpointer
+    from jaxscale.checkpoint import Checkpointer, arrays
     from jaxscale.config import CheckpointConfig
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     small, big = jnp.arange(1000.0), jnp.ones((1 << 20,)) * 3
@@ -247,8 +259,6 @@ def test_import_of_jaxscale_does_not_import_orbax():
 
 
 def test_failures_are_logged(tmp_path, caplog, monkeypatch):
-    from jaxscale.checkpoint import arrays
-
     with caplog.at_level(logging.ERROR, "jaxscale.checkpoint"), Checkpointer(tmp_path) as ckpt:
         with monkeypatch.context() as patch:
             patch.setattr(arrays, "local_share", lambda array: 1 / 0)
