@@ -148,8 +148,8 @@ def attention(
     own, other = (Rows(*(x[i] for x in pairs)) for i in range(2))
     rows = _PairOfRows(own, None if all(x is y for x, y in pairs) else other)
     q, k, v, rows = _vary((q, k, v, rows), axis_name)
-    out, lse = _attention(call, q, k, v, rows)
-    return (out, lse) if return_lse else out
+    out_and_lse: Any = _attention(call, q, k, v, rows)
+    return out_and_lse if return_lse else out_and_lse[0]
 
 
 def decode(
@@ -236,7 +236,7 @@ def _attention(call: _Call, q, k, v, rows: "_PairOfRows"):
     return _attention_fwd(call, q, k, v, rows)[0]
 
 
-def _attention_fwd(call: _Call, q, k, v, rows):
+def _attention_fwd(call: _Call, q, k, v, rows: "_PairOfRows"):
     """Residuals: the arguments, out, the logsumexp: nothing that was gathered."""
     with jax.named_scope(f"context_{call.strategy}"):
         out, lse = _FORWARD.get(call.strategy, _ring)(call, q, k, v, rows)

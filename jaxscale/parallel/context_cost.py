@@ -70,9 +70,11 @@ UNKNOWN = Rates(flops=100e12, link=50e9, both_ways=False, memory=1.0e12)
 
 
 def device_rates(kind: str | None = None) -> Rates:
-    """The rates of a device kind; by default of the devices that are here. An unknown one gets middling ratios."""
-    kind = jax.devices()[0].device_kind if kind is None else kind
-    return next((rates for pattern, rates in DEVICES.items() if re.search(pattern, kind)), UNKNOWN)
+    """The rates of a device kind; by default of the mesh in context, or of the devices that are here. An unknown one
+    gets middling ratios."""
+    if kind is None:
+        kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
+    return next((rates for pattern, rates in DEVICES.items() if re.search(pattern, str(kind))), UNKNOWN)
 
 
 class Choice(NamedTuple):

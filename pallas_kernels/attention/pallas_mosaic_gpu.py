@@ -78,6 +78,13 @@ def attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config | None
     return _attention(inputs, options, config or tuned(inputs.q.shape[3], inputs.v.shape[3]))
 
 
+def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, delta: jax.Array):
+    """dq, dk, dv of a block of keys; do [B, T, N, Hv], lse and delta [B, T, N] are those of whole rows."""
+    config = tuned(inputs.q.shape[3], inputs.v.shape[3])
+    rows = do, lse.swapaxes(1, 2) * _LOG2E, delta.swapaxes(1, 2)
+    return _backward_dq(inputs, options, config, *rows), *_backward_dkv(inputs, options, config, *rows)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _attention(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Array, jax.Array]:
     return _attention_fwd(inputs, options, config)[0]
