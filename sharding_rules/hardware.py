@@ -61,7 +61,7 @@ class Hardware:
         return steps * self.latency + wire / min(self.link(a, mesh_shape) for a in axes)
 
 
-# Matmul rates: H200 706 TFLOP/s of 989 measured (docs/LOG.md); the others are taken at the same 0.7 of the vendor's peak.
+# Matmul rates: 706 TFLOP/s of 989 measured on an H200; the others are taken at the same 0.7 of the vendor's peak.
 # Links: NVLink 4 450 GB/s each way, 400 Gb/s network per GPU; TPU figures are the vendor's per-chip interconnect, two
 # directions of one torus axis (jax-ml.github.io/scaling-book, "TPUs"; cloud.google.com/tpu/docs).
 HARDWARE = {

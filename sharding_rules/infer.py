@@ -33,14 +33,14 @@ def infer(fn: Callable, params: Any, *args: Any) -> "Inferred":
         has_aux = isinstance(out, tuple) and len(out) > 1 and _is_loss(out[0])
         train = _is_loss(out) or has_aux
         traced = jax.value_and_grad(fn, has_aux=has_aux, allow_int=True) if train else fn
-        closed, out_shape = jax.make_jaxpr(traced, return_shape=True)(shapes, *arg_shapes)
+        closed = jax.make_jaxpr(traced)(shapes, *arg_shapes)
     except Exception as error:
         error.add_note(f"while tracing {getattr(fn, '__qualname__', fn)} to infer its sharding rules")
         raise
     leaves = jax.tree.leaves(shapes)
     walker = Walker()
-    ins = [fresh_dims(v.aval.shape) for v in closed.jaxpr.invars]
-    consts = [fresh_dims(v.aval.shape) for v in closed.jaxpr.constvars]
+    ins = [fresh_dims(v.aval.shape) for v in closed.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    consts = [fresh_dims(jnp.shape(c)) for c in closed.consts]
     origins = [*range(len(leaves)), *[None] * (len(ins) - len(leaves))]
     outs = walker.walk(closed.jaxpr, consts, ins, origins)
     if train:
@@ -174,7 +174,8 @@ class Inferred:
             for dim in dims:
                 add(dim)
         for atom in atoms:
-            if atom.segments and any(nearly_whole(size_of(s), atom.size) for s in atom.segments):
+            sizes = [size_of(s) for s in atom.segments or ()]
+            if any(nearly_whole(n, atom.size) for n in sizes) or (len(sizes) == 2 and min(sizes) == 1 < max(sizes)):
                 atom.segments = None  # one element was taken: nothing is fused
         colors = self._colors(walker, atoms, params)
         together = _meetings(walker, atoms, params)

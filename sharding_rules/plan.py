@@ -239,7 +239,7 @@ def _toml(plan: Plan) -> str:
         return json.dumps(list(names))
 
     lines = [
-        "# Tensor-parallel rules. [rules] says which mesh axes split each logical axis: edit there, then load the file.",
+        "# Tensor-parallel rules. [rules] says which mesh axes split each logical axis: edit there, then load it.",
         "# A fused dim is written major*minor; only its leading part is split. [stored] axes also split a parameter at",
         "# rest, which is then gathered where it is used.",
         f"hardware = {json.dumps(plan.hardware)}",
@@ -327,7 +327,7 @@ def _load(path: Path, params: Any) -> Plan:
     if params is not None:
         leaves, treedef = _match(path, text, leaves, params)
     rules = Rules(
-        params={n: a for n, a in table.items() if n not in ("batch", "seq")}
+        params={n: a for n, a in table.items() if a and n not in ("batch", "seq")}
         | ({"embed": (*table.get("embed", ()), *stored)} if stored else {}),
         compute={n: a for n, a in table.items() if a},
         spill=stored,

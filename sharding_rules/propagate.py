@@ -81,8 +81,9 @@ class Walker:
                 outs = (rule or unknown)(self, eqn, ins)
                 if eqn.primitive.name not in LAYOUT_ONLY and eqn.primitive.name not in CONTROL_FLOW:
                     for v in eqn.invars:
-                        if not hasattr(v, "val") and local.get(v) is not None:
-                            self.reads[local[v], self.scope] = self.count
+                        leaf = None if hasattr(v, "val") else local.get(v)
+                        if leaf is not None:
+                            self.reads[leaf, self.scope] = self.count
             for var, dims in zip(eqn.outvars, outs, strict=True):
                 assert tuple(map(size_of, dims)) == tuple(var.aval.shape), (eqn.primitive, dims, var.aval)
                 env[var] = dims
@@ -467,7 +468,7 @@ def _move(w: Walker, eqn, dims: Dims, out: Sequence[Dim], out_var=None, in_var=N
     keys = list(range(len(dims)))
     changed = {i for i in keys if out[i] is not dims[i] and (expand(out[i]) != expand(dims[i]))}
     keys_o = [i if i not in changed else ("out", i) for i in keys]
-    blocked = [i for i in changed] + [("out", i) for i in changed]
+    blocked = [*changed] + [("out", i) for i in changed]
     if changed:
         w.record(eqn, [(in_var or eqn.invars[0], dims, keys)], [(out_var or eqn.outvars[0], out, keys_o)],
                  blocked=blocked)  # fmt: skip

@@ -142,12 +142,14 @@ class Problem:
                     n = math.prod(self.mesh_shape[m] for m in (*base, *chosen))
                     if axis.leads and axis.size % n == 0:
                         options.append((*base, *(part for m in chosen for part in self.parents.get(m, (m,)))))
-            for whole, parts in self.parents.items():
+            for whole, (outer, inner) in self.parents.items():
                 if axis.name in ("kv_heads", "q_groups"):
-                    options.append((parts[0] if axis.name == "kv_heads" else parts[1],))
+                    options.append((outer if axis.name == "kv_heads" else inner,))
+                if axis.name == "kv_heads":
+                    n = self.mesh_shape[whole]
                     self.notes.append(
-                        f"{whole}={self.mesh_shape[whole]} exceeds the kv heads: query heads are split, kv heads rest whole"
-                    ) if axis.name == "kv_heads" else None
+                        f"{whole}={n} exceeds kv_heads={axis.size}: query heads are split, kv heads rest whole"
+                    )
             if len(options) > 1:
                 domains[axis.id] = options
         for m in free:
@@ -298,6 +300,9 @@ def evaluate(model: Inferred, mesh_shape: Mapping[str, int], table: Mapping[str,
     splits = dict(problem.fixed)
     for axis in model.logical:
         wanted = tuple(p for m in table.get(axis.name, ()) for p in problem.parents.get(m, (m,)))
+        for whole, parts in problem.parents.items():  # query heads over an axis that exceeds the kv heads
+            if whole in table.get("q_heads", ()) and axis.name in ("kv_heads", "q_groups") and not wanted:
+                wanted = (parts[0] if axis.name == "kv_heads" else parts[1],)
         if axis.id in problem.domains and wanted:
             splits[axis.id] = wanted
     costs = [f(splits) for f in problem._factors]

@@ -22,7 +22,9 @@ def test_the_derived_plan(name):
     assert found.error is not None
     assert found.error < 1e-4, str(found)
     assert all(c.trips_known for c in found.collectives)
-    assert found.compiled_bytes <= 1.05 * compiled_bytes(case, case.expert_specs)
+    # Mamba's fused in_proj is gathered whole in the backward pass; the expert's contiguous split exchanges a little less.
+    allowed = 1.05 if name == "Mamba" else 1.0001
+    assert found.compiled_bytes <= allowed * compiled_bytes(case, case.expert_specs)
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "tp": 4}, {"tp": 8}], ids=str)
