@@ -76,7 +76,7 @@ def main() -> int:
 def train_and_preempt(options: argparse.Namespace, out: Path) -> int:
     """Start the run as a process of its own and send SIGTERM when half of its steps are done."""
     half = (options.steps or config().steps) // 2
-    process = subprocess.Popen(command(options))
+    process = subprocess.Popen(command(options), stderr=subprocess.STDOUT)
     while process.poll() is None and last_step(out) < half:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The examples run, at a small size, as their users run them. (The demo has `make demo` and its own tests.)"""
+"""The examples run, at a small size, as their users run them."""
 
 import json
 import re
@@ -28,6 +28,17 @@ def python(*arguments) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo(text, tmp_path):
+    """Its own checks decide: preempted and resumed, every step once, equal logits on three meshes."""
+    out = python(EXAMPLES / "train_tiny.py", "--text", text, "--steps", 12, "--out", tmp_path / "demo")
+    assert "preempted: saved at step" in out
+    assert "resumed from step" in out
+    assert out.count("✓") == 3
+    for picture in ("loss.png", "meshes.png"):
+        assert (tmp_path / "demo" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
