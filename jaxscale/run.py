@@ -94,7 +94,9 @@ def run(
     if first:
         out.mkdir(parents=True, exist_ok=True)
         if tokenizer is None:
-            data.tokenizer.save(saved)
+            whole = saved.with_suffix(".tmp")  # other processes may look while it is written
+            data.tokenizer.save(whole)
+            whole.replace(saved)
     checkpointer = Checkpointer(out / "checkpoints", cfg.checkpoint)
     with jax.set_mesh(mesh):
         if checkpointer.latest_step() is None:
