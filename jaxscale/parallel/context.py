@@ -245,8 +245,8 @@ def _attention_fwd(call: _Call, q, k, v, rows: "_PairOfRows"):
 
 
 def _attention_bwd(call: _Call, residuals, cotangents):
-    q, k, v, rows, out, lse = residuals
-    dout, dlse = cotangents
+    # XLA would find the forward pass's transfers again and keep what they brought; behind a barrier it cannot.
+    (q, k, v, rows, out, lse), (dout, dlse) = lax.optimization_barrier((residuals, cotangents))
     delta = jnp.einsum("BTNH,BTNH->BTN", dout, out, precision="highest", preferred_element_type=jnp.float32) - dlse
     with jax.named_scope(f"context_{call.strategy}_backward"):
         backward = _BACKWARD.get(call.strategy, _ring_bwd)

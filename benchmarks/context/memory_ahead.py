@@ -1,0 +1,77 @@
+"""Memory of a device for one layer's ring attention, forward and backward, compiled for hardware that is not here.
+
+    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py v5p     # needs libtpu
+    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200    # needs jax[cuda13]
+
+bfloat16, B1 N16 K16 H128, causal, zigzag. Prints MiB a device: temporaries beyond arguments and results, and in brackets
+the local q, k, v, out, dout, dq, dk, dv.
+"""
+
+import functools
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-128", "TPU_WORKER_HOSTNAMES": "localhost"}
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxscale.parallel import context
+
+HEADS, HEAD_DIM, DEVICES = 16, 128, 64
+LENGTHS = [2**n for n in range(16, 21)]
+SIZES = [2, 4, 8, 16, 32, 64]
+
+
+def devices(target: str):
+    if target == "h200":
+        config = (ROOT / "benchmarks/attention/h200.txtpb").read_text()
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="h200", target_config=config, topology=f"1x8x{DEVICES // 8}"
+        )
+    else:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4")
+    return np.array(topology.devices)
+
+
+def memory(target: str, seq_len: int, cp: int, strategy: str) -> tuple[float, float]:
+    """MiB of temporaries, MiB of arguments and results."""
+    mesh = Mesh(devices(target).reshape(-1, cp), ("dp", "cp"), axis_types=(AxisType.Explicit,) * 2)
+    spec = P("dp", "cp")
+    shape = (DEVICES // cp, seq_len, HEADS, HEAD_DIM)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    attend = functools.partial(context.attention, strategy=strategy, layout="zigzag", causal=True)
+
+    def step(q, k, v, dout):
+        out, vjp = jax.vjp(lambda q, k, v: jax.shard_map(attend, out_specs=spec)(q, k, v), q, k, v)
+        return out, vjp(dout)
+
+    with jax.set_mesh(mesh):
+        stats = jax.jit(step).lower(x, x, x, x).compile().memory_analysis()
+    return stats.temp_size_in_bytes / 2**20, (stats.argument_size_in_bytes + stats.output_size_in_bytes) / 2**20
+
+
+def main():
+    target, *rest = sys.argv[1:]
+    strategy = rest[0] if rest else "ring"
+    print(f"| {strategy}, {target}: T | " + " | ".join(f"cp {cp}" for cp in SIZES) + " |", flush=True)
+    print("|---" * (len(SIZES) + 1) + "|", flush=True)
+    for seq_len in LENGTHS:
+        print(f"| {seq_len // 1024}k ", end="", flush=True)
+        for cp in SIZES:
+            temporary, held = memory(target, seq_len, cp, strategy)
+            print(f"| {temporary:,.0f} ({held:,.0f}) ", end="", flush=True)
+        print("|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Layouts: permutations, their balance against a mask counted pair by pair, the cost model, whole models over cp."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxscale.config import MeshConfig, ModelConfig
+from jaxscale.models import decoder
+from jaxscale.parallel import context_cost, context_layout
+from jaxscale.parallel.context_cost import Context, Rates, Shape
+from jaxscale.params import init_params
+from jaxscale.parity import parity
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "packed")
+
+
+def packed_rows(rng, B, T, documents):
+    cuts = [np.sort(rng.choice(np.arange(1, T), documents - 1, replace=False)) for _ in range(B)]
+    starts = [np.concatenate([[0], c]) for c in cuts]
+    ids = np.stack([np.searchsorted(c, np.arange(T), side="right") + 1 for c in cuts]).astype(np.int32)
+    positions = np.stack([np.arange(T) - s[i - 1] for s, i in zip(starts, ids)]).astype(np.int32)
+    return positions, ids
+
+
+def pairs_per_device(positions, ids, cp, window=None, causal=True):
+    """Visible pairs of each device's queries, from the mask itself."""
+    ahead = positions[:, None, :] - positions[:, :, None]
+    seen = (ids[:, None, :] == ids[:, :, None]) & (ids[:, :, None] > 0)
+    if causal:
+        seen &= ahead <= 0
+    if window is not None:
+        seen &= np.abs(ahead) < window
+    return seen.sum(axis=2).reshape(len(ids), cp, -1).sum(axis=2)
+
+
+@given(st.sampled_from(LAYOUTS), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_permutations(layout, cp, unit, seed):
+    """Every token once; restored is what it was; all arrays of a batch move alike."""
+    rng = np.random.default_rng(seed)
+    T = 2 * cp * unit * 2
+    positions, ids = packed_rows(rng, 2, T, min(4, T))
+    order = context_layout.layout_order(layout, T, cp, positions, ids)
+    assert (np.sort(order, axis=-1) == np.arange(T)).all()
+    x = rng.normal(size=(2, T, 3))
+    np.testing.assert_array_equal(context_layout.restore(context_layout.permute(x, order), order), x)
+    tokens = rng.integers(0, 99, (2, T))
+    batch = {"tokens": tokens, "positions": positions, "segment_ids": ids}
+    dealt = context_layout.permute_batch(batch, layout, cp)
+    triples = [sorted(zip(*(b[n][0] for n in batch))) for b in (batch, dealt)]
+    assert triples[0] == triples[1]
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped"])
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_causal_balance(layout, cp):
+    T = 1024
+    positions = np.arange(T, dtype=np.int32)[None]
+    dealt = context_layout.permute_batch({"positions": positions}, layout, cp)["positions"]
+    pairs = pairs_per_device(dealt, np.ones_like(dealt), cp)
+    assert pairs.max() <= 1.02 * pairs.mean()
+    contiguous = pairs_per_device(positions, np.ones_like(positions), cp)
+    assert contiguous.max() > 1.4 * contiguous.mean()
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+@pytest.mark.parametrize("masks", [{}, {"window": 100}, {"causal": False}])
+def test_packed_balance(rng, cp, masks):
+    """Documents of any length: the planner's devices do the same work, where equal tokens do not."""
+    T = 1024
+    positions, ids = packed_rows(rng, 3, T, 6)
+    positions[0], ids[0] = np.arange(T), 1  # one document
+    dealt = context_layout.permute_batch({"positions": positions, "segment_ids": ids}, "packed", cp, **masks)
+    pairs = pairs_per_device(dealt["positions"], dealt["segment_ids"], cp, **masks)
+    work = context_layout.token_work(dealt["positions"], dealt["segment_ids"], **masks)
+    np.testing.assert_array_equal(context_layout.work_per_device(work, cp), pairs)
+    assert (pairs.max(axis=1) <= 1.02 * pairs.mean(axis=1)).all()
+
+
+def test_bad_layouts():
+    batch = {"positions": np.array([[0, 1, 2, 0, 1, 2, 3, 4]], np.int32)}
+    with pytest.raises(ValueError, match="positions restart inside a row but the batch has no segment_ids"):
+        context_layout.permute_batch(batch, "zigzag", 2)
+    with pytest.raises(ValueError, match=r"seq_len=8 is not divisible by 2 \* cp=3.*use 6 or 12"):
+        context_layout.layout_order("zigzag", 8, 3)
+    with pytest.raises(ValueError, match="seq_len=8 is not divisible by cp=3"):
+        context_layout.permute_batch(batch, "contiguous", 3)
+    with pytest.raises(ValueError, match="cp_strategy='rings' is not one of"):
+        MeshConfig(cp=2, cp_strategy="rings")  # pyright: ignore[reportArgumentType]
+
+
+def test_mesh_config():
+    mesh = MeshConfig.parse("cp=8,cp_strategy=ring,cp_layout=zigzag")
+    assert mesh == MeshConfig(cp=8, cp_strategy="ring", cp_layout="zigzag") == MeshConfig.parse(str(mesh))
+    assert dataclasses.replace(mesh, fsdp=-1).fill(16) == dataclasses.replace(mesh, fsdp=2)
+
+
+FAST = Rates(flops=400e12, link=300e9, both_ways=False, memory=4e12)
+
+
+def test_choices():
+    """What must hold of any estimate: slow links favour what moves little, windows favour neighbours, few keys favour
+    gathering, heads that do not suffice exclude ulysses, and the reason names the rivals."""
+    long = Shape(batch=1, seq_len=2**17, num_heads=16, num_kv_heads=16, head_dim=128)
+    window = dataclasses.replace(long, window=1023)
+    assert context_cost.choose(window, 8, rates=FAST).strategy == "halo"
+    slow = dataclasses.replace(FAST, link=5e9)
+    costs = {s: context_cost.estimate(long, 8, s, "zigzag", slow).seconds for s in ("all_gather", "ring", "ulysses")}
+    assert costs["ulysses"] < costs["all_gather"] and costs["ring"] < costs["all_gather"]
+    few = dataclasses.replace(long, seq_len=4096, num_heads=64, num_kv_heads=1)
+    assert context_cost.choose(few, 64, rates=FAST).strategy == "all_gather"
+    assert context_cost.estimate(long, 32, "ulysses", "zigzag", FAST) is None
+    choice = context_cost.choose(long, 2, rates=FAST)
+    assert choice.layout == "zigzag" or choice.strategy == "ulysses"
+    assert all(name in choice.why for name in ("ring", "ulysses", "all_gather", "ms"))
+    with pytest.raises(ValueError, match="none of halo runs"):
+        context_cost.choose(long, 2, strategies=("halo",), rates=FAST)
+
+
+def model_and_batch(rng, T=64):
+    cfg = ModelConfig(
+        vocab_size=32,
+        num_layers=2,
+        embed_dim=16,
+        mlp_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype="float32",
+        window=12,
+        layer_pattern=("local", "global"),
+    )
+    positions, ids = packed_rows(rng, 4, T, 5)
+    ids[:, -3:], positions[:, -3:] = 0, 0
+    tokens = rng.integers(0, 32, (2, 4, T)).astype(np.int32)
+    labels = np.where(ids > 0, tokens[1], -1)
+    return cfg, {"tokens": tokens[0], "labels": labels, "segment_ids": ids, "positions": positions}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "remat"),
+    [
+        ("ring", "packed", "full"),
+        pytest.param("auto", "contiguous", "dots", marks=pytest.mark.slow),
+        pytest.param("usp", "zigzag", "none", marks=pytest.mark.slow),
+        pytest.param("bidirectional", "striped", "dots", marks=pytest.mark.slow),
+    ],
+)
+def test_models(rng, strategy, layout, remat):
+    """Local and global layers in one scan, rematerialised, with fsdp and tp beside cp: loss and gradients are those of
+    one device on the text as it was."""
+    cfg, batch = model_and_batch(rng)
+    specs = decoder.param_specs(cfg)
+    params = init_params(jax.random.key(int(rng.integers(2**31))), specs)
+    plain = jax.jit(functools.partial(decoder.loss_fn, cfg=cfg))(params, batch)[0]
+    loss = functools.partial(decoder.loss_fn, cfg=cfg, remat=remat, context=Context(strategy, layout))
+    dealt = context_layout.permute_batch(batch, layout, 2)
+    report = parity(loss, params, dealt, ["fsdp=2,cp=2,tp=2"], specs=specs)
+    np.testing.assert_allclose(report.loss, plain, rtol=1e-6)
