@@ -200,6 +200,8 @@ class Inferred:
         for axis in axes:
             if axis.loop:
                 axis.why_whole = "a loop walks it"
+            elif axis.segments and all(axes[i].size == 1 for s in axis.segments for part in s for i in part):
+                axis.loop, axis.why_whole = True, "the program takes its elements one by one"
             elif axis.segments:
                 axis.why_whole = axis.why_whole or "it is cut into segments"
         self.logical = axes
@@ -254,7 +256,8 @@ class Inferred:
             steps[step] = steps.get(step, 0) + op.count
             # The first read of a parameter by an op is its use in the forward pass.
             for operand, array in zip(op.ins, step.ins, strict=True):
-                if operand.origin is not None and operand.origin not in uses:
+                computes = op.is_matmul or op.primitive == "gather"
+                if computes and operand.origin is not None and operand.origin not in uses:
                     kinds = ((step.space[i][0], step.kinds[i]) for dim in array.dims for i in dim)
                     uses[operand.origin] = (operand.origin, op.primitive, tuple(kinds))
         self.steps = steps

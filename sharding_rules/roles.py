@@ -33,12 +33,7 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
     def ids(dims) -> list[int]:
         return [model._ids[a] for d in dims for a in expand(d)]
 
-    for axis in axes:
-        if axis.loop and axis.in_params:
-            alike(axis.id, "layers")
-    for axis in axes:
-        if axis.segments and all(axes[i].size == 1 for s in axis.segments for part in s for i in part):
-            axis.loop, axis.why_whole = True, "the program takes its elements one by one"
+    for axis in sorted(axes, key=lambda a: (bool(a.segments), not a.in_params)):  # true loops first
         if axis.loop:
             alike(axis.id, "layers")
     leading = Counter(dims[0][0] for dims in (_unlooped(model, d) for d in model.args) if dims and dims[0])

@@ -66,8 +66,8 @@ def row(case: Case) -> str:
 
 
 HEAD = (
-    "| model | derived rules (tp=8) | predicted kB | compiled kB | off | expert kB | ours / expert | Redco kB | Redco / ours "
-    "| largest error |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| model | derived rules (tp=8) | predicted kB | compiled kB | off | expert kB | ours / expert | Redco kB "
+    "| Redco / ours | largest error |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 

@@ -22,7 +22,7 @@ def test_the_derived_plan(name):
     assert found.error is not None
     assert found.error < 1e-4, str(found)
     assert all(c.trips_known for c in found.collectives)
-    # Mamba's fused in_proj is gathered whole in the backward pass; the expert's contiguous split exchanges a little less.
+    # Mamba's fused in_proj is gathered whole in the backward pass; the expert's contiguous split exchanges less.
     allowed = 1.05 if name == "Mamba" else 1.0001
     assert found.compiled_bytes <= allowed * compiled_bytes(case, case.expert_specs)
 

@@ -141,7 +141,8 @@ def equinox(L, D, F, V, N, B, T):
 
 
 EQUINOX_EXPERT = [
-    ("embed", P("tp")), ("head", P("tp")), ("(query|key|value)_proj/weight", P("tp")), ("output_proj/weight", P(None, "tp")),
+    ("embed", P("tp")), ("head", P("tp")), ("(query|key|value)_proj/weight", P("tp")),
+    ("output_proj/weight", P(None, "tp")),
     ("layers/0/weight", P("tp")), ("layers/0/bias", P("tp")), ("layers/1/weight", P(None, "tp")),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from tests.rules.models.case import Case, arrays, attend, cross_entropy, layer_n
 COL, ROW, VOCAB = P(None, None, "tp"), P(None, "tp"), P("tp")  # of weights stacked over layers; of an embedding
 
 
-# Llama: scanned, grouped heads, gate and up apart ---------------------------------------------------------------------
+# Llama: scanned, grouped heads, gate and up apart --------------------------------------------------------------------
 
 
 def llama_block(x, w, K, H):
@@ -80,7 +80,7 @@ def lora(L, D, F, V, N, K, H, B, T, R):
 LORA_EXPERT = [("lora/w[qv]/b", COL), ("lora/wd/a", ROW), ("lora", P()), *LLAMA_EXPERT]
 
 
-# GPT-2: fused c_attn, tied embeddings, learned positions, unrolled ----------------------------------------------------
+# GPT-2: fused c_attn, tied embeddings, learned positions, unrolled ---------------------------------------------------
 
 
 def gpt2(L, D, V, N, B, T):
@@ -116,7 +116,7 @@ GPT2_EXPERT = [
 ]
 
 
-# GPT-NeoX: heads interleaved as [N, 3, H], parallel attention and mlp --------------------------------------------------
+# GPT-NeoX: heads interleaved as [N, 3, H], parallel attention and mlp ------------------------------------------------
 
 
 def neox(L, D, V, N, B, T):
@@ -124,7 +124,8 @@ def neox(L, D, V, N, B, T):
     block = {
         "input_layernorm": {"g": (L, D), "b": (L, D)}, "post_attention_layernorm": {"g": (L, D), "b": (L, D)},
         "attention": {"query_key_value": {"w": (L, D, 3 * D), "b": (L, 3 * D)}, "dense": {"w": (L, D, D), "b": (L, D)}},
-        "mlp": {"dense_h_to_4h": {"w": (L, D, 4 * D), "b": (L, 4 * D)}, "dense_4h_to_h": {"w": (L, 4 * D, D), "b": (L, D)}},
+        "mlp": {"dense_h_to_4h": {"w": (L, D, 4 * D), "b": (L, 4 * D)},
+                "dense_4h_to_h": {"w": (L, 4 * D, D), "b": (L, D)}},
     }  # fmt: skip
     shapes = {"embed_in": (V, D), "layers": block, "final": {"g": (D,), "b": (D,)}, "embed_out": (D, V)}
 
@@ -154,7 +155,7 @@ NEOX_EXPERT = [
 ]  # fmt: skip
 
 
-# T5: encoder and decoder, relative position bias shared by the layers ---------------------------------------------------
+# T5: encoder and decoder, relative position bias shared by the layers ------------------------------------------------
 
 
 def t5(L, D, F, V, N, H, B, T, S):
@@ -201,7 +202,7 @@ T5_EXPERT = [
 ]  # fmt: skip
 
 
-# Mixtral-like: every expert computes, the router's weights select ------------------------------------------------------
+# Mixtral-like: every expert computes, the router's weights select ----------------------------------------------------
 
 
 def mixtral(L, D, F, V, N, K, H, E, B, T):
@@ -210,7 +211,7 @@ def mixtral(L, D, F, V, N, K, H, E, B, T):
     w |= {"router": (L, D, E), "wg": (L, E, D, F), "wu": (L, E, D, F), "wd": (L, E, F, D)}
 
     def body(x, w):
-        b, t, d = x.shape
+        b, t, _ = x.shape
         h = rms(x, w["n1"])
         q = rope((h @ w["wq"]).reshape(b, t, N, H))
         k, v = rope((h @ w["wk"]).reshape(b, t, K, H)), (h @ w["wv"]).reshape(b, t, K, H)
@@ -237,7 +238,7 @@ MIXTRAL_EXPERT = [
 ]  # fmt: skip
 
 
-# Multi-head latent attention, as in DeepSeek --------------------------------------------------------------------------
+# Multi-head latent attention, as in DeepSeek -------------------------------------------------------------------------
 
 
 def mla(L, D, F, V, N, H, R, Q, C, B, T):
@@ -276,7 +277,7 @@ def mla(L, D, F, V, N, H, R, Q, C, B, T):
 MLA_EXPERT = [("embed", VOCAB), ("out", P(None, "tp")), ("(q_b|kv_b|wg|wu)$", COL), ("(/o|wd)$", ROW)]
 
 
-# Mamba: in_proj of two segments, causal convolution, selective scan ------------------------------------------------------
+# Mamba: in_proj of two segments, causal convolution, selective scan --------------------------------------------------
 
 
 def mamba(L, D, I, S, R, V, B, T):
@@ -323,7 +324,7 @@ MAMBA_EXPERT = [
 ]  # fmt: skip
 
 
-# RWKV: token shift, a recurrence per channel, squared-relu channel mix -----------------------------------------------------
+# RWKV: token shift, a recurrence per channel, squared-relu channel mix -----------------------------------------------
 
 
 def rwkv(L, D, F, V, B, T):
@@ -393,7 +394,8 @@ CASES = [
          {"L": 32, "D": 4096, "F": 14336, "V": 32000, "N": 32, "K": 8, "H": 128, "E": 8, "B": 16, "T": 4096},
          {**LLAMA_TINY, "E": 4}, MIXTRAL_EXPERT),
     Case("MLA (DeepSeek)", mla,
-         {"L": 60, "D": 5120, "F": 12288, "V": 102400, "N": 128, "H": 128, "R": 64, "Q": 1536, "C": 512, "B": 32, "T": 4096},
+         {"L": 60, "D": 5120, "F": 12288, "V": 102400, "N": 128, "H": 128, "R": 64, "Q": 1536, "C": 512, "B": 32,
+          "T": 4096},
          {"L": 2, "D": 64, "F": 96, "V": 128, "N": 8, "H": 8, "R": 4, "Q": 24, "C": 16, "B": 8, "T": 16}, MLA_EXPERT),
     Case("Mamba", mamba, {"L": 64, "D": 2560, "I": 5120, "S": 16, "R": 160, "V": 50304, "B": 32, "T": 2048},
          {"L": 2, "D": 64, "I": 128, "S": 4, "R": 4, "V": 128, "B": 8, "T": 16}, MAMBA_EXPERT),

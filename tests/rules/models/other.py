@@ -106,7 +106,7 @@ def dit(L, D, N, I, S, B):
 
 
 def resnet(W, blocks, C, I, B):
-    """Bottleneck blocks in four stages, group norm in place of batch norm (one statistic per image and channel group)."""
+    """Bottleneck blocks in four stages; each channel is normed over its image in place of batch norm."""
     shapes = {"stem": (7, 7, 3, W), "stages": [], "head": linear(32 * W, C)}
     width = W
     for s in range(4):
@@ -187,7 +187,8 @@ def clip(L, DI, NI, DT, NT, E, I, S, V, T, B):
 
 CASES = [
     Case("ViT", vit, {"L": 32, "D": 1280, "N": 16, "I": 224, "S": 14, "C": 1000, "B": 256},
-         {"L": 2, "D": 64, "N": 8, "I": 16, "S": 4, "C": 12, "B": 8}, [*BLOCK_EXPERT, ("head/w", COL), ("head/b", ROW)]),
+         {"L": 2, "D": 64, "N": 8, "I": 16, "S": 4, "C": 12, "B": 8},
+         [*BLOCK_EXPERT, ("head/w", COL), ("head/b", ROW)]),
     Case("DiT", dit, {"L": 28, "D": 1152, "N": 16, "I": 32, "S": 2, "B": 256},
          {"L": 2, "D": 64, "N": 8, "I": 8, "S": 2, "B": 8}, BLOCK_EXPERT),
     Case("ResNet", resnet, {"W": 128, "blocks": 3, "C": 1000, "I": 224, "B": 256},
@@ -196,7 +197,8 @@ CASES = [
          {"L": 2, "D": 64, "F": 96, "G": 32, "I": 16, "S": 4, "C": 12, "B": 8},
          [("fc1/w", COL), ("fc1/b", ROW), ("fc2/w", ROW)]),
     Case("CLIP (two towers)", clip,
-         {"L": 24, "DI": 1024, "NI": 16, "DT": 768, "NT": 8, "E": 768, "I": 224, "S": 14, "V": 49408, "T": 77, "B": 512},
+         {"L": 24, "DI": 1024, "NI": 16, "DT": 768, "NT": 8, "E": 768, "I": 224, "S": 14, "V": 49408, "T": 77,
+          "B": 512},
          {"L": 2, "DI": 64, "NI": 8, "DT": 32, "NT": 4, "E": 32, "I": 16, "S": 4, "V": 64, "T": 8, "B": 8},
          [*BLOCK_EXPERT, ("text/embed", ROW)]),
 ]  # fmt: skip
