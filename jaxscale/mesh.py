@@ -14,7 +14,7 @@ from sharding_rules.rules import MESH_AXES
 BATCH_AXES = ("dp", "fsdp", "ep")
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None, **sizes: Any) -> Mesh:
     """A mesh over the given devices (default: all), ordered by their topology so that inner axes get the fastest links.
 
     Takes a MeshConfig or sizes by name, as in `make_mesh(fsdp=4, tp=2)`; one size may be -1 and takes what is left.
@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def make_abstract_mesh(config: MeshConfig | None = None, **sizes: int) -> AbstractMesh:
+def make_abstract_mesh(config: MeshConfig | None = None, **sizes: Any) -> AbstractMesh:
     """A mesh without devices: enough to trace, check shardings and count bytes for a pod that is not there."""
     config = config or MeshConfig(**sizes)
     shape = tuple(getattr(config, axis) for axis in MESH_AXES)

@@ -28,7 +28,7 @@ class Rules:
             for logical, mesh_axes in table.items():
                 if isinstance(mesh_axes, str) or len(set(mesh_axes)) != len(mesh_axes):
                     raise ValueError(
-                        f"rule {logical!r} -> {mesh_axes!r}: expected a tuple of distinct mesh axes, as in ('fsdp', 'cp')"
+                        f"rule {logical!r} -> {mesh_axes!r}: expected a tuple of distinct mesh axes, as ('fsdp', 'cp')"
                     )
 
 
