@@ -3,14 +3,15 @@
     JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py v5p     # needs libtpu
     JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200    # needs jax[cuda13]
 
-bfloat16, B1 N16 K16 H128, causal, zigzag. Prints MiB a device: temporaries beyond arguments and results, and in brackets
-the local q, k, v, out, dout, dq, dk, dv.
+bfloat16, B1 N16 K16 H128, causal, zigzag. Prints MiB a device: temporaries beyond arguments and results, and in
+brackets the local q, k, v, out, dout, dq, dk, dv.
 """
 
 import functools
 import os
 import pathlib
 import sys
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-128", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -25,6 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxscale.config import CPStrategy
 from jaxscale.parallel import context
 
 HEADS, HEAD_DIM, DEVICES = 16, 128, 64
@@ -43,7 +45,7 @@ def devices(target: str):
     return np.array(topology.devices)
 
 
-def memory(target: str, seq_len: int, cp: int, strategy: str) -> tuple[float, float]:
+def memory(target: str, seq_len: int, cp: int, strategy: CPStrategy) -> tuple[float, float]:
     """MiB of temporaries, MiB of arguments and results."""
     mesh = Mesh(devices(target).reshape(-1, cp), ("dp", "cp"), axis_types=(AxisType.Explicit,) * 2)
     spec = P("dp", "cp")
@@ -56,13 +58,13 @@ def memory(target: str, seq_len: int, cp: int, strategy: str) -> tuple[float, fl
         return out, vjp(dout)
 
     with jax.set_mesh(mesh):
-        stats = jax.jit(step).lower(x, x, x, x).compile().memory_analysis()
+        stats: Any = jax.jit(step).lower(x, x, x, x).compile().memory_analysis()
     return stats.temp_size_in_bytes / 2**20, (stats.argument_size_in_bytes + stats.output_size_in_bytes) / 2**20
 
 
 def main():
     target, *rest = sys.argv[1:]
-    strategy = rest[0] if rest else "ring"
+    strategy: Any = rest[0] if rest else "ring"
     print(f"| {strategy}, {target}: T | " + " | ".join(f"cp {cp}" for cp in SIZES) + " |", flush=True)
     print("|---" * (len(SIZES) + 1) + "|", flush=True)
     for seq_len in LENGTHS:

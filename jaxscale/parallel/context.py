@@ -200,6 +200,15 @@ def decode(
     return (total[..., :-1] / jnp.where(total[..., -1:] > 0, total[..., -1:], 1.0)).astype(q.dtype)
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """For `jax.jit(step, compiler_options=...)`: what a step needs so that its transfers run beside its attention.
+
+    XLA's scheduler for GPUs lets one collective at a time be in flight; K's transfer then waits for V's, and is made
+    synchronous. Four: K and V, and in the backward pass dK and dV.
+    """
+    return {"xla_gpu_experimental_parallel_collective_overlap_limit": 4} if platform in ("gpu", "cuda") else {}
+
+
 # One custom_vjp for all strategies.
 
 

@@ -218,8 +218,8 @@ def test_census_bidirectional():
 
 
 def test_census_ulysses():
-    """q, k, v to heads and out, lse back (out alone without a gradient); in the backward pass q, k, v, dout, (lse, delta)
-    to heads and dq, dk, dv back."""
+    """q, k, v to heads, out and lse back (out alone without a gradient); in the backward pass q, k, v, dout and
+    (lse, delta) to heads, dq, dk and dv back."""
     forward, _ = program(4, "ulysses", "zigzag", causal=True, K=4, backward=False)
     assert forward == {"all-to-all": 4}
     counts, _ = program(4, "ulysses", "zigzag", causal=True, K=4)
