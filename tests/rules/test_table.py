@@ -11,8 +11,10 @@ from tests.rules.models import CASES
 from tests.rules.models.language import LLAMA_TINY, llama
 from tests.rules.table import at_tiny_size, compiled_bytes, derived
 
+SLOW = ("ResNet", "CLIP (two towers)")
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def test_the_derived_plan(name):
     case = CASES[name]
     plan = derived(case)

@@ -82,8 +82,7 @@ def nnx_model(L, D, F, V, N, B, T):
                 x = block(x)
             return self.head(self.norm(x))
 
-    graph, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
-    params, rest = state.split(nnx.Param, ...)
+    graph, params, rest = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))), nnx.Param, ...)
     # Counters and keys of dropout, which is off: any values will do.
     rest = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype) if s.dtype == jnp.uint32 else jax.random.key(0), rest)
 
