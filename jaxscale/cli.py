@@ -1,4 +1,4 @@
-"""The command line: train, generate, rules, checkpoint, doctor. Light to import: a command brings in what it needs."""
+"""The command line: train, generate, plan, rules, checkpoint, doctor. A command imports what it needs, when it needs it."""
 
 import contextlib
 import dataclasses
@@ -19,6 +19,7 @@ jaxscale: shard a model over any mesh, prove it, and run it at the speed of the 
 
   jaxscale train RUN [--options]     train; the same command resumes after a stop
   jaxscale generate [--options]      generate text from a checkpoint or a published model
+  jaxscale plan [--options]          will it fit on that pod, with which mesh, how fast
   jaxscale rules FILE.py:BUILD       tensor-parallel rules of your own model, from its program
   jaxscale checkpoint ls|verify|diff|convert PATH ...
   jaxscale doctor                    what hardware and software is here, and what it unlocks
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "generate": _generate,
+        "plan": _plan,
         "rules": _rules,
         "checkpoint": _checkpoint,
         "doctor": _doctor,
@@ -213,6 +215,12 @@ def _rules(args: list[str]) -> int:
     plan.save(options.out)
     print(f"written to {options.out}: edit it, and read it back with sharding_rules.Plan.load")
     return 0
+
+
+def _plan(args: list[str]) -> int:
+    from jaxscale.plan.command import PlanOptions, plan_command
+
+    return plan_command(_parse(PlanOptions, args, "jaxscale plan"))
 
 
 CHECKPOINT_HELP = """\

@@ -85,6 +85,24 @@ def build():
 """
 
 
+def test_plan_without_the_pod(capsys):
+    status, text, _ = call(
+        capsys, "plan", "--model", "llama3-70b", "--on", "h200:16x8", "--seq", "8192", "--batch", "1M-tokens"
+    )
+    assert status == 0
+    assert "fsdp=" in text
+    for args, message in [
+        (["--model", "lama3-70b"], "llama3-70b"),
+        (["--on", "h2000:16x8"], "h200"),
+        (["--batch", "many"], "'many' is neither rows (512) nor tokens"),
+        (["--model", "llama3-405b", "--on", "h200:1x1"], "fits no mesh of h200:1x1"),
+    ]:
+        status, _, err = call(capsys, "plan", *args)
+        assert status == cli.EXIT_USER_ERROR
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+
+
 def test_rules_for_a_model_of_ones_own(capsys, tmp_path):
     import sharding_rules
 
