@@ -588,12 +588,15 @@ def _ring_bwd(call: _Call, q, k, v, rows: "_PairOfRows", cotangent: _Cotangent):
 
     coming = _send(call, dict.fromkeys(lanes, (k, v)), 1)
     halves = [slice(0, T // 2), slice(T // 2, T)] if lanes and T > 1 else [slice(0, T)]
-    dq, dk, dv = own_block(halves[0])
+    # The barriers keep the scheduler from doing both halves beside one of the two transfers.
+    coming, (dq, dk, dv) = lax.optimization_barrier((coming, own_block(halves[0])))
     dqs = [dq]
     carry = coming, {}, jnp.zeros_like(q, dtype=jnp.float32)
     for s in [1, *_phases(lanes, 2)] if lanes else []:
         carry = _run(step, s, carry, lanes)
     _, sums, dq_others = carry
+    if lanes:
+        k, v, sums, dq_others = lax.optimization_barrier((k, v, sums, dq_others))
     home = {lane: _shift(call, x, -lane.direction * lane.steps) for lane, x in sums.items()}
     for half in halves[1:]:
         dq, dk_half, dv_half = own_block(half)

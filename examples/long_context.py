@@ -1,0 +1,56 @@
+"""Trains a small decoder on packed long rows, the sequence split over devices.
+
+    python examples/long_context.py                             # all devices over cp
+    python examples/long_context.py --mesh fsdp=2,cp=4,cp_strategy=ring,cp_layout=packed
+    python examples/long_context.py --seq-len 2048 --steps 20   # on a CPU, with JAX_PLATFORMS=cpu and
+                                                                # XLA_FLAGS=--xla_force_host_platform_device_count=4
+
+Rows are the running Python's own source, many files in each: documents of any length, which no equal cut of the row
+balances. The first lines say which strategy and layout were chosen, and why.
+"""
+
+import argparse
+import dataclasses
+
+from rich.console import Console
+
+from jaxscale.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxscale.run import run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mesh", type=MeshConfig.parse, default=MeshConfig(cp=-1))
+    parser.add_argument("--seq-len", type=int, default=65536)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", default="runs/long_context")
+    args = parser.parse_args()
+    mesh = args.mesh
+    if (mesh.cp_strategy, mesh.cp_layout) == (MeshConfig.cp_strategy, MeshConfig.cp_layout):
+        mesh = dataclasses.replace(mesh, cp_strategy="auto", cp_layout="auto")
+    model = ModelConfig(
+        vocab_size=256 + 1,
+        num_layers=4,
+        embed_dim=256,
+        mlp_dim=768,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        max_seq_len=args.seq_len,
+    )
+    rows = max(1, mesh.dp * mesh.fsdp * mesh.ep)
+    run(
+        TrainConfig(
+            model=model,
+            mesh=mesh,
+            out=args.out,
+            steps=args.steps,
+            remat="full",
+            data=DataConfig(seq_len=args.seq_len, batch_size=rows),
+        ),
+        console=Console(),
+    )
+
+
+if __name__ == "__main__":
+    main()
