@@ -1,4 +1,4 @@
-"""The command line: train, generate, plan, rules, checkpoint, doctor. A command imports what it needs, when it needs it."""
+"""The command line: train, generate, plan, rules, checkpoint, doctor. Each imports what it needs when it is called."""
 
 import contextlib
 import dataclasses

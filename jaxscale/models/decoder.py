@@ -329,8 +329,8 @@ def _write(cache: Array, new: Array, index: Array, positions: Array, rules: Rule
     starts = constrain(positions, ("batch", None), rules)[:, 0]
 
     def write_local(cache, new, index, starts):
-        # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to the
-        # front, and XLA then transposes the whole cache.
+        # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to
+        # the front, and XLA then transposes the whole cache.
         rows = jnp.arange(starts.shape[0], dtype=jnp.int32)
         where = jnp.stack([jnp.full_like(rows, index), rows, starts], axis=1)
         dims = jax.lax.ScatterDimensionNumbers(
