@@ -574,7 +574,7 @@ def _ring_bwd(call: _Call, q, k, v, rows: "_PairOfRows", cotangent: _Cotangent):
 
     def own_block(part: slice):
         rows, cot = (jax.tree.map(lambda x: x[:, part], x) for x in (own, cotangent))
-        return _float32(_block_bwd(call, q[:, part], k, v, rows, keys.at(place), cot))
+        return _block_bwd(call, q[:, part], k, v, rows, keys.at(place), cot)
 
     def step(s, carry, sending):
         held, sums, dq = carry
@@ -589,8 +589,7 @@ def _ring_bwd(call: _Call, q, k, v, rows: "_PairOfRows", cotangent: _Cotangent):
     coming = _send(call, dict.fromkeys(lanes, (k, v)), 1)
     halves = [slice(0, T // 2), slice(T // 2, T)] if lanes and T > 1 else [slice(0, T)]
     # The barriers keep the scheduler from doing both halves beside one of the two transfers.
-    coming, (dq, dk, dv) = lax.optimization_barrier((coming, own_block(halves[0])))
-    dqs = [dq]
+    coming, first = lax.optimization_barrier((coming, own_block(halves[0])))
     carry = coming, {}, jnp.zeros_like(q, dtype=jnp.float32)
     for s in [1, *_phases(lanes, 2)] if lanes else []:
         carry = _run(step, s, carry, lanes)
@@ -598,12 +597,11 @@ def _ring_bwd(call: _Call, q, k, v, rows: "_PairOfRows", cotangent: _Cotangent):
     if lanes:
         k, v, sums, dq_others = lax.optimization_barrier((k, v, sums, dq_others))
     home = {lane: _shift(call, x, -lane.direction * lane.steps) for lane, x in sums.items()}
-    for half in halves[1:]:
-        dq, dk_half, dv_half = own_block(half)
-        dqs, dk, dv = [*dqs, dq], dk + dk_half, dv + dv_half
-    for lane, parts in home.items():
-        dk, dv = jax.tree.map(jnp.add, (dk, dv), lane.pad(parts, T))
-    dq = jnp.concatenate(dqs, axis=1) + dq_others
+    parts = [_float32(first), *(_float32(own_block(half)) for half in halves[1:])]
+    dq = jnp.concatenate([part[0] for part in parts], axis=1) + dq_others
+    dk, dv = (functools.reduce(jnp.add, [part[i] for part in parts]) for i in (1, 2))
+    for lane, part in home.items():
+        dk, dv = jax.tree.map(jnp.add, (dk, dv), lane.pad(part, T))
     return heads.join_q(dq.astype(q.dtype)), heads.join_kv(dk, k.dtype), heads.join_kv(dv, v.dtype)
 
 
