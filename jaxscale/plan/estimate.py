@@ -262,23 +262,22 @@ class _Step:
         # XLA on TPU casts all layers before the loop; with remat none the casts are kept as residuals besides.
         weights = halves * ((pod.platform == "tpu") + (self.remat == "none"))
         rows = self.tokens * D * self.item
+        # The head's gradient is whole until the backward pass ends; the zeros that the embedding's gradient will be
+        # added to are whole from the loss on (one table does for both where they are tied).
+        head = self.vocab * D * self.item
+        tables = head if self.model.tie_embeddings else 2 * head
         # Backward: what a layer keeps (computed again, or taken out of the stack), gathered rows and their gradients,
         # gathered weights and their gradients.
-        # The head's gradient is whole until XLA on TPU reduces it, at the end.
-        head = self.vocab * D * self.item
-        backward = self.residuals("none") + 5 * rows + 2 * layer + params + head * (pod.platform == "tpu")
-        # Loss: the head, its gradient and that of a chunk; logits and their gradient in float32; the rows.
-        loss = (3 if self.looped_loss else 2) * head + 2 * self.loss_rows * self.vocab * 4 + 3 * rows
-        sums = params if accum_steps > 1 else 0.0
-        working = max(backward, loss)
-        gradients = sums + (params if backward >= loss else 0.0)
+        backward = self.residuals("none") + 4 * rows + 2 * layer + tables
+        # Loss: head, logits and their gradient in float32, the rows and their gradient.
+        loss = head + tables + 2 * self.loss_rows * self.vocab * 4 + 3 * rows
         return Memory(
             params=params,
             optimizer=2 * params,
-            gradients=gradients,
+            gradients=stacked + (params if accum_steps > 1 else 0.0),  # the stack is filled with zeros before the loss
             residuals=L * self.residuals(self.remat),
             weights=weights,
-            working=working - (params if backward >= loss else 0.0),
+            working=max(backward, loss),
             batch=4 * 4 * accum_steps * self.rows * self.seq_len / self.mesh.cp,
         )
 
@@ -299,9 +298,12 @@ class _Step:
             times = (2 if matrix or self.remat != "none" else 1) if layers else 1
             count = L if layers else 1
             add("all-gather", gathered, times * count, times * used)
-            if matrix:
+            rest = tuple(a for a in rows_over if a not in gathered)
+            if matrix and layers and rest:
+                # With replicas the partitioner does not scatter a layer's gradient: it is summed whole on all devices.
+                add("all-reduce", rows_over, count, used)
+            elif matrix:
                 add(scatter, gathered, count, used)
-                rest = tuple(a for a in rows_over if a not in gathered)
                 add("all-reduce", rest, count, used / math.prod(self.sizes[a] for a in gathered))
             else:
                 add("all-reduce", (*rows_over, *(("tp",) if mesh.tp > 1 else ())), count, used)

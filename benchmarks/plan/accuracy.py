@@ -1,0 +1,124 @@
+"""The estimate beside the compiler, for pods that are not here, on a machine without accelerator: minutes a row.
+
+python benchmarks/plan/accuracy.py --rows v5p --out benchmarks/plan/accuracy.jsonl   # needs jax[tpu] or jax[cuda13]
+python benchmarks/plan/accuracy.py --table benchmarks/plan/accuracy.jsonl            # the table of docs/planner.md
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+# model, pod, mesh, rows, tokens of a row, remat, micro-batches
+ROWS = [
+    ("llama3-8b", "v5p:4x4x4", "fsdp=64", 64, 4096, "full", 1),
+    ("llama3-8b", "v5p:4x4x4", "fsdp=16,tp=4", 64, 4096, "none", 1),
+    ("llama3-8b", "v5p:4x4x4", "fsdp=16,tp=4", 64, 4096, "dots", 1),
+    ("llama3-8b", "v5p:4x4x4", "fsdp=16,tp=4", 64, 4096, "full", 1),
+    ("llama3-8b", "v5p:4x4x4", "fsdp=8,cp=2,tp=4", 32, 4096, "full", 1),
+    ("llama3-70b", "v5p:8x8x8", "fsdp=64,tp=8", 512, 8192, "full", 1),
+    ("qwen3-8b", "v6e:16x16", "fsdp=256", 256, 4096, "full", 1),
+    ("llama3-8b", "h200:8x8", "fsdp=64", 64, 4096, "full", 1),
+    ("llama3-8b", "h200:8x8", "fsdp=64", 64, 4096, "dots", 1),
+    ("llama3-8b", "h200:8x8", "fsdp=8,tp=8", 64, 4096, "none", 1),
+    ("llama3-8b", "h200:8x8", "fsdp=8,tp=8", 64, 4096, "full", 1),
+    ("llama3-8b", "h200:8x8", "dp=4,fsdp=16", 64, 4096, "full", 1),
+    ("llama3-8b", "h200:8x8", "fsdp=8,cp=8", 16, 32768, "full", 1),
+    ("llama3-8b", "h200:8x8", "fsdp=16,cp=2,tp=2", 32, 8192, "dots", 1),
+    ("llama3-70b", "h200:128x8", "fsdp=128,tp=8", 1024, 8192, "full", 1),
+    ("llama3-70b", "h200:32x8", "fsdp=32,tp=8", 128, 4096, "dots", 1),
+    ("llama3-405b", "h200:128x8", "fsdp=128,tp=8", 512, 8192, "full", 1),
+    ("qwen3-8b", "h200:4x8", "fsdp=32", 128, 4096, "full", 4),
+    ("qwen3-0-6b", "h200:1x8", "dp=8", 64, 4096, "none", 1),
+    ("smollm2-1-7b", "h200:1x8", "fsdp=8", 64, 4096, "none", 1),
+    ("gemma2-9b", "h200:8x8", "fsdp=32,tp=2", 64, 8192, "full", 1),
+]
+
+
+def measure(row: tuple) -> dict:
+    """Compiles one row in this process."""
+    from jaxscale.config import MeshConfig
+    from jaxscale.models.presets import preset
+    from jaxscale.plan.aot import compile_step
+
+    name, pod, mesh, rows, seq_len, remat, accum = row
+    compiled = compile_step(
+        preset(name),
+        MeshConfig.parse(mesh),
+        pod,
+        batch_size=rows,
+        seq_len=seq_len,
+        remat=remat,
+        accum_steps=accum,
+    )
+    return {
+        "row": row,
+        "memory": compiled.memory._asdict(),
+        "census": [r._asdict() for r in compiled.census.rows],
+        "seconds": compiled.trace_seconds + compiled.compile_seconds,
+        "host_bytes": compiled.host_bytes,
+    }
+
+
+def table(path: Path) -> str:
+    """Markdown: each measured row beside today's estimate."""
+    from jaxscale.config import MeshConfig
+    from jaxscale.models.presets import preset
+    from jaxscale.plan.estimate import estimate
+
+    lines = [
+        "| model | pod | mesh | rows x tokens | remat | memory: compiler | estimate | | payload: compiler | estimate | "
+        "| seconds | host |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in map(json.loads, path.read_text().splitlines()):
+        name, pod, mesh, rows, seq_len, remat, accum = record["row"]
+        guess = estimate(
+            preset(name),
+            MeshConfig.parse(mesh),
+            pod,
+            batch_size=rows,
+            seq_len=seq_len,
+            remat=remat,
+            accum_steps=accum,
+        )
+        memory = sum(record["memory"].values())
+        payload = sum(r["bytes"] for r in record["census"])
+        moved = sum(t.bytes for t in guess.transfers)
+        micro = f", {accum} micro-batches" if accum > 1 else ""
+        lines.append(
+            f"| {name} | {pod} | {mesh} | {rows} x {seq_len}{micro} | {remat} | {memory / 1e9:.2f} GB | "
+            f"{guess.memory.total / 1e9:.2f} | {guess.memory.total / memory - 1:+.1%} | {payload / 1e9:.1f} GB | "
+            f"{moved / 1e9:.1f} | {moved / payload - 1:+.1%} | {record['seconds']:.0f} | "
+            f"{record['host_bytes'] / 1e9:.1f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="rows whose model, pod or mesh holds this text")
+    parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"))
+    parser.add_argument("--one", type=int, help="compile this row and print it")
+    parser.add_argument("--table", type=Path, help="print the table of a file that --out wrote")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+    elif args.one is not None:
+        print(json.dumps(measure(ROWS[args.one])))
+    else:
+        for i, row in enumerate(ROWS):
+            if args.rows in " ".join(map(str, row)):  # a process each: its peak memory is its own
+                done = subprocess.run([sys.executable, __file__, "--one", str(i)], stdout=subprocess.PIPE, text=True)
+                print(row, "done" if done.returncode == 0 else "failed", flush=True)
+                if done.returncode == 0:
+                    with args.out.open("a") as file:
+                        file.write(done.stdout.splitlines()[-1] + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Pods by name, the search over meshes, the command."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from jaxscale.config import MeshConfig
+from jaxscale.models.presets import preset
+from jaxscale.plan import aot
+from jaxscale.plan.command import PlanOptions, plan_command, rows_of
+from jaxscale.plan.estimate import estimate
+from jaxscale.plan.hardware import find_pod
+from jaxscale.plan.search import meshes, search
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("v5p:8x8x8", 512),
+        ("v6e:16x16", 256),
+        ("tpu7x:4x4x4", 128),
+        ("h200:128x8", 1024),
+        ("h200:16", 16),
+        ("h200:4", 4),
+    ],
+)
+def test_pods(name, devices):
+    assert find_pod(name).num_devices == devices
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5p:3x3x3", "the nearest are v5p:"),
+        ("v6e:32x32", "v6e:16x16"),
+        ("v6e:4x4x4", "the nearest are v6e:"),
+        ("v55p:4x4x4", "v5p"),
+        ("h200:4x16", "up to 8"),
+        ("h200:12", "whole hosts"),
+        ("v5p:", "write it as in"),
+    ],
+)
+def test_a_pod_that_does_not_exist_is_answered_with_those_that_do(name, says):
+    with pytest.raises(ValueError, match=says) as error:
+        find_pod(name)
+    assert "\n" not in str(error.value)
+
+
+def test_the_search_finds_what_an_exhaustive_sweep_finds(rng):
+    cfg, pod = preset("qwen3-0.6b"), find_pod("h200:2x8")
+    rows = 2 ** int(rng.integers(4, 8))
+    found = search(cfg, pod, batch_size=rows, seq_len=4096)
+    best = float("inf")
+    for dp, fsdp, cp, tp in itertools.product((1, 2, 4, 8, 16), repeat=4):
+        if dp * fsdp * cp * tp != 16 or tp > 8 or rows % (dp * fsdp):
+            continue
+        for remat, accum in itertools.product(("none", "dots", "full"), (1, 2, 4, 8, 16, 32, 64)):
+            if rows % (dp * fsdp * accum):
+                continue
+            mesh = MeshConfig(dp=dp, fsdp=fsdp, cp=cp, tp=tp)
+            e = estimate(cfg, mesh, pod, batch_size=rows, seq_len=4096, remat=remat, accum_steps=accum)
+            best = min(best, e.seconds if e.fits else best)
+    assert found.best.seconds == best
+    assert found.best.fits
+    times = [(e.seconds, -e.memory.total) for e in found.pareto]
+    assert times == sorted(times) and all(a[1] < b[1] for a, b in itertools.pairwise(times))
+    assert found.runner_up is not None and found.runner_up.mesh != found.best.mesh
+    assert str(found.runner_up.mesh) in found.why
+
+
+def test_every_mesh_of_a_search_uses_all_devices_and_divides():
+    cfg, pod = preset("llama3-70b"), find_pod("h200:16x8")
+    shapes = list(meshes(cfg, pod, batch_size=128, seq_len=8192))
+    assert len(shapes) == len(set(shapes)) > 20
+    assert all(m.num_devices == 128 and 128 % (m.dp * m.fsdp) == 0 and m.tp <= 8 for m in shapes)
+
+
+def test_a_model_that_fits_nowhere_names_what_would():
+    with pytest.raises(ValueError, match=r"llama3-405b fits no mesh of h200:1x8: .* at least \d+ devices"):
+        search(preset("llama3-405b"), "h200:1x8", batch_size=8, seq_len=4096)
+
+
+def test_rows_of_a_batch():
+    assert rows_of("512", 8192) == 512
+    assert rows_of("4M-tokens", 8192) == 512
+    assert rows_of("16K-tokens", 4096) == 4
+    for bad in ("4M-token", "many", "0", "1K-tokens", "10000-tokens"):
+        with pytest.raises(ValueError, match="--batch"):
+            rows_of(bad, 8192)
+
+
+def test_the_command_prints_a_plan_without_touching_a_device(capsys):
+    options = PlanOptions(model="llama3-8b", on="v5p:4x4x4", seq=4096, batch="1M-tokens", mesh="fsdp=16,tp=4")
+    assert plan_command(options) == 0
+    said = capsys.readouterr().out
+    assert "llama3-8b on v5p:4x4x4" in said and "Collectives of a step" in said and "no other mesh fits" in said
+
+
+def test_a_missing_compiler_is_answered_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    for pod, package in (("v5p:4x4x4", r"pip install 'jax\[tpu\]'"), ("h200:1x8", r"pip install 'jax\[cuda13\]'")):
+        with pytest.raises(ImportError, match=package):
+            aot.pod_devices(find_pod(pod))
+
+
+def test_importing_the_planner_starts_no_backend():
+    code = (
+        "import jaxscale.plan.command, jaxscale.plan.search, jax\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
