@@ -25,7 +25,7 @@ demo: setup ## train on real text over 8 simulated devices, be preempted, reshar
 	$(PY) examples/train_tiny.py
 
 test: setup lint ## the whole suite, slow tests included
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile --durations=25
 
 quick: setup ## what one runs while editing
 	$(PY) -m pytest -q -m "not slow" -x

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import operator
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxscale.checkpoint.checksum import crc32_share, crc32_whole
+
+# Orbax 0.12 keeps the id of its current operation per process: a load beside a save makes the save's threads wait for
+# the wrong directory. One operation at a time, then, from its start to its end.
+ONE_OPERATION = threading.Lock()
 
 ITEM = "state"  # the folder of a step that holds the arrays
 OWNER: dict[str, Any] = {
@@ -40,7 +45,7 @@ def load(path: str, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
+    with ONE_OPERATION, context:
         return ocp.load(path, dict(targets), checkpointable_name=ITEM)
 
 

@@ -216,11 +216,12 @@ class Checkpointer:
         started: Any,
     ) -> None:
         """In the background thread: the arrays, their checksums, the commit, and then what is too old."""
-        started = started or arrays.start_save(path, copies)
-        try:
-            shares = {name: arrays.local_share(copy) for name, copy in copies.items()}
-        finally:
-            started.result()  # nothing may be left writing when this ends
+        with arrays.ONE_OPERATION:
+            started = started or arrays.start_save(path, copies)
+            try:
+                shares = {name: arrays.local_share(copy) for name, copy in copies.items()}
+            finally:
+                started.result()  # nothing may be left writing when this ends
         held.clear()
         me, processes = jax.process_index(), jax.process_count()
         if me:
