@@ -62,10 +62,11 @@ def main() -> int:
 
     minutes = (time.monotonic() - started) / 60
     checks = {
-        f"validation {bits:.3f} bits per byte (goal: below {GOAL})": bits < GOAL or options.steps is not None,
         f"every step ran exactly once, over a preemption at {killed_at}": steps == list(range(1, len(steps) + 1)),
         f"logits on {', '.join(MESHES)} agree within {spread:.1e} (goal: 1e-5)": spread <= 1e-5,
     }
+    if options.steps is None:  # a run cut short is not held to the goal, and does not claim it
+        checks[f"validation {bits:.3f} bits per byte (goal: below {GOAL})"] = bits < GOAL
     console.rule()
     for text, ok in checks.items():
         console.print(f"{'[green]✓[/]' if ok else '[red]✗[/]'} {text}", highlight=False)

@@ -165,7 +165,7 @@ class MeshConfig:
         return dataclasses.replace(self, **sizes)
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuse a mesh on which tensor parallelism would split nothing of the attention."""
+        """Refuse a mesh on which tensor parallelism would split neither attention nor MLP."""
         if self.tp > 1 and model.num_heads % self.tp and model.mlp_dim % self.tp:
             both = math.gcd(model.num_heads, model.mlp_dim)
             raise ValueError(

@@ -36,7 +36,8 @@ def test_the_demo(text, tmp_path):
     out = python(EXAMPLES / "train_tiny.py", "--text", text, "--steps", 12, "--out", tmp_path / "demo")
     assert "preempted: saved at step" in out
     assert "resumed from step" in out
-    assert out.count("✓") == 3
+    assert out.count("✓") == 2  # steps, logits; a short run claims nothing of its loss
+    assert "bits per byte (goal" not in out
     for picture in ("loss.png", "meshes.png"):
         assert (tmp_path / "demo" / picture).read_bytes().startswith(b"\x89PNG")
 
