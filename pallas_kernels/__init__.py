@@ -1,5 +1,12 @@
 """Kernels: arrays in, arrays out, one shard, no mesh; depends on jax alone."""
 
 from pallas_kernels.attention.api import attention, attention_backward, attention_implementation
+from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
 
-__all__ = ["attention", "attention_backward", "attention_implementation"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_implementation",
+    "decode_attention",
+    "decode_attention_implementation",
+]

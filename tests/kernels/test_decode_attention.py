@@ -1,0 +1,191 @@
+"""One suite for every backend of decode attention, against dense attention in float64 that knows no pages.
+
+Pages lie in random order; every slot that no sequence owns holds nan (int8: a large number), so that reading one shows.
+The Mosaic kernel runs in JAX's interpreter; benchmarks/decode/bench.py repeats the comparison on the device.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import decode_attention, decode_attention_implementation
+
+PLAIN = ("reference", "xla")
+
+
+def oracle(q, k, v, lengths, *, window=None, soft_cap=None, scale=None, sinks=None):
+    """[B, T, N, Hv] in float64; k, v are lists of [length, K, H], one for each sequence."""
+    B, T, N, H = q.shape
+    out = np.zeros((B, T, N, v[0].shape[-1]))
+    for b, t, n in np.ndindex(B, T, N):
+        position = int(lengths[b]) - T + t
+        seen = np.arange(0 if window is None else max(0, position - window + 1), position + 1)
+        if len(seen) == 0:
+            continue
+        head = n * k[b].shape[1] // N
+        logits = k[b][seen, head] @ np.asarray(q[b, t, n], np.float64) * (H**-0.5 if scale is None else scale)
+        logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
+        top = max(logits.max(), -np.inf if sinks is None else float(sinks[n]))
+        p = np.exp(logits - top)
+        total = p.sum() + (0.0 if sinks is None else np.exp(float(sinks[n]) - top))
+        out[b, t, n] = p @ v[b][seen, head] / total
+    return out
+
+
+def case(rng, *, lengths, T=1, N=4, K=2, H=16, Hv=None, page=16, dtype=jnp.float32, pages_dtype=None, scales=True):
+    """The arguments of a call, and what the oracle takes for them."""
+    Hv, pages_dtype = Hv or H, pages_dtype or dtype
+    B, M = len(lengths), max(1, -(-max(lengths) // page)) + 1
+    count = B * M + 3
+    owned = rng.permutation(count)[: B * M].reshape(B, M)
+    garbage = 127 if pages_dtype == jnp.int8 else np.nan
+    table = np.full((B, M), -1, np.int32)  # past a sequence's last page nothing stands that could be followed
+    arrays, dense = [], []
+    for width in (H, Hv):
+        pages = np.full((count, page, K, width), garbage)
+        scale = np.exp(rng.normal(size=(count, K))).astype(np.float32)
+        rows = []
+        for b, length in enumerate(lengths):
+            used = owned[b, : -(-length // page)]
+            table[b, : len(used)] = used
+            values = rng.normal(size=(length, K, width)) * (40 if pages_dtype == jnp.int8 else 1)
+            values = np.asarray(jnp.asarray(values, jnp.float32).astype(pages_dtype).astype(jnp.float32), np.float64)
+            for i in range(length):
+                pages[used[i // page], i % page] = values[i]
+            factor = scale[used].repeat(page, axis=0)[:length, :, None] if scales else 1.0
+            rows.append(values * factor if pages_dtype != dtype else values)
+        arrays += [jnp.asarray(pages, jnp.float32).astype(pages_dtype), jnp.asarray(scale)]
+        dense.append(rows)
+    q = jnp.asarray(rng.normal(size=(B, T, N, H)), dtype)
+    k_pages, k_scales, v_pages, v_scales = arrays
+    args = q, k_pages, v_pages, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+    more = {"k_scales": k_scales, "v_scales": v_scales} if pages_dtype != dtype and scales else {}
+    return args, more, dense
+
+
+def check(rng, implementation, *, bound, options=None, sinks=False, **sizes):
+    args, more, (k, v) = case(rng, **sizes)
+    options = dict(options or {})
+    if sinks:
+        options["sinks"] = jnp.asarray(rng.normal(size=args[0].shape[2]), jnp.float32)
+    interpreter = plgpu.force_gpu_interpret_mode() if implementation == "mosaic_gpu" else contextlib.nullcontext()
+    with interpreter:
+        got = jax.jit(lambda *a: decode_attention(*a, **more, **options, implementation=implementation))(*args)
+    exact = oracle(np.asarray(args[0], np.float64), k, v, sizes["lengths"], **options)
+    assert got.dtype == args[0].dtype and got.shape == exact.shape
+    got = np.asarray(got, np.float64)
+    error = np.linalg.norm(got - exact) / max(np.linalg.norm(exact), 1e-30)
+    assert error < bound, error
+    blind = ~np.any(exact, axis=3)
+    assert not np.any(got[blind])
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"lengths": [1, 40, 16, 0, 33], "page": 16},
+        {"lengths": [5, 2, 300, 0], "T": 4, "N": 6, "K": 1, "page": 64, "Hv": 8},  # a length below T; MQA
+        {"lengths": [129, 1100], "T": 8, "N": 2, "K": 2, "page": 128},  # MHA, more keys than xla gathers at a time
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 7}, {"soft_cap": 2.0, "scale": 0.5, "sinks": True}], ids=["plain", "window", "cap"]
+)
+def test_float32_pages(rng, implementation, sizes, options):
+    options = dict(options)
+    check(rng, implementation, bound=1e-5, sinks=options.pop("sinks", False), options=options, **sizes)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize(
+    ("pages_dtype", "scales"),
+    [
+        (jnp.bfloat16, True),
+        (jnp.int8, True),
+        (jnp.float8_e4m3fn, True),
+        (jnp.float8_e4m3fn, False),
+        (jnp.float8_e5m2, True),
+    ],
+)
+def test_pages_of_8_and_16_bits(rng, implementation, pages_dtype, scales):
+    check(
+        rng, implementation, bound=1e-2, lengths=[70, 3, 0], T=2, N=8, dtype=jnp.bfloat16, pages_dtype=pages_dtype,
+        scales=scales,
+    )  # fmt: skip
+
+
+def test_heads_under_shard_map(rng):
+    args, _, (k, v) = case(rng, lengths=[20, 35], N=8, K=4)
+    mesh = jax.make_mesh((4,), ("tp",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
+    heads, whole = P(None, None, "tp"), P()
+    specs = (heads, heads, heads, whole, whole)
+    with jax.set_mesh(mesh):
+        args = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(args, specs, strict=True)]
+        got = jax.jit(jax.shard_map(decode_attention, in_specs=specs, out_specs=heads))(*args)
+    exact = oracle(np.asarray(args[0], np.float64), k, v, [20, 35])
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_which_backend_runs(rng):
+    args, _, _ = case(rng, lengths=[20])
+    assert decode_attention_implementation(*args) == "xla"
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        decode_attention(*args, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="unknown"):
+        decode_attention(*args, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (2, 9, 4, 16)}, "1 to 8 query tokens"),
+        ({"q": (2, 1, 3, 16)}, "3 query heads are not divisible by 2 kv heads"),
+        ({"q": (2, 1, 4, 8)}, "sizes disagree"),
+        ({"v_pages": (5, 8, 2, 16)}, "sizes disagree"),
+        ({"k_pages": (0, 16, 2, 16), "v_pages": (0, 16, 2, 16)}, "at least one"),
+        ({"lengths": (3,)}, "sizes disagree"),
+        ({"lengths": (2, 1)}, "takes q"),
+        ({"k_scales": (5, 2)}, "pages of 8 bits"),
+        ({"sinks": (3,)}, r"sinks must be floating \[N=4\]"),
+        ({"window": 0}, "at least the query itself"),
+        ({"soft_cap": -1.0}, "soft_cap must be positive"),
+    ],
+)
+def test_bad_input(change, message):
+    shapes = {
+        "q": (2, 1, 4, 16),
+        "k_pages": (5, 16, 2, 16),
+        "v_pages": (5, 16, 2, 16),
+        "page_table": (2, 3),
+        "lengths": (2,),
+    }
+    shapes |= change
+    dtypes = {"page_table": jnp.int32, "lengths": jnp.int32}
+    kwargs = {x: jnp.zeros(s, dtypes.get(x, jnp.float32)) if isinstance(s, tuple) else s for x, s in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**kwargs)
+
+
+def test_bad_dtypes():
+    kwargs = {
+        "q": jnp.zeros((2, 1, 4, 16), jnp.bfloat16),
+        "k_pages": jnp.zeros((5, 16, 2, 16), jnp.int8),
+        "v_pages": jnp.zeros((5, 16, 2, 16), jnp.int8),
+        "page_table": jnp.zeros((2, 3), jnp.int32),
+        "lengths": jnp.zeros((2,), jnp.int32),
+    }
+    with pytest.raises(ValueError, match="int8 pages need k_scales"):
+        decode_attention(**kwargs)
+    with pytest.raises(ValueError, match="must be float32"):
+        decode_attention(**kwargs, k_scales=jnp.ones((5, 3)), v_scales=jnp.ones((5, 2)))
+    with pytest.raises(ValueError, match="Got bfloat16, float32, int8"):
+        decode_attention(**kwargs | {"k_pages": jnp.zeros((5, 16, 2, 16))})
+    with pytest.raises(ValueError, match="must be int32"):
+        decode_attention(**kwargs | {"lengths": jnp.zeros((2,), jnp.uint32)})
