@@ -1,5 +1,407 @@
+"""Decode attention for Hopper GPUs (sm90), written in Pallas Mosaic GPU: bound by reading the cache once.
+
+The rows of a matmul are the queries that share a kv head: N / K heads times T tokens, filled up to 64. That wastes
+tensor cores which would wait for memory anyway: at head_dim 128 a tile of 64 keys takes about 500 cycles of them and
+1,700 of the memory. Each streaming multiprocessor holds two workers; each is a warpgroup that computes and one that
+feeds it pages through TMA. The work of a ragged batch is cut into equal runs of tiles (schedule.py), so a long sequence
+is split along its keys; a second kernel merges the parts. Every part has one writer and a fixed place: results repeat
+bit by bit.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
 from pallas_kernels import _dispatch
+from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths
+from pallas_kernels.decode_attention.schedule import Schedule, make_schedule
+
+_LOG2E = math.log2(math.e)
+_ROWS = 64  # a wgmma is 64 rows high
+_TILE = 64  # keys
+_SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 
 
-def supported(inputs, options):
-    return f"needs a Hopper GPU; this is {_dispatch.device_kind()}"
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What fits into 227 KB of shared memory."""
+
+    workers: int = 2  # in a block; one block runs on a multiprocessor
+    stages: int = 2  # tiles in flight for each worker
+    blocks: int = _SM_COUNT
+
+
+def tuned(H: int, Hv: int, itemsize: int) -> Config:
+    """The configuration for head_dim H of q and k, Hv of v and pages of `itemsize` bytes a number."""
+    if max(H, Hv) > 128:
+        return Config(workers=1)
+    if itemsize == 1:
+        return Config(stages=2)
+    return Config(stages=2 if max(H, Hv) > 64 else 4)
+
+
+def supported(inputs: Inputs, options: Options) -> str | None:
+    """None, or the reason why these kernels cannot run this call."""
+    kind = _dispatch.device_kind()
+    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
+        return f"needs a Hopper GPU; this is {kind}"
+    q, pages = inputs.q.dtype, inputs.k_pages.dtype
+    if pages == q and q not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16. Got {q}"
+    if pages != q and (q != jnp.bfloat16 or pages not in (jnp.int8, jnp.float8_e4m3fn)):
+        return f"takes pages of int8 and float8_e4m3fn with q in bfloat16. Got {pages} and {q}"
+    H, Hv = inputs.q.shape[3], inputs.v_pages.shape[3]
+    if H not in (64, 128, 256) or Hv not in (64, 128, 256):
+        return f"takes head_dim 64, 128, 256. Got {H} and {Hv}"
+    if pages != q and (H, Hv) != (128, 128):
+        return f"takes pages of 8 bits at head_dim 128. Got {H} and {Hv}"
+    page = inputs.k_pages.shape[1]
+    if not (page % _TILE == 0 or (_TILE % page == 0 and page >= 8)):
+        return f"takes pages of 8, 16, 32 tokens or a multiple of {_TILE}. Got {page}"
+    if options.scale <= 0:
+        return f"takes a positive scale. Got {options.scale}"
+    return None
+
+
+def decode_attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config | None = None) -> jax.Array:
+    """[B, T, N, Hv] in q's dtype."""
+    B, T, N, H = inputs.q.shape
+    K, Hv = inputs.v_pages.shape[2:]
+    G = N // K
+    config = config or tuned(H, Hv, inputs.k_pages.dtype.itemsize)
+    # Queries of one kv head, token by token, in blocks of at most 64 rows.
+    q = inputs.q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
+    rows = min(-(-T * G // 8) * 8, _ROWS)
+    blocks = -(-T * G // rows)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * rows - T * G), (0, 0))).reshape(B, K * blocks, rows, H)
+    workers = config.blocks * config.workers
+    schedule = make_schedule(bounded_lengths(inputs), T, K * blocks, _TILE, options.window, workers)
+    parts, lse = _parts(q, inputs, options, config, schedule, G)
+    out = _merge(parts, lse, _sink_rows(inputs, T, blocks, rows), schedule, q.shape[:2], inputs.q.dtype)
+    out = out.reshape(B, K, blocks * rows, Hv)[:, :, : T * G]
+    return out.reshape(B, K, T, G, Hv).swapaxes(1, 2).reshape(B, T, N, Hv)
+
+
+def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedule, G: int):
+    """Each part's output [parts, rows, Hv] and logsumexp in powers of two [parts, 64], both float32."""
+    B, items, rows, H = q.shape
+    T = inputs.q.shape[1]
+    page, K, Hv = inputs.v_pages.shape[1:]
+    dtype, pages_dtype = q.dtype, inputs.k_pages.dtype
+    quantized = pages_dtype != dtype
+    pairs, stages = config.workers, config.stages
+    copies = max(1, _TILE // page)  # pages in a tile
+    blocks = items // K
+    c = options.scale * _LOG2E
+    scales = [_in_order(x, inputs.page_table) for x in (inputs.k_scales, inputs.v_scales) if x is not None]
+
+    def kernel(q_ref, k_ref, v_ref, table_ref, sequences_ref, workers_ref, chunk_ref, *refs):
+        scale_refs, (o_ref, lse_ref, smem, q_barriers, k_full, v_full, k_free, v_free) = refs[:-8], refs[-8:]
+        q_smem, k_smem, v_smem, o_smem, lse_smem, *wide = smem
+        wg = lax.axis_index("wg")
+        pair = lax.rem(wg, jnp.int32(pairs))
+        worker = lax.axis_index("block") * pairs + pair
+        chunk = chunk_ref[0] + 0
+        first, last = workers_ref[worker, 0] + 0, workers_ref[worker, 1] + 0
+
+        def part(i):
+            """Sequence, item of it, length, and tiles [lo, hi) of this worker's part of item i."""
+            b, item = lax.div(i, jnp.int32(items)), lax.rem(i, jnp.int32(items))
+            length, offset, tiles, begin = (sequences_ref[b, x] + 0 for x in range(4))
+            begin += item * tiles
+            lo = jnp.maximum(worker * chunk - begin, 0)
+            hi = jnp.minimum((worker + 1) * chunk - begin, tiles)
+            return b, item, length, offset + lo, offset + jnp.maximum(lo, hi)
+
+        @pl.when(wg < pairs)
+        def _compute():
+            _set_registers(pairs, 216)
+            reduced = plgpu.Layout.WGMMA.reduce(1)
+
+            def keep(length, item, j):
+                """Which keys of tile j each row sees."""
+                key = _iota((_ROWS, _TILE), 1) + j * _TILE
+                if T > 1:
+                    row = _iota((_ROWS, _TILE), 0) + lax.rem(item, jnp.int32(blocks)) * rows
+                    ahead = key - (length - T) - lax.div(row, jnp.full_like(row, G))
+                else:
+                    ahead = key - (length - 1)
+                see = ahead <= 0
+                return see if options.window is None else see & (ahead > -options.window)
+
+            def page_factors(ref, b, head, j):
+                """What the numbers of each key are multiplied with: one number, or one for each column."""
+                at = [jnp.minimum(lax.div(j * _TILE, jnp.int32(page)) + x, ref.shape[2] - 1) for x in range(copies)]
+                factors = [ref[b, head, x] for x in at]
+                if copies == 1:
+                    return factors[0]
+                column = _iota((_ROWS, _TILE), 1)
+                result = jnp.full((_ROWS, _TILE), factors[-1])
+                result = plgpu.layout_cast(result, plgpu.Layout.WGMMA)
+                for x in reversed(range(copies - 1)):
+                    result = jnp.where(column < (x + 1) * page, factors[x], result)
+                return result
+
+            def one_part(i, done):
+                b, item, length, lo, hi = part(i)
+                head = lax.div(item, jnp.int32(blocks))
+                q = q_smem.at[pair]
+                plgpu.copy_gmem_to_smem(q_ref.at[b, item], q.at[pl.ds(0, rows)], q_barriers.at[pair])
+                full_hi = jnp.clip(lax.div(jnp.maximum(length - T + 1, 0), jnp.int32(_TILE)), lo, hi)
+                full_lo = lo
+                if options.window is not None:
+                    seen_by_all = jnp.maximum(length - options.window, 0)
+                    full_lo = jnp.clip(lax.div(seen_by_all + _TILE - 1, jnp.int32(_TILE)), lo, full_hi)
+
+                def step(j, carry, masked):
+                    acc, m, l = carry
+                    slot = lax.rem(done + j - lo, jnp.int32(stages))
+                    k, v = k_smem.at[pair, slot], v_smem.at[pair, slot]
+                    plgpu.barrier_wait(k_full.at[pair, slot])
+                    if quantized:
+                        wide[0].at[pair][...] = _widen(k, dtype)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(k_free.at[pair, slot])
+                        k = wide[0].at[pair]
+
+                    def qk(s_ref):
+                        plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
+                        return s_ref[...]
+
+                    s = pl.run_scoped(qk, plgpu.ACC((_ROWS, _TILE), jnp.float32))
+                    if not quantized:
+                        plgpu.barrier_arrive(k_free.at[pair, slot])
+                    if scale_refs:
+                        s = s * page_factors(scale_refs[0], b, head, j)
+                    if options.soft_cap is not None:
+                        ratio = options.soft_cap / options.scale
+                        s = jnp.tanh(s * (1 / ratio)) * ratio
+                    if masked:
+                        s = jnp.where(keep(length, item, j), s, -jnp.inf)
+                    m_new = jnp.maximum(m, s.max(axis=1) * c)
+                    shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
+                    alpha = jnp.exp2(m - shift)
+                    p = jnp.exp2(s * c - lax.broadcast_in_dim(shift, s.shape, [0]))
+                    l = l * alpha + p.sum(axis=1)
+                    if scale_refs:
+                        p = p * page_factors(scale_refs[1], b, head, j)
+                    acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+                    plgpu.barrier_wait(v_full.at[pair, slot])
+                    if quantized or masked:  # what lies past a sequence's end may be nan, which 0 * nan would pass on
+                        values = _widen(v, dtype) if quantized else plgpu.load(v, layout=plgpu.Layout.WGMMA)
+                        if masked:
+                            owned = _iota(values.shape, 0) + j * _TILE < length
+                            values = jnp.where(owned, values, jnp.zeros((), dtype))
+                        target = wide[1].at[pair] if quantized else v
+                        target[...] = values
+                        plgpu.commit_smem()
+                        if quantized:
+                            plgpu.barrier_arrive(v_free.at[pair, slot])
+                        v = target
+                    acc = _mma(acc, p.astype(dtype), v)
+                    if not quantized:
+                        plgpu.barrier_arrive(v_free.at[pair, slot])
+                    return acc, m_new, l
+
+                zero = lambda layout, shape, x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+                carry = (
+                    zero(plgpu.Layout.WGMMA, (_ROWS, Hv), 0.0),
+                    zero(reduced, (_ROWS,), -math.inf),
+                    zero(reduced, (_ROWS,), 0.0),
+                )
+                plgpu.barrier_wait(q_barriers.at[pair])
+                if options.window is not None:
+                    carry = lax.fori_loop(lo, full_lo, functools.partial(step, masked=True), carry)
+                carry = lax.fori_loop(full_lo, full_hi, functools.partial(step, masked=False), carry)
+                acc, m, l = lax.fori_loop(full_hi, hi, functools.partial(step, masked=True), carry)
+
+                seen = l > 0.0
+                inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
+                o_smem.at[pair][...] = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+                lse_smem.at[pair][...] = jnp.where(seen, m + jnp.log2(jnp.where(seen, l, 1.0)), -jnp.inf)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o_smem.at[pair, pl.ds(0, rows)], o_ref.at[i + worker])
+                plgpu.copy_smem_to_gmem(lse_smem.at[pair], lse_ref.at[i + worker])
+                plgpu.wait_smem_to_gmem(0)
+                return done + hi - lo
+
+            lax.fori_loop(first, last, one_part, jnp.int32(0))
+
+        @pl.when(wg >= pairs)
+        def _feed():
+            _set_registers(pairs, 40)
+
+            def one_part(i, done):
+                b, item, length, lo, hi = part(i)
+                head = lax.div(item, jnp.int32(blocks))
+                last_page = lax.div(jnp.maximum(length - 1, 0), jnp.int32(page))
+
+                def pages(j):
+                    at = lax.div(j * _TILE, jnp.int32(page))
+                    return tuple(table_ref[b, jnp.minimum(at + x, last_page)] + 0 for x in range(copies))
+
+                def step(j, indices):
+                    at = done + j - lo
+                    slot = lax.rem(at, jnp.int32(stages))
+                    following = pages(j + 1)  # read while this step waits
+                    size = _TILE // copies
+                    within = pl.ds(pl.multiple_of(lax.rem(j * _TILE, jnp.int32(page)), size), size)
+                    for free, full, ref, buffer in ((k_free, k_full, k_ref, k_smem), (v_free, v_full, v_ref, v_smem)):
+                        pl.when(at >= stages)(lambda free=free: plgpu.barrier_wait(free.at[pair, slot]))
+                        for x, index in enumerate(indices):
+                            source = ref.at[index, within, head]
+                            target = buffer.at[pair, slot, pl.ds(x * size, size)]
+                            plgpu.copy_gmem_to_smem(source, target, full.at[pair, slot])
+                    return following
+
+                lax.fori_loop(lo, hi, step, pages(lo))
+                return done + hi - lo
+
+            done = lax.fori_loop(first, last, one_part, jnp.int32(0))
+            for x in range(stages):  # the last tiles' slots: no barrier may be left with an arrival that nobody saw
+                at = done + x
+                slot = lax.rem(at, jnp.int32(stages))
+                for free in (k_free, v_free):
+                    pl.when(at >= stages)(lambda free=free, slot=slot: plgpu.barrier_wait(free.at[pair, slot]))
+
+    count = B * items + config.blocks * pairs
+    smem = (
+        _tiled((pairs, _ROWS, H), dtype),
+        _tiled((pairs, stages, _TILE, H), pages_dtype),
+        _tiled((pairs, stages, _TILE, Hv), pages_dtype),
+        _tiled((pairs, _ROWS, Hv), jnp.float32),
+        plgpu.SMEM((pairs, _ROWS), jnp.float32),
+        *([_tiled((pairs, _TILE, H), dtype), _tiled((pairs, _TILE, Hv), dtype)] if quantized else []),
+    )
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=(pairs, stages))
+    free = plgpu.Barrier(num_barriers=(pairs, stages))
+    return plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((count, rows, Hv), jnp.float32),
+            jax.ShapeDtypeStruct((count, _ROWS), jnp.float32),
+        ],
+        scratch_types=(smem, plgpu.Barrier(num_barriers=pairs), full, full, free, free),
+        grid=(config.blocks,),
+        grid_names=("block",),
+        num_threads=2 * pairs,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        kernel_name="decode_attention",
+    )(q, inputs.k_pages, inputs.v_pages, inputs.page_table, *schedule, *scales)
+
+
+def _merge(parts, lse, sinks, schedule: Schedule, shape: tuple[int, ...], dtype) -> jax.Array:
+    """The parts of each item, weighted by their logsumexp: [B, items, rows, Hv].
+
+    A block reads 64 rows of each part, where an item has fewer also those of parts behind it, and stores its own.
+    """
+    B, items = shape
+    count, rows, Hv = parts.shape
+    flat = jnp.pad(parts.reshape(count * rows, Hv), ((0, _ROWS - rows), (0, 0)))
+    given = sinks is not None
+    sinks = [sinks] if given else []
+
+    def kernel(parts_ref, lse_ref, sequences_ref, chunk_ref, *refs):
+        sink_refs, (out_ref, out_smem) = refs[:-2], refs[-2:]
+        b, item = lax.axis_index("sequence"), lax.axis_index("item")
+        chunk, tiles = chunk_ref[0] + 0, sequences_ref[b, 2] + 0
+        begin = sequences_ref[b, 3] + item * tiles
+        reduced = plgpu.Layout.WGMMA.reduce(1)
+        load = functools.partial(plgpu.load, optimized=False)
+
+        def step(worker, carry):
+            acc, m, l = carry
+            part = b * items + item + worker
+            values = load(parts_ref.at[pl.ds(part * rows, _ROWS)], layout=plgpu.Layout.WGMMA)
+            m_part = load(lse_ref.at[part], layout=reduced)
+            m_new = jnp.maximum(m, m_part)
+            shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+            alpha, weight = jnp.exp2(m - shift), jnp.exp2(m_part - shift)
+            across = lambda x: lax.broadcast_in_dim(x, acc.shape, [0])
+            return acc * across(alpha) + values * across(weight), m_new, l * alpha + weight
+
+        zero = lambda x: plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), reduced)
+        m, l = zero(-math.inf), zero(0.0)
+        if given:
+            m = load(sink_refs[0].at[item], layout=reduced) * _LOG2E
+            l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+        acc = plgpu.layout_cast(jnp.full((_ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+        start = lax.div(begin, chunk)
+        stop = lax.div(begin + tiles + chunk - 1, chunk)
+        acc, _, l = lax.fori_loop(start, jnp.where(tiles > 0, stop, start), step, (acc, m, l))
+        seen = l > 0.0
+        inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
+        out_smem[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out_ref.at[b, item])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((B, items, rows, Hv), dtype),
+        scratch_types=(_tiled((_ROWS, Hv), dtype),),
+        grid=(B, items),
+        grid_names=("sequence", "item"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="decode_attention_merge",
+    )(flat, lse, schedule.sequences, schedule.chunk, *sinks)
+
+
+# Pieces.
+
+
+def _sink_rows(inputs: Inputs, T: int, blocks: int, rows: int) -> jax.Array | None:
+    """The sink of each row of each item, [items, 64]."""
+    if inputs.sinks is None:
+        return None
+    K = inputs.k_pages.shape[2]
+    sinks = jnp.tile(inputs.sinks.astype(jnp.float32).reshape(K, 1, -1), (1, T, 1)).reshape(K, -1)
+    sinks = jnp.pad(sinks, ((0, 0), (0, blocks * rows - sinks.shape[1]))).reshape(K * blocks, rows)
+    return jnp.pad(sinks, ((0, 0), (0, _ROWS - rows)))
+
+
+def _in_order(scales: jax.Array, page_table: jax.Array) -> jax.Array:
+    """The scales of each sequence's pages, [B, K, M]."""
+    return scales.at[page_table].get(mode="clip").swapaxes(1, 2)
+
+
+def _widen(ref, dtype) -> jax.Array:
+    """Numbers of 8 bits in shared memory as 16 bits in registers."""
+    x = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+    x = plgpu.layout_cast(x, plgpu.Layout.WGMMA)
+    return x.astype(jnp.float32).astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+
+def _iota(shape, dim: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
+
+
+def _mma(acc: jax.Array, a: jax.Array, b_ref) -> Any:
+    """acc + a @ b with a in registers, which the interpreter's wgmma does not take."""
+    if _dispatch.interpreted("gpu"):
+        return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
+
+
+def _tiled(shape: tuple[int, ...], dtype) -> Any:
+    """Shared memory in the order that TMA and wgmma share: rows of 128 bytes, swizzled."""
+    transforms: Any = plgpu  # pyright takes these two for abstract classes
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+        shape, dtype, transforms=(transforms.TilingTransform((8, columns)), transforms.SwizzleTransform(128))
+    )
+
+
+def _set_registers(pairs: int, count: int) -> None:
+    """Registers go from the warpgroups that feed to those that compute; one pair starts with all it can use."""
+    if pairs > 1:
+        plgpu.set_max_registers(count, action="increase" if count > 128 else "decrease")

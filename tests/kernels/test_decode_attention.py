@@ -5,6 +5,9 @@ The Mosaic kernel runs in JAX's interpreter; benchmarks/decode/bench.py repeats 
 """
 
 import contextlib
+import dataclasses
+import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import decode_attention, decode_attention_implementation
+from pallas_kernels.decode_attention.schedule import make_schedule
+
+mosaic_gpu = importlib.import_module("pallas_kernels.decode_attention.pallas_mosaic_gpu")
 
 PLAIN = ("reference", "xla")
 
@@ -121,6 +127,56 @@ def test_pages_of_8_and_16_bits(rng, implementation, pages_dtype, scales):
     )  # fmt: skip
 
 
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """The Mosaic kernel on two multiprocessors: enough to cut sequences, few enough for the interpreter."""
+    tuned = mosaic_gpu.tuned
+    monkeypatch.setattr(mosaic_gpu, "tuned", lambda *sizes: dataclasses.replace(tuned(*sizes), blocks=2))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"lengths": [200, 5, 0, 64], "page": 64, "H": 64},
+        {"lengths": [130, 3, 90], "T": 4, "page": 16, "H": 64, "K": 1, "sinks": True,
+         "options": {"window": 50, "soft_cap": 5.0}},
+        {"lengths": [300, 129], "T": 8, "page": 128, "H": 64, "N": 32, "Hv": 128},  # 128 rows: two blocks
+        {"lengths": [200, 5], "page": 16, "H": 128, "K": 1, "pages_dtype": jnp.int8},
+        {"lengths": [70], "page": 128, "H": 128, "K": 4, "pages_dtype": jnp.float8_e4m3fn},
+    ],
+    ids=["ragged", "window", "two blocks", "int8", "fp8"],
+)  # fmt: skip
+def test_mosaic_gpu(rng, small_gpu, sizes):
+    check(rng, "mosaic_gpu", bound=1e-2, dtype=jnp.bfloat16, **sizes)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_every_tile_has_one_worker(rng, window):
+    lengths = rng.integers(0, 2000, size=13) * rng.integers(0, 2, size=13)
+    items, workers, tile, T = 6, 7, 64, 3
+    sequences, spans, (chunk,) = (
+        np.asarray(x) for x in make_schedule(jnp.asarray(lengths, jnp.int32), T, items, tile, window, workers)
+    )
+    owners = np.zeros((13, items, 40), int)
+    parts = []
+    for w, (first, last) in enumerate(spans):
+        done = 0
+        for i in range(first, last):
+            _, offset, tiles, begin = sequences[i // items]
+            begin += i % items * tiles
+            lo, hi = max(w * chunk - begin, 0), min((w + 1) * chunk - begin, tiles)
+            owners[i // items, i % items, offset + lo : offset + max(lo, hi)] += 1
+            done += max(hi - lo, 0)
+            parts.append(i + w)
+        assert done <= chunk
+    for b, length in enumerate(lengths):
+        first = 0 if window is None else max(length - T + 1 - window, 0) // tile
+        expected = np.zeros(40, int)
+        expected[first : -(-length // tile)] = 1
+        np.testing.assert_array_equal(owners[b], np.broadcast_to(expected, owners[b].shape))
+    assert len(set(parts)) == len(parts) and max(parts, default=0) < 13 * items + workers
+
+
 def test_heads_under_shard_map(rng):
     args, _, (k, v) = case(rng, lengths=[20, 35], N=8, K=4)
     mesh = jax.make_mesh((4,), ("tp",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
@@ -168,13 +224,15 @@ def test_bad_input(change, message):
     }
     shapes |= change
     dtypes = {"page_table": jnp.int32, "lengths": jnp.int32}
-    kwargs = {x: jnp.zeros(s, dtypes.get(x, jnp.float32)) if isinstance(s, tuple) else s for x, s in shapes.items()}
+    kwargs: dict[str, Any] = {
+        x: jnp.zeros(s, dtypes.get(x, jnp.float32)) if isinstance(s, tuple) else s for x, s in shapes.items()
+    }
     with pytest.raises(ValueError, match=message):
         decode_attention(**kwargs)
 
 
 def test_bad_dtypes():
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "q": jnp.zeros((2, 1, 4, 16), jnp.bfloat16),
         "k_pages": jnp.zeros((5, 16, 2, 16), jnp.int8),
         "v_pages": jnp.zeros((5, 16, 2, 16), jnp.int8),
