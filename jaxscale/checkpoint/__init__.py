@@ -1,15 +1,35 @@
-"""Checkpoints: save any pytree asynchronously, restore it onto any mesh and layout, and never load a damaged byte."""
+"""Checkpoints: save any pytree asynchronously, restore it onto any mesh and layout, and never load a damaged byte.
 
-from jaxscale.checkpoint.reading import CorruptCheckpointError
-from jaxscale.checkpoint.store import Checkpointer
-from jaxscale.checkpoint.tools import convert_step, diff_steps, list_steps, open_step, verify_step
+The public names load on first use, so that a keeper (`memory.keeper`) starts without JAX.
+"""
 
-__all__ = [
-    "Checkpointer",
-    "CorruptCheckpointError",
-    "convert_step",
-    "diff_steps",
-    "list_steps",
-    "open_step",
-    "verify_step",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxscale.checkpoint.memory.checkpointer import MemoryCheckpointer
+    from jaxscale.checkpoint.reading import CorruptCheckpointError
+    from jaxscale.checkpoint.snapshot import HostPool
+    from jaxscale.checkpoint.store import Checkpointer
+    from jaxscale.checkpoint.tools import convert_step, diff_steps, list_steps, open_step, verify_step
+
+_HOMES = {
+    "memory.checkpointer": ("MemoryCheckpointer",),
+    "reading": ("CorruptCheckpointError",),
+    "snapshot": ("HostPool",),
+    "store": ("Checkpointer",),
+    "tools": ("convert_step", "diff_steps", "list_steps", "open_step", "verify_step"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'jaxscale.checkpoint' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxscale.checkpoint.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from jaxscale.checkpoint.checksum import crc32_share, crc32_whole
 
@@ -95,59 +93,3 @@ def local_share(array: Any) -> int:
             start = [index.start or 0 for index in shard.index]
             share ^= crc32_share(np.asarray(shard.data), start, array.shape)
     return share
-
-
-def snapshot(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Arrays that stay as they are though `leaves` be donated at once, and what must be kept alive with them.
-
-    On an accelerator these are copies in pinned host memory, ordered before whatever the devices run next, so this
-    returns at once while the copying goes on. On the CPU the arrays are in host memory already: views of their buffers
-    are held, and a step that donates them writes its results elsewhere for once.
-    """
-    copies = {name: np.array(leaf) for name, leaf in leaves.items() if rests_on_host(leaf)}
-    arrays = {name: leaf for name, leaf in leaves.items() if name not in copies}
-    held = {name: leaf for name, leaf in arrays.items() if _can_hold(leaf)}
-    views = [np.asarray(shard.data) for leaf in held.values() for shard in leaf.addressable_shards]
-    moved = {name: _one_replica(leaf) for name, leaf in arrays.items() if name not in held}
-    shardings = [leaf.sharding.with_memory_kind(_host_memory(leaf)) for leaf in moved.values()]
-    copies |= held | dict(zip(moved, jax.device_put(list(moved.values()), shardings, may_alias=False)))
-    return {name: copies[name] for name in leaves}, views
-
-
-def _can_hold(array: jax.Array) -> bool:
-    """Whether numpy sees the buffer itself: on the CPU, but for int4 and its like, which are unpacked on the way."""
-    whole_bytes = jnp.dtype(array.dtype).name not in ("int4", "int2", "float4_e2m1fn")
-    return whole_bytes and all(device.platform == "cpu" for device in array.sharding.device_set)
-
-
-def rests_on_host(leaf: Any) -> bool:
-    """Numbers, numpy arrays and, among several processes, arrays that each has for itself: process 0 writes those."""
-    if not hasattr(leaf, "dtype") or isinstance(leaf, np.ndarray | np.generic):
-        return True
-    sharding = getattr(leaf, "sharding", None)
-    return jax.process_count() > 1 and (sharding is None or sharding.is_fully_addressable)
-
-
-def _host_memory(array: jax.Array) -> str:
-    device = next(iter(array.sharding.device_set))
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    if "pinned_host" not in kinds:
-        raise NotImplementedError(f"{device.platform} has no pinned_host memory to copy a checkpoint to, only {kinds}")
-    return "pinned_host"
-
-
-def _one_replica(array: jax.Array) -> jax.Array:
-    """The same array without its copies on other devices, so that a host holds replicated parameters once."""
-    sharding = array.sharding
-    if not isinstance(sharding, NamedSharding) or not array.is_fully_addressable:
-        return array
-    used = {axis for part in sharding.spec if part for axis in (part if isinstance(part, tuple) else (part,))}
-    mesh = sharding.mesh
-    index = tuple(slice(None) if axis in used else slice(0, 1) for axis in mesh.axis_names)
-    devices = np.asarray(mesh.devices)[index]
-    if devices.size == mesh.size:
-        return array
-    kept = NamedSharding(Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types), sharding.spec)
-    by_device = {shard.device: shard.data for shard in array.addressable_shards}
-    shards = [by_device[device] for device in kept.addressable_devices]
-    return jax.make_array_from_single_device_arrays(array.shape, kept, shards)

@@ -6,12 +6,12 @@ takes at most one member of each stripe with it, and every host holds lost / (n 
 
 The code is systematic over GF(2^8), its matrix a Cauchy matrix scaled so that the first parity is a plain XOR. Products
 are looked up two bytes at a time in numpy: 0.3 GB/s on one busy core (benchmarks/checkpoint/erasure.py), in the range
-of the C libraries (zfec 0.47), so that the parity costs no dependency. These are functions of bytes: moving them
-between hosts, and keeping them in a process that outlives training, is the caller's.
+of the C libraries (zfec 0.47), so that the parity costs no dependency. These are functions of bytes; `memory/` moves
+them between hosts and keeps them in a process that outlives training.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -29,14 +29,14 @@ def make_parity(blobs: Sequence[Blob], lost: int) -> list[list[Blob]]:
       For each host the `lost` pieces of parity that it has to keep.
     """
     hosts = len(blobs)
-    pieces = [_pieces(blob, hosts, lost) for blob in blobs]
+    pieces = [pieces_of(blob, hosts, lost) for blob in blobs]
     kept: list[list[Blob]] = [[] for _ in range(hosts)]
     for stripe in range(hosts):
-        members = _members(stripe, hosts, lost)
-        parity = encode([pieces[h][_place(h, stripe, lost, hosts)] for h in members], lost)
+        inside = members(stripe, hosts, lost)
+        parity = encode([pieces[h][place_of(h, stripe, hosts, lost)] for h in inside], lost)
         for k, piece in enumerate(parity):
             kept[(stripe + k) % hosts].append(piece)
-    # Host h was given the parities of stripes in ascending order; `_parity_of` finds them again by that order.
+    # Host h was given the parities of stripes in ascending order; `parity_of` finds them again by that order.
     return kept
 
 
@@ -55,31 +55,32 @@ def recover(
     gone = [h for h in range(hosts) if h not in blobs]
     if len(gone) > lost:
         raise ValueError(f"{len(gone)} of {hosts} hosts are gone but the parity covers {lost}; restore from storage")
-    pieces = {h: _pieces(blob, hosts, lost) for h, blob in blobs.items()}
+    pieces = {h: pieces_of(blob, hosts, lost) for h, blob in blobs.items()}
     found: dict[int, list[Blob | None]] = {h: [None] * (hosts - lost) for h in gone}
     for stripe in range(hosts):
-        members = _members(stripe, hosts, lost)
-        have = {
-            position: pieces[h][_place(h, stripe, lost, hosts)] for position, h in enumerate(members) if h in pieces
-        }
+        inside = members(stripe, hosts, lost)
+        have = {k: pieces[h][place_of(h, stripe, hosts, lost)] for k, h in enumerate(inside) if h in pieces}
         for k in range(lost):
             keeper = (stripe + k) % hosts
             if keeper in parity:
-                have[len(members) + k] = parity[keeper][_parity_of(keeper, stripe, hosts, lost)]
-        for position, piece in decode(have, len(members), lost).items():
-            h = members[position]
-            found[h][_place(h, stripe, lost, hosts)] = piece
+                have[len(inside) + k] = parity[keeper][parity_of(keeper, stripe, hosts, lost)]
+        for position, piece in decode(have, len(inside), lost).items():
+            h = inside[position]
+            found[h][place_of(h, stripe, hosts, lost)] = piece
     return {h: np.concatenate([p for p in parts if p is not None])[:num_bytes] for h, parts in found.items()}
 
 
 def encode(data: Sequence[Blob], parity: int) -> list[Blob]:
     """`parity` pieces, each a combination of all `data` pieces of one even length."""
-    matrix = _matrix(len(data), parity)
-    return [_combine(matrix[k], data) for k in range(parity)]
+    matrix = matrix_of(len(data), parity)
+    return [combine(matrix[k], data) for k in range(parity)]
 
 
-def decode(have: Mapping[int, Blob], count: int, parity: int) -> dict[int, Blob]:
+def decode(have: Mapping[int, Blob], count: int, parity: int, wanted: Collection[int] | None = None) -> dict[int, Blob]:
     """The missing ones of `count` data pieces, from any `count` of those and the parity pieces count, count + 1, ...
+
+    Args:
+      wanted: which of the missing ones to compute; all of them by default.
 
     Raises:
       ValueError: fewer than `count` pieces are there.
@@ -91,38 +92,42 @@ def decode(have: Mapping[int, Blob], count: int, parity: int) -> dict[int, Blob]
             f"{len(missing)} of {count} pieces are missing with {len(spare)} of parity; restore from storage"
         )
     # What the missing pieces add to each parity, then a small system of equations.
-    matrix = _matrix(count, parity)
+    matrix = matrix_of(count, parity)
     known = [k for k in range(count) if k in have]
-    sums = [_combine([1, *(matrix[p - count][k] for k in known)], [have[p], *(have[k] for k in known)]) for p in spare]
+    sums = [combine([1, *(matrix[p - count][k] for k in known)], [have[p], *(have[k] for k in known)]) for p in spare]
     system = _invert([[matrix[p - count][k] for k in missing] for p in spare])
-    return {k: _combine(row, sums) for k, row in zip(missing, system)}
+    return {k: combine(row, sums) for k, row in zip(missing, system) if wanted is None or k in wanted}
 
 
-def _pieces(blob: Blob, hosts: int, lost: int) -> list[Blob]:
+def pieces_of(blob: Blob, hosts: int, lost: int) -> list[Blob]:
     """Equal pieces of even length; zeros fill the last."""
+    size = piece_bytes(len(blob), hosts, lost)
+    padded = np.zeros(size * (hosts - lost), np.uint8)
+    padded[: len(blob)] = blob
+    return list(padded.reshape(hosts - lost, size))
+
+
+def piece_bytes(num_bytes: int, hosts: int, lost: int) -> int:
+    """Length of a piece, which is even."""
     if not 0 < lost < hosts or hosts + lost > 256:
         raise ValueError(f"lost={lost} of {hosts} hosts; it must lie between 1 and {hosts - 1}, and both add up to 256")
-    count = hosts - lost
-    size = -(-len(blob) // (2 * count)) * 2
-    padded = np.zeros(size * count, np.uint8)
-    padded[: len(blob)] = blob
-    return list(padded.reshape(count, size))
+    return -(-num_bytes // (2 * (hosts - lost))) * 2
 
 
-def _members(stripe: int, hosts: int, lost: int) -> list[int]:
+def members(stripe: int, hosts: int, lost: int) -> list[int]:
     """The hosts whose data is in a stripe, in ascending order."""
     keepers = {(stripe + k) % hosts for k in range(lost)}
     return [h for h in range(hosts) if h not in keepers]
 
 
-def _place(host: int, stripe: int, lost: int, hosts: int) -> int:
+def place_of(host: int, stripe: int, hosts: int, lost: int) -> int:
     """Which piece of a host is in this stripe: its how-manieth stripe as a member of data it is."""
-    return sum(host in _members(s, hosts, lost) for s in range(stripe))
+    return sum(host in members(s, hosts, lost) for s in range(stripe))
 
 
-def _parity_of(host: int, stripe: int, hosts: int, lost: int) -> int:
+def parity_of(host: int, stripe: int, hosts: int, lost: int) -> int:
     """Which of a host's parity pieces is of this stripe."""
-    return sum(host not in _members(s, hosts, lost) for s in range(stripe))
+    return sum(host not in members(s, hosts, lost) for s in range(stripe))
 
 
 # GF(2^8) with the polynomial x^8 + x^4 + x^3 + x^2 + 1, whose generator is x
@@ -149,7 +154,7 @@ def _inverse(a: int) -> int:
 
 
 @functools.cache
-def _matrix(count: int, parity: int) -> list[list[int]]:
+def matrix_of(count: int, parity: int) -> list[list[int]]:
     """1 / (x_k + y_j), each column scaled so that the first row is ones; every square part of it has an inverse."""
     rows = [[_inverse(k ^ (parity + j)) for j in range(count)] for k in range(parity)]
     return [[_times(entry, _inverse(first)) for entry, first in zip(row, rows[0])] for row in rows]
@@ -170,9 +175,9 @@ def _invert(matrix: list[list[int]]) -> list[list[int]]:
     return [row[n:] for row in rows]
 
 
-def _combine(factors: Sequence[int], pieces: Sequence[Blob]) -> Blob:
-    """Sum of factor * piece, block by block so that a block stays in the cache."""
-    out = np.zeros(len(pieces[0]), np.uint8)
+def combine(factors: Sequence[int], pieces: Sequence[Blob], out: Blob | None = None) -> Blob:
+    """Sum of factor * piece, block by block so that a block stays in the cache; added to `out` where it is given."""
+    out = np.zeros(len(pieces[0]), np.uint8) if out is None else out
     wide = out.view(np.uint16)
     block = 1 << 15
     for start in range(0, len(wide), block):

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxscale.checkpoint import arrays, files
+from jaxscale.checkpoint.background import one_line
 from jaxscale.checkpoint.checksum import crc32_whole
 from jaxscale.checkpoint.layout import Layout, apply_layout
 from jaxscale.checkpoint.maps import Lazy
+from jaxscale.checkpoint.snapshot import rests_on_host
 from jaxscale.checkpoint.tree import Record, describe, named_leaves, num_bytes, tree_problem
 
 FORMAT = 1  # of commit.json; raised when an older reader could not understand it
@@ -48,20 +50,8 @@ def restore_step(
     saved: dict[str, Record] = commit["arrays"]
     leaves = named_leaves(target)
     stored = open_lazily(step, commit)
-    mapped = apply_layout(stored, layout)
-    chosen = choose(leaves, only)
-    if missing == "keep":
-        chosen = [name for name in chosen if name in mapped or isinstance(leaves[name], jax.ShapeDtypeStruct)]
+    mapped, chosen = _plan(f"checkpoint {step} does", leaves, stored, saved, layout, only, missing)
     direct = [name for name in chosen if name in stored and mapped.get(name) is stored[name]]
-    offered = {
-        name: saved[name] if array is stored.get(name) else describe(array)
-        for name, array in mapped.items()
-        if only is None or name in chosen
-    }
-    problem = tree_problem(offered, {name: describe(leaves[name]) for name in chosen})
-    if problem:
-        raise ValueError(f"checkpoint {step} does not fit: {problem}")
-
     data = read_arrays(step, commit, {name: _target(saved[name], leaves[name]) for name in direct})
     out = {name: _as_leaf(data.pop(name), leaves[name], saved[name]) for name in direct}
     made = {name: mapped[name] for name in chosen if name not in out}
@@ -70,20 +60,53 @@ def restore_step(
     return jax.tree.unflatten(jax.tree.structure(target), [out.get(name, leaf) for name, leaf in leaves.items()])
 
 
-def read_into(target: Any, arrays: Mapping[str, Lazy], layout: Layout = ()) -> Any:
+def read_into(
+    target: Any,
+    arrays: Mapping[str, Lazy],
+    layout: Layout = (),
+    *,
+    records: Mapping[str, Record] | None = None,
+    only: str | Sequence[str] | None = None,
+    missing: Literal["refuse", "keep"] = "refuse",
+) -> Any:
     """The tree `target` with its leaves read from lazy arrays of any origin under `layout`, shard by shard.
+
+    Args:
+      records: says which of the arrays are the data of PRNG keys.
+      only, missing: as in `Checkpointer.restore`.
 
     Raises:
       ValueError: the arrays are not those of `target`; the message says which.
     """
-    leaves, mapped = named_leaves(target), apply_layout(arrays, layout)
-    problem = tree_problem(
-        {name: describe(array) for name, array in mapped.items()}, {name: describe(x) for name, x in leaves.items()}
-    )
+    leaves, records = named_leaves(target), records or {}
+    mapped, chosen = _plan("the arrays do", leaves, arrays, records, layout, only, missing)
+    out = {name: _as_leaf(_place(mapped[name], leaves[name]), leaves[name], records.get(name, {})) for name in chosen}
+    return jax.tree.unflatten(jax.tree.structure(target), [out.get(name, leaf) for name, leaf in leaves.items()])
+
+
+def _plan(
+    what: str,
+    leaves: Mapping[str, Any],
+    stored: Mapping[str, Lazy],
+    saved: Mapping[str, Record],
+    layout: Layout,
+    only: str | Sequence[str] | None,
+    missing: Literal["refuse", "keep"],
+) -> tuple[dict[str, Lazy], list[str]]:
+    """What the layout offers, and the names of the leaves to read; ValueError if the two do not fit."""
+    mapped = apply_layout(stored, layout)
+    chosen = choose(leaves, only)
+    if missing == "keep":
+        chosen = [name for name in chosen if name in mapped or isinstance(leaves[name], jax.ShapeDtypeStruct)]
+    offered = {
+        name: saved[name] if name in saved and array is stored.get(name) else describe(array)
+        for name, array in mapped.items()
+        if only is None or name in chosen
+    }
+    problem = tree_problem(offered, {name: describe(leaves[name]) for name in chosen})
     if problem:
-        raise ValueError(f"the arrays do not fit: {problem}")
-    out = [_as_leaf(_place(mapped[name], leaf), leaf, {}) for name, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(target), out)
+        raise ValueError(f"{what} not fit: {problem}")
+    return mapped, chosen
 
 
 def open_lazily(step: Any, commit: dict[str, Any]) -> dict[str, Lazy]:
@@ -156,10 +179,6 @@ def _problem(path: str, name: str, record: Record) -> str | None:
     return None
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _damaged(step: Any, problems: list[str]) -> CorruptCheckpointError:
     more = f" and {len(problems) - 6} more problems" if len(problems) > 6 else ""
     return CorruptCheckpointError(f"checkpoint {step} is damaged: {'; '.join(problems[:6])}{more}")
@@ -178,7 +197,7 @@ def choose(leaves: Mapping[str, Any], only: str | Sequence[str] | None) -> list[
 
 def _target(record: Record, leaf: Any) -> jax.ShapeDtypeStruct | None:
     """What Orbax reads for a leaf as it is; PRNG keys' data takes the keys' sharding, its last dim whole."""
-    if arrays.rests_on_host(leaf):
+    if rests_on_host(leaf):
         return None
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(tuple(record["shape"]), jnp.dtype(record["dtype"]), sharding=sharding)
@@ -195,9 +214,9 @@ def _open_lazily(step: Any, name: str, record: Record) -> Lazy:
 def _place(array: Lazy, leaf: Any) -> Any:
     """A lazy array in the shards of `leaf`, each box read once in this process."""
     sharding = getattr(leaf, "sharding", None)
-    if sharding is None or arrays.rests_on_host(leaf):
+    if sharding is None or rests_on_host(leaf):
         whole = array.whole()
-        return whole if arrays.rests_on_host(leaf) else jax.device_put(whole)
+        return whole if rests_on_host(leaf) else jax.device_put(whole)
 
     @functools.cache
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:

@@ -9,7 +9,6 @@ A step is a folder of `directory` named by its number:
 A folder without a valid commit.json is no step: it is never listed, and the next writer removes it.
 """
 
-import concurrent.futures
 import importlib.metadata
 import json
 import logging
@@ -22,9 +21,11 @@ from typing import Any, Literal
 import jax
 
 from jaxscale.checkpoint import arrays, files, reading
+from jaxscale.checkpoint.background import Background, OnError, one_line
 from jaxscale.checkpoint.checksum import crc32_whole
-from jaxscale.checkpoint.layout import Layout, param_roots
-from jaxscale.checkpoint.tree import Record, describe, is_key, named_leaves, num_bytes
+from jaxscale.checkpoint.layout import Layout
+from jaxscale.checkpoint.snapshot import HostPool, Snapshot, take_snapshot
+from jaxscale.checkpoint.tree import num_bytes
 from jaxscale.config import CheckpointConfig
 
 log = logging.getLogger("jaxscale.checkpoint")
@@ -44,6 +45,7 @@ class Checkpointer:
         they are written down with the parameters and with what has the parameters' tree, such as Adam moments.
       on_error: what a failed save does. "continue": it is logged and training goes on; `wait` and `close` raise if no
         later save succeeded. "stop": the next `save` raises. Steps saved before are left as they are either way.
+      pool: bounds the host memory of the snapshots, of several levels together.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Checkpointer:
         config: CheckpointConfig | None = None,
         *,
         axes: Mapping[str, Sequence[str | None]] | None = None,
-        on_error: Literal["continue", "stop"] = "continue",
+        on_error: OnError = "continue",
+        pool: HostPool | None = None,
     ):
         from etils import epath
 
@@ -60,11 +63,8 @@ class Checkpointer:
         self.directory = epath.Path(text if "://" in text else os.path.abspath(text))
         self.config = config or CheckpointConfig()
         self.axes = axes or {}
-        self.on_error = on_error
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._saving: concurrent.futures.Future[None] | None = None
-        self._saving_step = -1
-        self._failure: OSError | None = None
+        self.pool = pool
+        self._background = Background(self._explain, on_error)
         self._verified: set[int] = set()
         self._cleaned = False
 
@@ -83,33 +83,29 @@ class Checkpointer:
         Raises:
           OSError: the directory cannot be written, or (on_error="stop") the save before this one failed.
         """
-        self._finish()
-        if self.on_error == "stop":
-            self._raise_failure()
-        if step in self.steps():
+        self._background.ready()
+        if self._commit(step) is not None:
             return False
-        copied = json.loads(json.dumps(dict(metadata or {})))  # a TypeError now rather than later
-        leaves = named_leaves(state)
-        if not leaves:
-            raise ValueError("there is nothing to save: the state has no arrays")
-        records = {name: describe(leaf) for name, leaf in leaves.items()}
-        for name, record in records.items():
-            if record["dtype"] in ("uint4", "uint2"):
-                raise NotImplementedError(f"{name}: {record['dtype']} cannot be saved; bitcast it to int4 or uint8")
-        for root in param_roots(records) if self.axes else ():
-            for path in self.axes.keys() & {name.removeprefix(root) for name in records if name.startswith(root)}:
-                if len(self.axes[path]) == len(records[root + path]["shape"]):  # factored moments have fewer dims
-                    records[root + path]["axes"] = list(self.axes[path])
-        self._prepare()
-        stored = {name: leaf for name, leaf in leaves.items() if num_bytes(records[name])}
-        copies, held = arrays.snapshot(
-            {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in stored.items()}
-        )
+        json.dumps(dict(metadata or {}))  # a TypeError now rather than later
+        snapshot = take_snapshot(state, axes=self.axes, pool=self.pool)
+        return self.save_snapshot(step, snapshot, metadata=metadata)
+
+    def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
+        """`save` of a snapshot that was taken already, which is released when it is written."""
+        self._background.ready()
+        if self._commit(step) is not None:
+            snapshot.release()
+            return False
+        copied = json.loads(json.dumps(dict(metadata or {})))
         path = os.fspath(self.directory / str(step))
-        # Orbax agrees on the path with collectives, which must not race with those of the training step.
-        started = arrays.start_save(path, copies) if jax.process_count() > 1 else None
-        self._saving_step = step
-        self._saving = self._worker.submit(self._write, step, path, copies, held, records, copied, started)
+        try:
+            self._prepare()
+            # Orbax agrees on the path with collectives, which must not race with those of the training step.
+            started = arrays.start_save(path, snapshot.copies) if jax.process_count() > 1 else None
+        except BaseException:
+            snapshot.release()
+            raise
+        self._background.start(step, self._write, step, path, snapshot, copied, started)
         return True
 
     def steps(self) -> list[int]:
@@ -146,7 +142,7 @@ class Checkpointer:
           FileNotFoundError: there is no such step.
           CorruptCheckpointError: the given step, or every step, is damaged.
         """
-        self._finish()
+        self._background.finish()
         newest = self._known(step)
         candidates = [s for s in reversed(self.steps()) if s <= newest] if step is None else [step]
         for candidate in candidates:
@@ -164,7 +160,7 @@ class Checkpointer:
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given, and under "jaxscale": the step, the versions and the arrays' shapes and checksums."""
-        self._finish()
+        self._background.finish()
         step = self._known(step)
         commit = self._commit(step)
         assert commit is not None
@@ -173,7 +169,7 @@ class Checkpointer:
 
     def verify(self, step: int | None = None) -> list[str]:
         """Reads a step's arrays from disk and names those that are damaged; an empty list says that all is well."""
-        self._finish()
+        self._background.finish()
         step = self._known(step)
         commit = self._commit(step)
         assert commit is not None
@@ -184,13 +180,12 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits for the save under way; raises OSError if the newest save failed."""
-        self._finish()
-        self._raise_failure()
+        self._background.finish()
+        self._background.raise_failure()
 
     def close(self) -> None:
         """`wait`, and the end of the background thread."""
-        self._worker.shutdown(wait=True)
-        self.wait()
+        self._background.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -205,24 +200,18 @@ class Checkpointer:
 
     # Saving
 
-    def _write(
-        self,
-        step: int,
-        path: str,
-        copies: dict[str, Any],
-        held: list[Any],
-        records: dict[str, Record],
-        metadata: dict[str, Any],
-        started: Any,
-    ) -> None:
+    def _write(self, step: int, path: str, snapshot: Snapshot, metadata: dict[str, Any], started: Any) -> None:
         """In the background thread: the arrays, their checksums, the commit, and then what is too old."""
-        with arrays.ONE_OPERATION:
-            started = started or arrays.start_save(path, copies)
-            try:
-                shares = {name: arrays.local_share(copy) for name, copy in copies.items()}
-            finally:
-                started.result()  # nothing may be left writing when this ends
-        held.clear()
+        records = snapshot.records
+        try:
+            with arrays.ONE_OPERATION:
+                started = started or arrays.start_save(path, snapshot.copies)
+                try:
+                    shares = {name: arrays.local_share(copy) for name, copy in snapshot.copies.items()}
+                finally:
+                    started.result()  # nothing may be left writing when this ends
+        finally:
+            snapshot.release()
         me, processes = jax.process_index(), jax.process_count()
         if me:
             files.write_json(self.directory / str(step) / f"shares.{me}.json", shares)
@@ -247,29 +236,14 @@ class Checkpointer:
         files.write_json(self.directory / str(step) / files.COMMIT, commit)
         self._retain()
 
-    def _finish(self) -> None:
-        """Waits for the save under way and keeps its failure."""
-        future, self._saving = self._saving, None
-        if future is None:
-            return
-        try:
-            future.result()
-            self._failure = None
-        except Exception as error:
-            if jax.process_index() == 0:
-                self._sweep(self._saving_step)
-            newest = self.latest_step()
-            self._failure = OSError(
-                f"step {self._saving_step} was not saved in {self.directory}: {reading.one_line(error)}; "
-                f"the newest complete step is {'none' if newest is None else newest}"
-            )
-            self._failure.__cause__ = error
-            log.error("%s", self._failure)
-
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+    def _explain(self, step: int, error: BaseException) -> OSError:
+        if jax.process_index() == 0:
+            self._sweep(step)
+        newest = self.latest_step()
+        return OSError(
+            f"step {step} was not saved in {self.directory}: {one_line(error)}; "
+            f"the newest complete step is {'none' if newest is None else newest}"
+        )
 
     def _prepare(self) -> None:
         """Before the first save: the directory, without what a killed writer left in it."""
@@ -281,9 +255,7 @@ class Checkpointer:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise OSError(
-                f"checkpoint directory {self.directory} cannot be written: {reading.one_line(error)}"
-            ) from error
+            raise OSError(f"checkpoint directory {self.directory} cannot be written: {one_line(error)}") from error
         self._sweep()
         self._cleaned = True
 

@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxscale.checkpoint import Checkpointer, arrays
+from jaxscale.checkpoint import Checkpointer, arrays, snapshot
 from jaxscale.config import CheckpointConfig
 
 from .conftest import abstract, bits
@@ -45,7 +45,7 @@ def test_round_trip_over_meshes(tmp_path, make_state, meshes, source, target):
 def test_the_state_may_be_donated_at_once(tmp_path, meshes, rng, monkeypatch, dtype, hold):
     """Held, as on the CPU, and copied, as on an accelerator."""
     if not hold:
-        monkeypatch.setattr(arrays, "_can_hold", lambda array: False)
+        monkeypatch.setattr(snapshot, "_can_hold", lambda array: False)
     mesh = meshes["tp4dp2"]
     specs = {"split": ("tp",), "both": ("tp", "dp"), "whole": ()}
     state = {
