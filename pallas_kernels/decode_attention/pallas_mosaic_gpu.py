@@ -44,7 +44,7 @@ def tuned(H: int, Hv: int, itemsize: int) -> Config:
     if max(H, Hv) > 128:
         return Config(workers=1)
     if itemsize == 1:
-        return Config(stages=2)
+        return Config(stages=4)
     return Config(stages=2 if max(H, Hv) > 64 else 4)
 
 
@@ -101,11 +101,13 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
     copies = max(1, _TILE // page)  # pages in a tile
     blocks = items // K
     c = options.scale * _LOG2E
-    scales = [_in_order(x, inputs.page_table) for x in (inputs.k_scales, inputs.v_scales) if x is not None]
+    scales = [_in_order(x, inputs) for x in (inputs.k_scales, inputs.v_scales)] if quantized else []
 
     def kernel(q_ref, k_ref, v_ref, table_ref, sequences_ref, workers_ref, chunk_ref, *refs):
         scale_refs, (o_ref, lse_ref, smem, q_barriers, k_full, v_full, k_free, v_free) = refs[:-8], refs[-8:]
-        q_smem, k_smem, v_smem, o_smem, lse_smem, *wide = smem
+        q_smem, k_smem, v_smem, o_smem, lse_smem = smem
+        if quantized:
+            o_smem, wide = o_smem
         wg = lax.axis_index("wg")
         pair = lax.rem(wg, jnp.int32(pairs))
         worker = lax.axis_index("block") * pairs + pair
@@ -137,15 +139,18 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 see = ahead <= 0
                 return see if options.window is None else see & (ahead > -options.window)
 
-            def page_factors(ref, b, head, j):
-                """What the numbers of each key are multiplied with: one number, or one for each column."""
-                at = [jnp.minimum(lax.div(j * _TILE, jnp.int32(page)) + x, ref.shape[2] - 1) for x in range(copies)]
-                factors = [ref[b, head, x] for x in at]
+            def factors(b, head, j):
+                """What the keys and values of each page of tile j are multiplied with."""
+                first = lax.div(j * _TILE, jnp.int32(page))
+                at = [jnp.minimum(first + x, ref.shape[2] - 1) for ref in scale_refs[:1] for x in range(copies)]
+                return tuple(tuple(ref[b, head, x] for x in at) for ref in scale_refs)
+
+            def columns(factors):
+                """One number for all keys of a tile, or one for each column."""
                 if copies == 1:
                     return factors[0]
                 column = _iota((_ROWS, _TILE), 1)
-                result = jnp.full((_ROWS, _TILE), factors[-1])
-                result = plgpu.layout_cast(result, plgpu.Layout.WGMMA)
+                result = plgpu.layout_cast(jnp.full((_ROWS, _TILE), factors[-1]), plgpu.Layout.WGMMA)
                 for x in reversed(range(copies - 1)):
                     result = jnp.where(column < (x + 1) * page, factors[x], result)
                 return result
@@ -162,15 +167,16 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     full_lo = jnp.clip(lax.div(seen_by_all + _TILE - 1, jnp.int32(_TILE)), lo, full_hi)
 
                 def step(j, carry, masked):
-                    acc, m, l = carry
+                    acc, m, l, scales = carry
+                    following = factors(b, head, j + 1)  # read a tile ahead: nothing waits for it
                     slot = lax.rem(done + j - lo, jnp.int32(stages))
                     k, v = k_smem.at[pair, slot], v_smem.at[pair, slot]
                     plgpu.barrier_wait(k_full.at[pair, slot])
                     if quantized:
-                        wide[0].at[pair][...] = _widen(k, dtype)
+                        wide.at[pair, pl.ds(0, _TILE)][...] = _widen(k, dtype)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(k_free.at[pair, slot])
-                        k = wide[0].at[pair]
+                        k = wide.at[pair, pl.ds(0, _TILE)]
 
                     def qk(s_ref):
                         plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
@@ -179,8 +185,8 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     s = pl.run_scoped(qk, plgpu.ACC((_ROWS, _TILE), jnp.float32))
                     if not quantized:
                         plgpu.barrier_arrive(k_free.at[pair, slot])
-                    if scale_refs:
-                        s = s * page_factors(scale_refs[0], b, head, j)
+                    if quantized:
+                        s = s * columns(scales[0])
                     if options.soft_cap is not None:
                         ratio = options.soft_cap / options.scale
                         s = jnp.tanh(s * (1 / ratio)) * ratio
@@ -191,8 +197,8 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     alpha = jnp.exp2(m - shift)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(shift, s.shape, [0]))
                     l = l * alpha + p.sum(axis=1)
-                    if scale_refs:
-                        p = p * page_factors(scale_refs[1], b, head, j)
+                    if quantized:
+                        p = p * columns(scales[1])
                     acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
                     plgpu.barrier_wait(v_full.at[pair, slot])
                     if quantized or masked:  # what lies past a sequence's end may be nan, which 0 * nan would pass on
@@ -200,7 +206,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                         if masked:
                             owned = _iota(values.shape, 0) + j * _TILE < length
                             values = jnp.where(owned, values, jnp.zeros((), dtype))
-                        target = wide[1].at[pair] if quantized else v
+                        target = wide.at[pair, pl.ds(_TILE, _TILE)] if quantized else v
                         target[...] = values
                         plgpu.commit_smem()
                         if quantized:
@@ -209,22 +215,25 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     acc = _mma(acc, p.astype(dtype), v)
                     if not quantized:
                         plgpu.barrier_arrive(v_free.at[pair, slot])
-                    return acc, m_new, l
+                    return acc, m_new, l, following
 
                 zero = lambda layout, shape, x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
                 carry = (
                     zero(plgpu.Layout.WGMMA, (_ROWS, Hv), 0.0),
                     zero(reduced, (_ROWS,), -math.inf),
                     zero(reduced, (_ROWS,), 0.0),
+                    factors(b, head, lo),
                 )
                 plgpu.barrier_wait(q_barriers.at[pair])
                 if options.window is not None:
                     carry = lax.fori_loop(lo, full_lo, functools.partial(step, masked=True), carry)
                 carry = lax.fori_loop(full_lo, full_hi, functools.partial(step, masked=False), carry)
-                acc, m, l = lax.fori_loop(full_hi, hi, functools.partial(step, masked=True), carry)
+                acc, m, l, _ = lax.fori_loop(full_hi, hi, functools.partial(step, masked=True), carry)
 
                 seen = l > 0.0
                 inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
+                if quantized:  # the last wgmma of every warp must have read what o overwrites
+                    plgpu.commit_smem()
                 o_smem.at[pair][...] = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
                 lse_smem.at[pair][...] = jnp.where(seen, m + jnp.log2(jnp.where(seen, l, 1.0)), -jnp.inf)
                 plgpu.commit_smem()
@@ -273,13 +282,15 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     pl.when(at >= stages)(lambda free=free, slot=slot: plgpu.barrier_wait(free.at[pair, slot]))
 
     count = B * items + config.blocks * pairs
+    leaving = _tiled((pairs, _ROWS, Hv), jnp.float32)
+    if quantized:  # what leaves at the end of a part lies where keys and values were widened
+        leaving = plgpu.RefUnion(leaving, _tiled((pairs, 2 * _TILE, H), dtype))
     smem = (
         _tiled((pairs, _ROWS, H), dtype),
         _tiled((pairs, stages, _TILE, H), pages_dtype),
         _tiled((pairs, stages, _TILE, Hv), pages_dtype),
-        _tiled((pairs, _ROWS, Hv), jnp.float32),
+        leaving,
         plgpu.SMEM((pairs, _ROWS), jnp.float32),
-        *([_tiled((pairs, _TILE, H), dtype), _tiled((pairs, _TILE, Hv), dtype)] if quantized else []),
     )
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=(pairs, stages))
     free = plgpu.Barrier(num_barriers=(pairs, stages))
@@ -369,9 +380,11 @@ def _sink_rows(inputs: Inputs, T: int, blocks: int, rows: int) -> jax.Array | No
     return jnp.pad(sinks, ((0, 0), (0, _ROWS - rows)))
 
 
-def _in_order(scales: jax.Array, page_table: jax.Array) -> jax.Array:
-    """The scales of each sequence's pages, [B, K, M]."""
-    return scales.at[page_table].get(mode="clip").swapaxes(1, 2)
+def _in_order(scales: jax.Array | None, inputs: Inputs) -> jax.Array:
+    """The scales of each sequence's pages, [B, K, M]; ones where there are none."""
+    if scales is None:
+        scales = jnp.ones(inputs.k_pages.shape[::2][:2], jnp.float32)
+    return scales.at[inputs.page_table].get(mode="clip").swapaxes(1, 2)
 
 
 def _widen(ref, dtype) -> jax.Array:
