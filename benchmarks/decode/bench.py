@@ -5,8 +5,8 @@
     python benchmarks/decode/bench.py --json results.json
 
 Needs a checkout and jax; torch is measured where it imports. Jobs run one after another in a child process that this
-one watches: a job that hangs costs its time limit, not the run. A work that is not right is not timed. Times are medians of
-rounds of calls issued back to back. GB/s count the keys and values of all sequences once, nothing else.
+one watches: a job that hangs costs its time limit, not the run. A work that is not right is not timed. Times are
+medians of rounds of calls issued back to back. GB/s count the keys and values of all sequences once, nothing else.
 """
 
 import argparse
@@ -62,7 +62,11 @@ WORKS = {
 CHECKS = {"window, cap, sinks": Work(T=3, page=16, window=150, soft_cap=20.0, sinks=True)}
 
 # Fields of Config that differ from the tuned one.
-VARIANTS: dict[str, dict] = {"tuned": {}, "1 worker x5": {"workers": 1, "stages": 5}}
+VARIANTS: dict[str, dict] = {
+    "tuned": {},
+    "head by head": {"together": False},
+    "1 worker x5": {"workers": 1, "stages": 5},
+}
 SWEPT = ("1 token", "8 tokens")
 
 

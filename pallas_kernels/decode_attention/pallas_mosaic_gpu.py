@@ -37,6 +37,13 @@ class Config:
     workers: int = 2  # in a block; one block runs on a multiprocessor
     stages: int = 2  # tiles in flight for each worker
     blocks: int = _SM_COUNT
+    together: bool = True  # workers side by side read the heads of the same pages at about the same time
+
+    def lanes(self, items: int) -> int:
+        """How many items of a sequence run side by side; at most one worker in 20 is left over."""
+        count = self.blocks * self.workers
+        fits = [d for d in range(1, items + 1) if items % d == 0 and d <= count and count % d * 20 <= count]
+        return max(fits) if self.together else 1
 
 
 def tuned(H: int, Hv: int, itemsize: int) -> Config:
@@ -82,10 +89,11 @@ def decode_attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config
     rows = min(-(-T * G // 8) * 8, _ROWS)
     blocks = -(-T * G // rows)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * rows - T * G), (0, 0))).reshape(B, K * blocks, rows, H)
-    workers = config.blocks * config.workers
-    schedule = make_schedule(bounded_lengths(inputs), T, K * blocks, _TILE, options.window, workers)
+    lanes = config.lanes(K * blocks)
+    groups = config.blocks * config.workers // lanes
+    schedule = make_schedule(bounded_lengths(inputs), T, K * blocks // lanes, _TILE, options.window, groups)
     parts, lse = _parts(q, inputs, options, config, schedule, G)
-    out = _merge(parts, lse, _sink_rows(inputs, T, blocks, rows), schedule, q.shape[:2], inputs.q.dtype)
+    out = _merge(parts, lse, _sink_rows(inputs, T, blocks, rows), schedule, lanes, q.shape[:2], inputs.q.dtype)
     out = out.reshape(B, K, blocks * rows, Hv)[:, :, : T * G]
     return out.reshape(B, K, T, G, Hv).swapaxes(1, 2).reshape(B, T, N, Hv)
 
@@ -100,6 +108,9 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
     pairs, stages = config.workers, config.stages
     copies = max(1, _TILE // page)  # pages in a tile
     blocks = items // K
+    lanes = config.lanes(items)
+    groups = config.blocks * pairs // lanes
+    turns = items // lanes  # items of a sequence that one worker does one after another
     c = options.scale * _LOG2E
     scales = [_in_order(x, inputs) for x in (inputs.k_scales, inputs.v_scales)] if quantized else []
 
@@ -111,17 +122,20 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
         wg = lax.axis_index("wg")
         pair = lax.rem(wg, jnp.int32(pairs))
         worker = lax.axis_index("block") * pairs + pair
+        group, lane = lax.div(worker, jnp.int32(lanes)), lax.rem(worker, jnp.int32(lanes))
         chunk = chunk_ref[0] + 0
-        first, last = workers_ref[worker, 0] + 0, workers_ref[worker, 1] + 0
+        at_work = jnp.minimum(group, groups - 1)
+        first, last = workers_ref[at_work, 0] + 0, workers_ref[at_work, 1] + 0
+        last = jnp.where(group < groups, last, first)
 
         def part(i):
-            """Sequence, item of it, length, and tiles [lo, hi) of this worker's part of item i."""
-            b, item = lax.div(i, jnp.int32(items)), lax.rem(i, jnp.int32(items))
+            """Sequence, item of it, length, and tiles [lo, hi) of this worker's part of its i-th item."""
+            b, turn = lax.div(i, jnp.int32(turns)), lax.rem(i, jnp.int32(turns))
             length, offset, tiles, begin = (sequences_ref[b, x] + 0 for x in range(4))
-            begin += item * tiles
-            lo = jnp.maximum(worker * chunk - begin, 0)
-            hi = jnp.minimum((worker + 1) * chunk - begin, tiles)
-            return b, item, length, offset + lo, offset + jnp.maximum(lo, hi)
+            begin += turn * tiles
+            lo = jnp.maximum(group * chunk - begin, 0)
+            hi = jnp.minimum((group + 1) * chunk - begin, tiles)
+            return b, turn * lanes + lane, length, offset + lo, offset + jnp.maximum(lo, hi)
 
         @pl.when(wg < pairs)
         def _compute():
@@ -237,8 +251,9 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 o_smem.at[pair][...] = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
                 lse_smem.at[pair][...] = jnp.where(seen, m + jnp.log2(jnp.where(seen, l, 1.0)), -jnp.inf)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_smem.at[pair, pl.ds(0, rows)], o_ref.at[i + worker])
-                plgpu.copy_smem_to_gmem(lse_smem.at[pair], lse_ref.at[i + worker])
+                number = (i + group) * lanes + lane
+                plgpu.copy_smem_to_gmem(o_smem.at[pair, pl.ds(0, rows)], o_ref.at[number])
+                plgpu.copy_smem_to_gmem(lse_smem.at[pair], lse_ref.at[number])
                 plgpu.wait_smem_to_gmem(0)
                 return done + hi - lo
 
@@ -281,7 +296,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 for free in (k_free, v_free):
                     pl.when(at >= stages)(lambda free=free, slot=slot: plgpu.barrier_wait(free.at[pair, slot]))
 
-    count = B * items + config.blocks * pairs
+    count = (B * turns + groups) * lanes
     leaving = _tiled((pairs, _ROWS, Hv), jnp.float32)
     if quantized:  # what leaves at the end of a part lies where keys and values were widened
         leaving = plgpu.RefUnion(leaving, _tiled((pairs, 2 * _TILE, H), dtype))
@@ -310,7 +325,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
     )(q, inputs.k_pages, inputs.v_pages, inputs.page_table, *schedule, *scales)
 
 
-def _merge(parts, lse, sinks, schedule: Schedule, shape: tuple[int, ...], dtype) -> jax.Array:
+def _merge(parts, lse, sinks, schedule: Schedule, lanes: int, shape: tuple[int, ...], dtype) -> jax.Array:
     """The parts of each item, weighted by their logsumexp: [B, items, rows, Hv].
 
     A block reads 64 rows of each part, where an item has fewer also those of parts behind it, and stores its own.
@@ -325,13 +340,14 @@ def _merge(parts, lse, sinks, schedule: Schedule, shape: tuple[int, ...], dtype)
         sink_refs, (out_ref, out_smem) = refs[:-2], refs[-2:]
         b, item = lax.axis_index("sequence"), lax.axis_index("item")
         chunk, tiles = chunk_ref[0] + 0, sequences_ref[b, 2] + 0
-        begin = sequences_ref[b, 3] + item * tiles
+        turn, lane = lax.div(item, jnp.int32(lanes)), lax.rem(item, jnp.int32(lanes))
+        begin = sequences_ref[b, 3] + turn * tiles
         reduced = plgpu.Layout.WGMMA.reduce(1)
         load = functools.partial(plgpu.load, optimized=False)
 
-        def step(worker, carry):
+        def step(group, carry):
             acc, m, l = carry
-            part = b * items + item + worker
+            part = (b * (items // lanes) + turn + group) * lanes + lane
             values = load(parts_ref.at[pl.ds(part * rows, _ROWS)], layout=plgpu.Layout.WGMMA)
             m_part = load(lse_ref.at[part], layout=reduced)
             m_new = jnp.maximum(m, m_part)

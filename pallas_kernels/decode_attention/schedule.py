@@ -11,7 +11,7 @@ class Schedule(NamedTuple):
 
     The tiles of all items stand in one row, item after item; worker w does those in [w * chunk, (w + 1) * chunk). The
     part of item i that worker w does is part number i + w: along the row one of the two grows at each cut, so no two
-    parts share a number, and there are fewer than items + workers.
+    parts share a number, and there are fewer than items + workers. (A kernel may run several such rows side by side.)
     """
 
     sequences: jax.Array  # [B, 4]: length, first tile, tiles of each item, where the first item begins in the row

@@ -137,7 +137,7 @@ def small_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"lengths": [200, 5, 0, 64], "page": 64, "H": 64},
+        {"lengths": [200, 5, 0, 64], "page": 64, "H": 64, "N": 6, "K": 3},
         {"lengths": [130, 3, 90], "T": 4, "page": 16, "H": 64, "K": 1, "sinks": True,
          "options": {"window": 50, "soft_cap": 5.0}},
         {"lengths": [300, 129], "T": 8, "page": 128, "H": 64, "N": 32, "Hv": 128},  # 128 rows: two blocks
