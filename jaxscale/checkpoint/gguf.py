@@ -3,11 +3,12 @@
 params, cfg, tokenizer = import_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
 params, cfg, tokenizer = import_gguf(path, mesh=mesh, rules=MEGATRON_FSDP)  # straight into shards
 
-The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantized tensors are dequantized one at a time.
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. What lies where is a layout
+(`gguf_layout`), read through its inverse: rows are dequantized when a shard asks for them.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxscale.checkpoint import layout as lay
+from jaxscale.checkpoint.maps import Box, Lazy
+from jaxscale.checkpoint.reading import read_into
 from jaxscale.config import ModelConfig
 from jaxscale.models.decoder import param_specs
-from jaxscale.params import ParamSpec, param_shardings, path_name
+from jaxscale.params import param_shardings, path_name
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 if TYPE_CHECKING:
@@ -51,7 +55,7 @@ def import_gguf(
 ) -> tuple[dict[str, Any], ModelConfig, "tokenizers.Tokenizer"]:
     """Parameters, configuration and tokenizer of a GGUF file.
 
-    The host holds one dequantized tensor and this process's shards of one stacked parameter at a time.
+    The host holds this process's shards of one stacked parameter at a time.
 
     Args:
       path: the file, or its reader.
@@ -63,18 +67,41 @@ def import_gguf(
     """
     reader = open_gguf(path) if isinstance(path, str | Path) else path
     cfg = config_from_gguf(reader, dtype=dtype)
-    tensors = {t.name: t for t in reader.tensors}
-    _check(tensors, cfg)
     specs = param_specs(cfg)
-    leaves, treedef = jax.tree.flatten_with_path(specs)
-    targets = [None] * len(leaves)
-    if mesh is not None:
-        targets = treedef.flatten_up_to(param_shardings(specs, mesh, rules))
-    params = []
-    for (key_path, spec), target in zip(leaves, targets):
-        name = path_name(key_path)
-        params.append(_put(lambda layer, name=name: _read(tensors, name, layer, cfg), name, spec, target))
-    return treedef.unflatten(params), cfg, tokenizer_from_gguf(reader)
+    stored = _expected({tensor.name: _dequantized(tensor) for tensor in reader.tensors}, cfg)
+    layout = lay.inverse(gguf_layout(cfg))
+    named = {path_name(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
+    layout += tuple(lay.cast(name, spec.dtype, old="float32") for name, spec in named.items() if dtype != "float32")
+    shardings = jax.tree.map(lambda _: None, specs) if mesh is None else param_shardings(specs, mesh, rules)
+    target = jax.tree.map(
+        lambda spec, where: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=where), specs, shardings
+    )
+    return jax.tree.map(jnp.asarray, read_into(target, stored, layout)), cfg, tokenizer_from_gguf(reader)
+
+
+def gguf_layout(cfg: ModelConfig) -> tuple[lay.Op, ...]:
+    """From the parameters of `param_specs(cfg)` to the tensors of llama.cpp, dequantized."""
+    N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    # ggml rotates neighbouring dims, we rotate halves: dim i of ours is stored at 2 i, dim H/2 + i at 2 i + 1.
+    neighbours = [k // 2 + k % 2 * (H // 2) for k in range(H)]
+    ops: list[lay.Op] = []
+    for path, _ in jax.tree.leaves_with_path(param_specs(cfg)):
+        name = path_name(path)
+        part = name.rpartition("/")[2]
+        if part in ("wq", "wk", "wv"):
+            ops.append(lay.transpose(name, (0, 2, 3, 1)))
+            if part != "wv":
+                ops.append(lay.permute(name, 2, neighbours))
+            ops.append(lay.merge_dims(name, 1, (N if part == "wq" else K, H)))
+        elif part == "wo":
+            ops += [lay.merge_dims(name, 1, (N, H)), lay.transpose(name, (0, 2, 1))]
+        elif part in ("w_gate", "w_up", "w_down"):
+            ops.append(lay.transpose(name, (0, 2, 1)))
+        elif part == "head":
+            ops.append(lay.transpose(name, (1, 0)))
+        to = _TENSORS[name].replace("{}", "{i}")
+        ops.append(lay.unstack(name, to) if "{i}" in to else lay.rename(name, to))
+    return tuple(ops)
 
 
 def open_gguf(path: str | Path) -> "gguf.GGUFReader":
@@ -193,72 +220,34 @@ def _field(reader: "gguf.GGUFReader", name: str, default: Any = _REQUIRED) -> An
     return default
 
 
-def _check(tensors: dict[str, Any], cfg: ModelConfig) -> None:
-    """Names and shapes of the tensors are those of the configuration."""
-    expected = {}
-    for key_path, spec in jax.tree.leaves_with_path(param_specs(cfg)):
-        name = path_name(key_path)
-        shape = _file_shape(name, spec)
-        for layer in range(cfg.num_layers) if name.startswith("layers/") else [0]:
-            expected[_TENSORS[name].format(layer)] = shape
+def _expected(tensors: Mapping[str, Lazy], cfg: ModelConfig) -> Mapping[str, Lazy]:
+    """`tensors`, whose names and shapes are those of the configuration."""
+    nothing = lambda box: np.empty(0)
+    specs = {
+        path_name(path): Lazy(spec.shape, np.dtype(np.float32), nothing)
+        for path, spec in jax.tree.leaves_with_path(param_specs(cfg))
+    }
+    expected = {name: array.shape for name, array in lay.apply_layout(specs, gguf_layout(cfg)).items()}
     for what, names in (("lacks", expected.keys() - tensors), ("has unexpected", tensors.keys() - expected)):
         if names:
             some = ", ".join(sorted(names)[:3])
             raise ValueError(f"the GGUF file {what} {len(names)} tensors for {len(expected)} expected: {some}")
     for name, shape in expected.items():
-        found = tuple(int(n) for n in reversed(tensors[name].shape))
-        if found != shape:
-            raise ValueError(f"{name} has shape {found} but the configuration says {shape}")
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} has shape {tensors[name].shape} but the configuration says {shape}")
+    return tensors
 
 
-def _file_shape(name: str, spec: ParamSpec) -> tuple[int, ...]:
-    shape = spec.shape[1:] if name.startswith("layers/") else spec.shape
-    if name.endswith(("wq", "wk", "wv")):
-        return shape[1] * shape[2], shape[0]
-    if name.endswith("wo"):
-        return shape[2], shape[0] * shape[1]
-    return shape if name == "embed" else shape[::-1]
-
-
-def _read(tensors: dict[str, Any], name: str, layer: int, cfg: ModelConfig) -> np.ndarray:
-    """One layer of a parameter, float32, in our shape."""
+def _dequantized(tensor: Any) -> Lazy:
+    """A tensor as a lazy float32 array; of a box its rows are dequantized."""
     import gguf
 
-    tensor = tensors[_TENSORS[name].format(layer)]
-    w = gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type)  # numpy.memmap is slow to slice
-    H = cfg.head_dim
-    if name.endswith(("wq", "wk")):
-        # ggml rotates neighbouring dims, we rotate halves: dim i of ours is stored at 2 i, dim H/2 + i at 2 i + 1.
-        w = w.reshape(-1, H // 2, 2, cfg.embed_dim).swapaxes(1, 2)
-    if name.endswith(("wq", "wk", "wv")):
-        return np.moveaxis(w.reshape(-1, H, cfg.embed_dim), 2, 0)
-    if name.endswith("wo"):
-        return w.T.reshape(-1, H, cfg.embed_dim)
-    return w if name == "embed" else w.T
+    data, kind = tensor.data, tensor.tensor_type
+    shape = tuple(int(n) for n in reversed(tensor.shape))
 
+    def read(box: Box) -> np.ndarray:
+        # np.asarray: numpy.memmap is slow to slice. The rows of a matrix are quantized each by itself.
+        rows = np.asarray(data[box[0]] if len(shape) > 1 else data)
+        return gguf.dequantize(rows, kind)[(slice(None), *box[1:]) if len(shape) > 1 else box]
 
-def _put(read: Callable[[int], np.ndarray], name: str, spec: ParamSpec, sharding: Any) -> jax.Array:
-    """A parameter on its devices. Each layer is dequantized once; of it the shards of this process are kept."""
-    dtype = jnp.dtype(spec.dtype)
-    whole = (slice(None),) * len(spec.shape)
-    indices: Any = [whole] if sharding is None else sharding.addressable_devices_indices_map(spec.shape).values()
-    bounds = {_bounds(index, spec.shape) for index in indices}
-    shards = {b: np.empty([stop - start for start, stop in b], dtype) for b in bounds}
-    for layer in range(spec.shape[0]) if name.startswith("layers/") else [None]:
-        values = read(layer or 0)
-        for b, shard in shards.items():
-            if layer is None:
-                shard[...] = values[_slices(b)]
-            elif b[0][0] <= layer < b[0][1]:
-                shard[layer - b[0][0]] = values[_slices(b[1:])]
-    if sharding is None:
-        return jax.device_put(shards[_bounds(whole, spec.shape)])
-    return jax.make_array_from_callback(spec.shape, sharding, lambda index: shards[_bounds(index or whole, spec.shape)])
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape))
-
-
-def _slices(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in bounds)
+    return Lazy(shape, np.dtype(np.float32), read)

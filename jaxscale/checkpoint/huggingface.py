@@ -1,5 +1,7 @@
 """Hugging Face checkpoints, in and out: config.json and safetensors <-> ModelConfig and the decoder's parameters.
 
+What lies where is a layout (`hf_layout`); importing reads through its inverse, shard by shard.
+
 params, cfg = import_hf("SmolLM2-135M")  # on the default device
 
 cfg = load_config("Llama-3.1-8B")  # or straight into shards; each process reads only what its devices hold
@@ -7,10 +9,8 @@ params, cfg = import_hf("Llama-3.1-8B", shardings=param_shardings(param_specs(cf
 export_hf(params, cfg, "out/hf")
 """
 
-import contextlib
 import functools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxscale.checkpoint import layout as lay
 from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
+from jaxscale.checkpoint.maps import Lazy, lazy
+from jaxscale.checkpoint.ranks import open_safetensors
+from jaxscale.checkpoint.reading import read_into
 from jaxscale.config import ModelConfig
 from jaxscale.models.decoder import param_specs
-from jaxscale.params import ParamSpec, path_name
+from jaxscale.params import path_name
 
 # Where each parameter lies: the tensor's name, and for each of its dims the dims of ours that are merged in it.
-# ((1, 2), (0,)) reads wq [D, N, H] from q_proj [N*H, D]. Layers are unstacked first.
+# ((1, 2), (0,)): wq [D, N, H] is q_proj [N*H, D]. For each {} in the name a leading dim is unstacked first: the layers,
+# then the experts.
 _LAYER = "model.layers.{}."
 _TENSORS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "embed": ("model.embed_tokens.weight", ((0,), (1,))),
@@ -74,12 +78,21 @@ def import_hf(path: str | Path, shardings: Any = None, cfg: ModelConfig | None =
     """
     path = Path(path)
     cfg = load_config(path) if cfg is None else cfg
-    leaves, treedef = jax.tree.flatten_with_path(param_specs(cfg))
-    targets = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
-    with _open_tensors(path) as state:
-        _check(state, cfg)
-        params = [_put(state, *_where(p, cfg), spec, target) for (p, spec), target in zip(leaves, targets)]
-    return treedef.unflatten(params), cfg
+    specs = param_specs(cfg)
+    arrays = _expected(_open_tensors(path), cfg)
+    layout = lay.inverse(hf_layout(cfg))
+    stored = lay.apply_layout(arrays, layout)
+    casts = [
+        lay.cast(name, spec.dtype, old=stored[name].dtype.name)
+        for name, spec in _named(specs).items()
+        if stored[name].dtype != jnp.dtype(spec.dtype)
+    ]
+    target = jax.tree.map(
+        lambda spec, where: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=where),
+        specs,
+        jax.tree.map(lambda _: None, specs) if shardings is None else shardings,
+    )
+    return jax.tree.map(jnp.asarray, read_into(target, arrays, (*layout, *casts))), cfg
 
 
 def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: int = 5_000_000_000) -> None:
@@ -101,7 +114,8 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
         raise ValueError(f"{path} is not empty; name a new directory to export to")
     path.mkdir(parents=True, exist_ok=True)
 
-    weight_map, tensors, source, host = {}, {}, None, np.empty(0)
+    weight_map: dict[str, str] = {}
+    tensors: dict[str, np.ndarray] = {}
 
     def flush():
         file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
@@ -109,10 +123,8 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
         weight_map.update(dict.fromkeys(tensors, file))
         tensors.clear()
 
-    for name, array, layer, groups in _entries(params, cfg):
-        if source is not array:  # the layers of one stacked parameter follow each other
-            source, host = array, np.asarray(array)
-        tensor = _to_hf(host, layer, groups)
+    for name, array in _exported(params, cfg):
+        tensor = _contiguous(array)
         if tensors and sum(t.nbytes for t in tensors.values()) + tensor.nbytes > max_file_bytes:
             flush()
         tensors[name] = tensor
@@ -135,78 +147,74 @@ def params_from_hf(state: Mapping[str, np.ndarray], cfg: ModelConfig) -> dict[st
 
     Raises ValueError when tensors are missing, unexpected, or of another shape than cfg says.
     """
-    _check(state, cfg)
-    return jax.tree.map_with_path(
-        lambda p, spec: _read(state, *_where(p, cfg), spec.shape, tuple(slice(0, n) for n in spec.shape)),
-        param_specs(cfg),
-    )
+    arrays = {name: lazy(np.asarray(array)) for name, array in state.items()}
+    mapped = lay.apply_layout(_expected(arrays, cfg), lay.inverse(hf_layout(cfg)))
+    return jax.tree.map_with_path(lambda path, _: mapped[path_name(path)].whole(), param_specs(cfg))
 
 
 def params_to_hf(params: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """The inverse of `params_from_hf`: contiguous numpy arrays by transformers' names; no head when it is tied."""
-    return {name: _to_hf(np.asarray(array), layer, groups) for name, array, layer, groups in _entries(params, cfg)}
+    return {name: _contiguous(array) for name, array in _exported(params, cfg)}
 
 
-def _where(path: tuple[Any, ...], cfg: ModelConfig) -> tuple[str, tuple[tuple[int, ...], ...]]:
+def hf_layout(cfg: ModelConfig) -> tuple[lay.Op, ...]:
+    """From the parameters of `param_specs(cfg)` to the tensors of transformers."""
+    ops: list[lay.Op] = []
+    for path, spec in _named(param_specs(cfg)).items():
+        name, groups = _where(path, cfg)
+        lead = name.count("{}")
+        order = (*range(lead), *(lead + dim for dim in sum(groups, ())))
+        if order != tuple(range(len(order))):
+            ops.append(lay.transpose(path, order))
+        for k, dims in enumerate(groups):
+            if len(dims) > 1:
+                ops.append(lay.merge_dims(path, lead + k, [spec.shape[lead + dim] for dim in dims]))
+        if lead == 0:
+            ops.append(lay.rename(path, name))
+            continue
+        first, last = name.replace("{}", "{i}", 1), name.replace("{}", "{layer}", 1).replace("{}", "{i}")
+        ops.append(lay.unstack(path, first.replace("{}", "each")))
+        if lead == 2:  # the experts of a layer, which were unstacked under the name of all
+            ops.append(lay.unstack(first.replace("{i}", "{layer}").replace("{}", "each"), last))
+    return tuple(ops)
+
+
+def _where(name: str, cfg: ModelConfig) -> tuple[str, tuple[tuple[int, ...], ...]]:
     """The tensor name of a parameter, with {} for its layer, and how its dims are merged."""
-    name = path_name(path)
     if name == "layers/mlp_norm" and not cfg.post_norms:  # Llama names it as Gemma names the norm after attention
         name = "layers/attn_post_norm"
     return _TENSORS[name]
 
 
-def _entries(params: Any, cfg: ModelConfig) -> Iterator[tuple[str, Any, int | None, tuple[tuple[int, ...], ...]]]:
-    """(tensor name, our array, the layer of it or None, merged dims) of every tensor of a model."""
-    leaves, treedef = jax.tree.flatten_with_path(param_specs(cfg))
-    for (path, spec), array in zip(leaves, treedef.flatten_up_to(params)):
+def _named(tree: Any) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _exported(params: Any, cfg: ModelConfig) -> Iterator[tuple[str, Lazy]]:
+    """(tensor name, tensor), those of one parameter after each other; it is on the host while they are read."""
+    arrays = {}
+    specs = param_specs(cfg)
+    leaves = jax.tree.structure(specs).flatten_up_to(params)
+    for (name, spec), array in zip(_named(specs).items(), leaves, strict=True):
         if array.shape != spec.shape:
-            raise ValueError(f"{path_name(path)} has shape {array.shape} but the configuration says {spec.shape}")
-        name, groups = _where(path, cfg)
-        for layer in range(spec.shape[0]) if "{}" in name else [None]:
-            yield name.format(layer), array, layer, groups
+            raise ValueError(f"{name} has shape {array.shape} but the configuration says {spec.shape}")
+        arrays[name] = array
+    on_host = functools.lru_cache(maxsize=1)(lambda name: np.asarray(arrays[name]))
+    stored = {
+        name: Lazy(x.shape, np.dtype(x.dtype), lambda box, name=name: on_host(name)[box]) for name, x in arrays.items()
+    }
+    yield from lay.apply_layout(stored, hf_layout(cfg)).items()
 
 
-def _to_hf(array: np.ndarray, layer: int | None, groups: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    one = array if layer is None else array[layer]
-    merged = [math.prod(one.shape[d] for d in dims) for dims in groups]
-    # safetensors writes the bytes of a strided array in the wrong order without a word: always contiguous.
-    return np.ascontiguousarray(one.transpose(sum(groups, ())).reshape(merged))
+def _contiguous(array: Lazy) -> np.ndarray:
+    """safetensors writes the bytes of a strided array in the wrong order without a word."""
+    return np.ascontiguousarray(array.whole())
 
 
-def _read(state: Mapping[str, Any], name: str, groups, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of one of our parameters; of each tensor no more is read than that part's leading dims need."""
-    if "{}" in name:
-        layers = range(*index[0].indices(shape[0]))
-        return np.stack([_read(state, name.format(i), groups, shape[1:], index[1:]) for i in layers])
-    bounds = [s.indices(n)[:2] for s, n in zip(index, shape)]
-    rows, split, inside = [], [], []
-    for lead, *rest in groups:
-        inner = math.prod(shape[d] for d in rest)
-        start, stop = bounds[lead]
-        rows.append(slice(start * inner, stop * inner))
-        split += [stop - start] + [shape[d] for d in rest]
-        inside += [slice(None)] + [slice(*bounds[d]) for d in rest]
-    part = np.asarray(state[name][tuple(rows)]).reshape(split)[tuple(inside)]
-    return part.transpose(np.argsort(sum(groups, ())))
-
-
-def _put(state: Mapping[str, Any], name: str, groups, spec: ParamSpec, sharding: Any) -> jax.Array:
-    @functools.cache  # replicas share what was read
-    def part(index):
-        return _read(state, name, groups, spec.shape, index).astype(jnp.dtype(spec.dtype), copy=False)
-
-    if sharding is None:
-        return jnp.asarray(part((slice(None),) * len(spec.shape)))
-    return jax.make_array_from_callback(spec.shape, sharding, part)
-
-
-def _check(state: Mapping[str, Any], cfg: ModelConfig) -> None:
-    """Names and shapes of the tensors are those of the configuration."""
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)), param_specs(cfg))
-    expected = {}
-    for name, array, layer, groups in _entries(abstract, cfg):
-        shape = array.shape if layer is None else array.shape[1:]
-        expected[name] = tuple(math.prod(shape[d] for d in dims) for dims in groups)
+def _expected(state: Mapping[str, Lazy], cfg: ModelConfig) -> dict[str, Lazy]:
+    """The tensors of `state`, whose names and shapes are those of the configuration, without a tied head's copy."""
+    specs = {n: Lazy(s.shape, jnp.dtype(s.dtype), lambda box: np.empty(0)) for n, s in _named(param_specs(cfg)).items()}
+    expected = {name: array.shape for name, array in lay.apply_layout(specs, hf_layout(cfg)).items()}
     given = {k for k in state if not k.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints hold this constant
     if cfg.tie_embeddings:
         given.discard("lm_head.weight")
@@ -215,35 +223,33 @@ def _check(state: Mapping[str, Any], cfg: ModelConfig) -> None:
             some = ", ".join(sorted(names)[:3])
             raise ValueError(f"the checkpoint {what} {len(names)} of {len(expected)} tensors: {some}")
     for name, shape in expected.items():
-        found = tuple(state[name].shape if isinstance(state[name], np.ndarray) else state[name].get_shape())
-        if found != shape:
-            raise ValueError(f"{name} has shape {found} but the configuration says {shape}")
-    if cfg.tie_embeddings and "lm_head.weight" in state:  # some checkpoints write the tied head as well
-        head, table = state["lm_head.weight"], state["model.embed_tokens.weight"]
-        if not np.array_equal(head[:], table[:]):
-            raise ValueError("lm_head.weight differs from the embedding; set tie_word_embeddings to false")
+        if state[name].shape != shape:
+            raise ValueError(f"{name} has shape {state[name].shape} but the configuration says {shape}")
+    head, table = state.get("lm_head.weight"), state["model.embed_tokens.weight"]
+    # Some checkpoints write the tied head as well.
+    if cfg.tie_embeddings and head is not None and not np.array_equal(head.whole(), table.whole()):
+        raise ValueError("lm_head.weight differs from the embedding; set tie_word_embeddings to false")
+    return {name: state[name] for name in expected}
 
 
-@contextlib.contextmanager
-def _open_tensors(path: Path) -> Iterator[dict[str, Any]]:
-    """Every tensor of a directory by name, still on disk; safe_open refuses damaged headers and truncated files."""
+def _open_tensors(path: Path) -> dict[str, Lazy]:
+    """Every tensor of a directory by name, still on disk; damaged headers and truncated files are refused."""
     index = path / "model.safetensors.index.json"
     whole = (path / "model.safetensors").exists()
     weight_map = None if whole else _read_json(index).get("weight_map", {})
     state = {}
-    with contextlib.ExitStack() as stack:
-        for file in ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values())):
-            if Path(file).name != file:
-                raise ValueError(f"{index} points outside its directory: {file!r}")
-            try:
-                tensors = stack.enter_context(safe_open(path / file, framework="np"))
-            except (SafetensorError, OSError) as e:
-                raise ValueError(f"{path / file} cannot be read: {e}; fetch it again") from e
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-                state[name] = tensors.get_slice(name)
-                if state[name].get_dtype() not in ("F32", "BF16", "F16"):
-                    raise ValueError(f"{name} holds {state[name].get_dtype()}; supported are F32, BF16 and F16")
-        yield state
+    for file in ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise ValueError(f"{index} points outside its directory: {file!r}")
+        try:
+            tensors = open_safetensors(path / file)
+        except (ValueError, OSError) as e:
+            raise ValueError(f"{path / file} cannot be read: {e}; fetch it again") from e
+        for name, tensor in tensors.items():
+            if tensor.dtype.name not in ("float32", "bfloat16", "float16"):
+                raise ValueError(f"{name} holds {tensor.dtype.name}; supported are float32, bfloat16 and float16")
+            state[name] = tensor
+    return state
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -218,14 +219,27 @@ def _place(array: Lazy, leaf: Any) -> Any:
         whole = array.whole()
         return whole if rests_on_host(leaf) else jax.device_put(whole)
 
+    boxes = {_bounds(index, array.shape) for index in sharding.addressable_devices_indices_map(array.shape).values()}
+    if not boxes:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.empty(0), dtype=array.dtype)
+    corner = [min(box[dim][0] for box in boxes) for dim in range(len(array.shape))]
+    hull = tuple(slice(first, max(box[dim][1] for box in boxes)) for dim, first in enumerate(corner))
+    tiled = math.prod(s.stop - s.start for s in hull) == sum(math.prod(b - a for a, b in box) for box in boxes)
+
     @functools.cache
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        if tiled:  # what lies under several shards is read, and dequantized, once
+            return read_hull()[tuple(slice(a - first, b - first) for (a, b), first in zip(bounds, corner))]
         return array.read(tuple(slice(*bound) for bound in bounds))
 
-    def callback(index: Any) -> np.ndarray:
-        return read(tuple(part.indices(size)[:2] for part, size in zip(index, array.shape)))
+    read_hull = functools.cache(lambda: array.read(hull))
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: read(_bounds(index, array.shape)), dtype=array.dtype
+    )
 
-    return jax.make_array_from_callback(array.shape, sharding, callback, dtype=array.dtype)
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
 
 
 def _as_leaf(data: Any, leaf: Any, record: Record) -> Any:
