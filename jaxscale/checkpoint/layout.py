@@ -13,8 +13,11 @@ byte is read.
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from jaxscale.checkpoint import maps
 
@@ -103,6 +106,61 @@ def unpad(path: str, axis: int, *, old: int, new: int) -> Op:
 def repeat(path: str, axis: int, times: int) -> Op:
     """Each entry along `axis` `times` in a row: kv heads for a larger tp, experts grown from fewer."""
     return Op(maps.Repeat(axis, times), (path,), (path,))
+
+
+def select(path: str, axis: int, entries: Sequence[int], *, old: int) -> Op:
+    """Entry k along `axis` becomes entry entries[k] of the `old` stored ones: experts grown, dropped or reordered.
+
+    `select("moe/w_up", 1, (0, 1, 0, 1), old=2)` makes four experts of two. The way back takes the first copy of each.
+    """
+    if any(not 0 <= k < old for k in entries):
+        raise ValueError(f"select {path}: {tuple(entries)} are not all entries of 0..{old - 1}")
+    return Op(maps.Select(axis, tuple(entries), old), (path,), (path,))
+
+
+def merge(path: str, axis: int, groups: Sequence[Sequence[int]]) -> Op:
+    """Entry k along `axis` becomes the mean of the stored entries groups[k]: experts merged. Its inverse grows copies.
+
+    Every entry must be in one group. The router's columns are merged likewise.
+    """
+    return Op(maps.Mean(axis, tuple(map(tuple, groups))), (path,), (path,))
+
+
+def copies(path: str, new_dim: int, times: int) -> Op:
+    """A new dim with `times` copies: the experts of a model that was dense (sparse upcycling, arXiv 2212.05055)."""
+    return Op(maps.Copies(new_dim, times), (path,), (path,))
+
+
+def compute(
+    sources: Sequence[str],
+    targets: Sequence[str],
+    function: Callable[..., tuple[np.ndarray, ...]],
+    *,
+    axis: int,
+    inverse: Callable[..., tuple[np.ndarray, ...]] | None = None,
+) -> Op:
+    """The targets are `function(*sources)`, as when a weight is quantized: `compute((w,), (values, scales), ...)`.
+
+    Args:
+      function: numpy arrays that are whole along `axis` and of any size along the other dims -> a tuple of arrays with
+        the same other dims. Each line along `axis` must not depend on the others: shards compute theirs alone. It is
+        called with zeros once, to learn sizes and dtypes.
+      inverse: the function back, or None if there is none.
+    """
+    return Op(maps.Compute(function, inverse, axis), tuple(sources), tuple(targets))
+
+
+def unflatten(flat: str, shapes: Mapping[str, Sequence[int]], *, old: int) -> tuple[Op, ...]:
+    """One flat array of `old` numbers -> named arrays, one after the other; padding at its end is dropped.
+
+    As ZeRO holds parameters and moments; `(*unflatten(...), other operations)`. Its inverse flattens.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if old < sum(sizes):
+        raise ValueError(f"unflatten {flat}: {len(shapes)} shapes need {sum(sizes)} numbers, there are {old}")
+    cut = split(flat, tuple(shapes), axis=0, sizes=sizes)
+    shaped = (split_dim(name, 0, shape) for name, shape in shapes.items() if len(shape) != 1)
+    return (*([unpad(flat, 0, old=old, new=sum(sizes))] if old > sum(sizes) else []), cut, *shaped)
 
 
 def cast(path: str, dtype: str, *, old: str) -> Op:

@@ -271,6 +271,131 @@ class Cast:
 
 
 @dataclasses.dataclass(frozen=True)
+class Select:
+    """Entry k along `axis` is entry entries[k] of `old`. `back` is what the inverse selects, where it is known."""
+
+    axis: int
+    entries: tuple[int, ...]
+    old: int
+    back: tuple[int, ...] | None = None
+
+    def __call__(self, x):
+        _expect(x, self.axis, self.old)
+        return [_gathered(x, self.axis, np.asarray(self.entries))]
+
+    def inverse(self):
+        back = self.back
+        if back is None:
+            if lost := sorted(set(range(self.old)) - set(self.entries)):
+                raise ValueError(f"entries {lost[:6]} of {self.old} were dropped; there is no way back")
+            back = tuple(self.entries.index(k) for k in range(self.old))
+        return Select(self.axis, back, len(self.entries), self.entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """Entry k along `axis` is the mean of the entries groups[k], taken in float64 and rounded once."""
+
+    axis: int
+    groups: tuple[tuple[int, ...], ...]
+
+    def __call__(self, x):
+        size = sum(map(len, self.groups))
+        _expect(x, self.axis, size)
+        if sorted(k for group in self.groups for k in group) != list(range(size)):
+            raise ValueError(f"groups {self.groups} do not hold each of {size} entries once")
+        axis = self.axis % len(x.shape)
+
+        def read(box):
+            means = []
+            for group in self.groups[box[axis]]:
+                block = _gathered(x, axis, np.asarray(group)).read(_with(box, axis, 0, len(group)))
+                means.append(block.astype(np.float64).mean(axis, keepdims=True).astype(x.dtype))
+            return np.concatenate(means, axis)
+
+        return [_made((x,), _resized(x, axis, len(self.groups)), read)]
+
+    def inverse(self):
+        size = sum(map(len, self.groups))
+        owner = {k: g for g, group in enumerate(self.groups) for k in group}
+        return Select(self.axis, tuple(owner[k] for k in range(size)), len(self.groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """A new dim with `times` copies."""
+
+    dim: int
+    times: int
+
+    def __call__(self, x):
+        dim = self.dim % (len(x.shape) + 1)
+
+        def read(box):
+            one = np.expand_dims(x.read((*box[:dim], *box[dim + 1 :])), dim)
+            return np.repeat(one, box[dim].stop - box[dim].start, dim)
+
+        return [_made((x,), (*x.shape[:dim], self.times, *x.shape[dim:]), read)]
+
+    def inverse(self):
+        return First(self.dim, self.times)
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """The first entry of a dim that holds copies."""
+
+    dim: int
+    times: int
+
+    def __call__(self, x):
+        dim = self.dim % len(x.shape)
+        _expect(x, dim, self.times)
+        read = lambda box: x.read((*box[:dim], slice(0, 1), *box[dim:])).squeeze(dim)
+        return [_made((x,), (*x.shape[:dim], *x.shape[dim + 1 :]), read)]
+
+    def inverse(self):
+        return Copies(self.dim, self.times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """A function of arrays that are whole along `axis` and of any size elsewhere; see `layout.compute`."""
+
+    forward: Callable[..., tuple[np.ndarray, ...]]
+    backward: Callable[..., tuple[np.ndarray, ...]] | None
+    axis: int
+
+    def __call__(self, *xs):
+        if len({len(x.shape) for x in xs}) != 1 or not xs[0].shape:
+            raise ValueError(f"the arrays have {[len(x.shape) for x in xs]} dims; they need the same, one or more")
+        axis = self.axis % len(xs[0].shape)
+        rest = {_resized(x, axis, 0) for x in xs}
+        if len(rest) != 1:
+            raise ValueError(f"the arrays differ beside axis {axis}: {[x.shape for x in xs]}")
+        thin = [np.zeros([n if d == axis else 1 for d, n in enumerate(x.shape)], x.dtype) for x in xs]
+        made = self.forward(*thin)
+        sources = frozenset().union(*(x.sources for x in xs))
+
+        def reader(k):
+            def read(box):
+                parts = self.forward(*(x.read(_with(box, axis, 0, x.shape[axis])) for x in xs))
+                return parts[k][_with((slice(None),) * len(box), axis, box[axis].start, box[axis].stop)]
+
+            return read
+
+        return [
+            Lazy(_resized(xs[0], axis, y.shape[axis]), np.dtype(y.dtype), reader(k), sources)
+            for k, y in enumerate(made)
+        ]
+
+    def inverse(self):
+        if self.backward is None:
+            raise ValueError("a computed array has no way back; give `inverse`")
+        return Compute(self.backward, self.forward, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     stages: int
     rounds: int

@@ -16,10 +16,12 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxscale.checkpoint.layout import apply_layout, unflatten
 from jaxscale.checkpoint.maps import Concat, Lazy
 
 Path = str | os.PathLike[str]
@@ -113,6 +115,38 @@ def join_ranks(ranks: Sequence[Mapping[str, Lazy]], axes: Mapping[str, int | Non
         except (ValueError, IndexError) as error:
             raise ValueError(f"{name} along axis {axis}: {error}") from None
     return out
+
+
+def join_zero(
+    ranks: Sequence[Mapping[str, Lazy]], flat: str, shapes: Mapping[str, Sequence[int]], *, stage: Literal[1, 2, 3]
+) -> dict[str, Lazy]:
+    """ZeRO's flat partitions -> named arrays; call it for the parameters and for each moment.
+
+    Stages 1 and 2 cut one flat array of all parameters into equal parts, with padding at its end. Stage 3 cuts each
+    parameter by itself, padded to a multiple of the ranks, and each rank holds its parts one after the other.
+    (DeepSpeed, `utils/zero_to_fp32.py`.)
+
+    Args:
+      ranks: the arrays of each data-parallel rank, in the order of ranks.
+      flat: name of the flat array in each rank's file.
+      shapes: of the parameters, in the order in which they were flattened.
+
+    Raises:
+      ValueError: a rank lacks the flat array, or it is too short for the shapes.
+    """
+    if lacking := [k for k, rank in enumerate(ranks) if flat not in rank]:
+        raise ValueError(f"ranks {lacking[:6]} have no array {flat}; they have {', '.join(list(ranks[0])[:6])}")
+    count = len(ranks)
+    if stage < 3:
+        whole = join_ranks([{flat: rank[flat]} for rank in ranks], {flat: 0})
+        return apply_layout(whole, unflatten(flat, shapes, old=whole[flat].shape[0]))
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    parts = {name: (-(-size // count),) for name, size in sizes.items()}
+    cut = [apply_layout({flat: rank[flat]}, unflatten(flat, parts, old=rank[flat].shape[0])) for rank in ranks]
+    joined = join_ranks(cut, dict.fromkeys(parts, 0))
+    for name, array in joined.items():
+        joined |= apply_layout({name: array}, unflatten(name, {name: shapes[name]}, old=array.shape[0]))
+    return joined
 
 
 def join_stages(stages: Sequence[Mapping[str, Lazy]], layer: str) -> dict[str, Lazy]:

@@ -192,6 +192,14 @@ def test_every_form_into_every_other(saved, source):
         assert ckpt.metadata()["position"] == 77
 
 
+def halves(x):
+    return x // 10, (x % 10).astype(np.int8)
+
+
+def whole_again(high, low):
+    return (high * 10 + low,)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_an_operation_and_its_inverse_cancel(data):
@@ -209,6 +217,9 @@ def test_an_operation_and_its_inverse_cancel(data):
         "unstack": lay.unstack("{rest}", "{rest}.{i}"),
         "parts": lay.split("w", ("a", "b"), axis=axis, sizes=(1, size - 1)),
         "cast": lay.cast("w", "float32", old="bfloat16"),
+        "select": lay.select("w", axis, [*data.draw(st.permutations(range(size))), 0, size - 1], old=size),
+        "copies": lay.copies("w", axis, 3),
+        "compute": lay.compute(("w",), ("high", "low"), halves, axis=axis, inverse=whole_again),
     }
     op = ops[data.draw(st.sampled_from(sorted(ops)))]
     dtype = "bfloat16" if "cast" in str(op) else "int32"
@@ -218,9 +229,71 @@ def test_an_operation_and_its_inverse_cancel(data):
     assert bits(there_and_back["w"].whole()) == bits(x)
     # A box of any result is that box of the whole result.
     for result in lay.apply_layout({"w": maps.lazy(x)}, (op,)).values():
+        assert result.whole().shape == result.shape and result.whole().dtype == result.dtype
         bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in result.shape]
         box = tuple(slice(a, b) if a < b else slice(0, n) for (a, b), n in zip(bounds, result.shape))
         assert bits(result.read(box)) == bits(result.whole()[box])
+
+
+def quantize(x):
+    """Eight bits with a scale for each block of four along axis 1."""
+    blocks = x.reshape(x.shape[0], -1, 4, *x.shape[2:])
+    scale = np.maximum(np.abs(blocks).max(axis=2, keepdims=True) / 127, 1e-12).astype(np.float32)
+    return np.round(blocks / scale).astype(np.int8).reshape(x.shape), scale.squeeze(2)
+
+
+def dequantize(values, scale):
+    return ((values.reshape(values.shape[0], -1, 4, *values.shape[2:]) * scale[:, :, None]).reshape(values.shape),)
+
+
+def test_weights_are_quantized_on_the_way_into_shards(tmp_path, rng):
+    """Float32 parameters are restored as int8 with scales, each shard quantized by itself; and back."""
+    w = rng.normal(size=(4, 8, 6)).astype(np.float32)
+    layout = (lay.compute(("w",), ("w/values", "w/scale"), quantize, axis=1, inverse=dequantize),)
+    values, scale = quantize(w)
+    mesh = make_mesh(fsdp=4, tp=2)
+    sharded = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+    )
+    target = {
+        "w/values": sharded((4, 8, 6), np.int8, "fsdp", "tp"),
+        "w/scale": sharded((4, 2, 6), np.float32, None, None, "tp"),
+    }
+    with Checkpointer(tmp_path / "float") as ckpt, Checkpointer(tmp_path / "int8") as small:
+        ckpt.save(1, {"params": {"w": w}})
+        restored = ckpt.restore({"params": target}, layout=layout)["params"]
+        assert bits(restored) == bits({"w/values": values, "w/scale": scale})
+        small.save(1, {"params": restored})
+        back = small.restore({"params": {"w": np.zeros_like(w)}}, layout=lay.inverse(layout))["params"]["w"]
+    assert bits(back) == bits(dequantize(values, scale)[0])
+    assert np.abs(back - w).max() <= np.repeat(scale, 4, axis=1).max() * 0.501
+
+
+def test_experts_grow_and_merge(rng):
+    """A dense layer becomes four experts, four become six, six become three; moments go along."""
+    w = rng.normal(size=(3, 5)).astype(np.float32)
+    tree = {n: maps.lazy(w + k) for k, n in enumerate(("params/up", "opt/mu/up", "opt/nu/up"))}
+    layout = (
+        lay.copies("up", 0, 4),
+        lay.select("up", 0, (0, 1, 2, 3, 0, 1), old=4),
+    )
+    grown = lay.apply_layout(tree, layout)
+    for k, name in enumerate(tree):
+        assert bits(grown[name].whole()) == bits(np.broadcast_to(w + k, (6, 3, 5)))
+    x = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    merged = lay.merge("w", 1, ((0, 5), (1, 2, 4), (3,)))
+    (m,) = lay.apply_layout({"w": maps.lazy(x)}, (merged,)).values()
+    want = np.stack([x[:, [0, 5]].mean(1), x[:, [1, 2, 4]].mean(1), x[:, 3]], 1)
+    np.testing.assert_allclose(m.whole(), want, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(m.read((slice(1, 2), slice(2, 3), slice(0, 2))), x[1:2, 3:4, 0:2])
+    (back,) = lay.apply_layout({"w": m}, lay.inverse((merged,))).values()
+    np.testing.assert_array_equal(back.whole(), m.whole()[:, [0, 1, 1, 2, 1, 0]])
+    with pytest.raises(ValueError, match=r"entries \[1\] of 3 were dropped; there is no way back"):
+        lay.inverse((lay.select("w", 0, (0, 2), old=3),))
+    with pytest.raises(ValueError, match=r"do not hold each of 3 entries once"):
+        lay.apply_layout({"w": maps.lazy(x)}, (lay.merge("w", 2, ((0, 1), (1,))),))
+    with pytest.raises(ValueError, match=r"computed array has no way back"):
+        lay.inverse((lay.compute(("w",), ("q",), lambda x: (x,), axis=0),))
 
 
 def test_restage_between_pipelines():

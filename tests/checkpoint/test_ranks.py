@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxscale.checkpoint import layout as lay
 from jaxscale.checkpoint.layout import apply_layout
-from jaxscale.checkpoint.ranks import join_ranks, join_stages, open_npz, open_safetensors
+from jaxscale.checkpoint.ranks import join_ranks, join_stages, join_zero, open_npz, open_safetensors
 from jaxscale.checkpoint.reading import read_into
 from jaxscale.mesh import make_mesh
 
@@ -74,6 +74,39 @@ def test_ranks_and_stages_onto_a_mesh(tmp_path, rng, open_file, write):
         assert x.sharding == target[name].sharding
     with pytest.raises(ValueError, match=r"do not fit: 1 missing: bias; 1 extra: wv"):
         read_into({n: t for n, t in target.items() if n != "wv"} | {"bias": target["norm"]}, arrays, layout)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_partitions(tmp_path, rng, stage):
+    """Flat partitions of parameters and moments over three ranks, as DeepSpeed pads and cuts them."""
+    shapes = {"embed": (10, D), "norm": (D,), "wq": (D, N, H), "odd": (7,)}
+    kinds = {kind: {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()} for kind in ("fp32", "mu")}
+    ranks: list[dict] = [{}, {}, {}]
+    for kind, tree in kinds.items():
+        if stage == 1:
+            flat = np.concatenate([x.reshape(-1) for x in tree.values()])
+            flat = np.concatenate([flat, np.zeros(-len(flat) % 6, np.float32)])  # to a multiple of 2 x ranks
+            parts = np.split(flat, 3)
+        else:
+            padded = [np.concatenate([x.reshape(-1), np.zeros(-x.size % 3, np.float32)]) for x in tree.values()]
+            parts = [np.concatenate([np.split(x, 3)[r] for x in padded]) for r in range(3)]
+        for rank, part in zip(ranks, parts):
+            rank[kind] = part
+    files = []
+    for r, rank in enumerate(ranks):
+        save_file(rank, tmp_path / f"rank{r}")
+        files.append(open_safetensors(tmp_path / f"rank{r}"))
+    for kind, tree in kinds.items():
+        joined = join_zero(files, kind, shapes, stage=stage)
+        assert bits({n: x.whole() for n, x in joined.items()}) == bits(tree)
+        np.testing.assert_array_equal(joined["wq"].read((slice(3, 5), slice(1, 3), slice(0, 2))), tree["wq"][3:5, 1:3])
+    if stage == 1:  # and flat again
+        flatten = lay.inverse(lay.unflatten("flat", shapes, old=len(flat)))
+        assert bits(apply_layout(joined, flatten)["flat"].whole()) == bits(flat)
+    with pytest.raises(ValueError, match=r"ranks \[0, 1, 2\] have no array nu"):
+        join_zero(files, "nu", shapes, stage=stage)
+    with pytest.raises(ValueError, match=r"shapes need .* numbers, there are"):
+        join_zero(files, "mu", shapes | {"more": (99, 99)}, stage=stage)
 
 
 def test_what_does_not_join_is_refused(tmp_path, rng):
