@@ -9,6 +9,7 @@ A step is a folder of `directory` named by its number:
 A folder without a valid commit.json is no step: it is never listed, and the next writer removes it.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -24,6 +25,7 @@ from jaxscale.checkpoint import arrays, files, reading
 from jaxscale.checkpoint.background import Background, OnError, one_line
 from jaxscale.checkpoint.checksum import crc32_whole
 from jaxscale.checkpoint.layout import Layout
+from jaxscale.checkpoint.lock import WriterLock
 from jaxscale.checkpoint.snapshot import HostPool, Snapshot, take_snapshot
 from jaxscale.checkpoint.tree import num_bytes
 from jaxscale.config import CheckpointConfig
@@ -66,7 +68,7 @@ class Checkpointer:
         self.pool = pool
         self._background = Background(self._explain, on_error)
         self._verified: set[int] = set()
-        self._cleaned = False
+        self._lock: WriterLock | None = None  # process 0's, from the first save on
 
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts saving `state` and returns; the caller may donate it at once. All processes call it.
@@ -185,7 +187,12 @@ class Checkpointer:
 
     def close(self) -> None:
         """`wait`, and the end of the background thread."""
-        self._background.close()
+        try:
+            self._background.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -233,12 +240,16 @@ class Checkpointer:
             "files": files.list_files(self.directory / str(step)),
             "metadata": metadata,
         }
+        assert self._lock is not None
+        self._lock.check()
         files.write_json(self.directory / str(step) / files.COMMIT, commit)
         self._retain()
 
     def _explain(self, step: int, error: BaseException) -> OSError:
-        if jax.process_index() == 0:
-            self._sweep(step)
+        with contextlib.suppress(OSError):  # of a directory that another writer took over nothing is removed
+            if self._lock is not None:
+                self._lock.check()
+                self._sweep(step)
         newest = self.latest_step()
         return OSError(
             f"step {step} was not saved in {self.directory}: {one_line(error)}; "
@@ -247,7 +258,7 @@ class Checkpointer:
 
     def _prepare(self) -> None:
         """Before the first save: the directory, without what a killed writer left in it."""
-        if self._cleaned or jax.process_index():
+        if self._lock or jax.process_index():
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -256,8 +267,8 @@ class Checkpointer:
             probe.unlink()
         except OSError as error:
             raise OSError(f"checkpoint directory {self.directory} cannot be written: {one_line(error)}") from error
+        self._lock = WriterLock(self.directory)
         self._sweep()
-        self._cleaned = True
 
     def _sweep(self, step: int | None = None) -> None:
         """Removes half-written steps and temporary folders, all or those of one step; foreign folders stay."""

@@ -142,6 +142,46 @@ def test_missing_and_unwritable_directories(tmp_path):
         Checkpointer(tmp_path / "file" / "run").save(1, {"x": jnp.zeros(1)})
 
 
+def test_a_second_writer_is_refused(tmp_path):
+    """Here, in another process, and after a kill; readers are welcome at all times."""
+    state = {"x": jnp.arange(3.0)}
+    with Checkpointer(tmp_path) as first, Checkpointer(tmp_path) as second:
+        first.save(1, state)
+        first.wait()
+        refusal = rf"process {os.getpid()} on .* writes checkpoints to {tmp_path}; a directory has one writer"
+        with pytest.raises(OSError, match=refusal):
+            second.save(2, state)
+        assert bits(second.restore(state)) == bits(state)
+        child = run_child(
+            """
+            try:
+                Checkpointer(sys.argv[1]).save(2, {"x": small})
+            except OSError as error:
+                print("REFUSED", error, flush=True)
+            ckpt = Checkpointer(sys.argv[1] + "/killed")
+            ckpt.save(2, {"x": small}); ckpt.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+            """,
+            tmp_path,
+        )
+        assert f"REFUSED process {os.getpid()} on" in child.stdout, child.stderr
+        assert child.returncode == -9
+        assert first.steps() == [1]
+    assert (tmp_path / "killed" / ".writer").exists()
+    with Checkpointer(tmp_path / "killed") as ckpt:  # a dead writer holds nothing
+        assert ckpt.steps() == [2]
+        ckpt.save(3, state)
+        ckpt.wait()
+        # Where there are no locks, the one who came last may write.
+        (tmp_path / "killed" / ".writer").write_text('{"pid": 77, "host": "far", "since": "2026-01-01T00:00:00"}')
+        ckpt.save(4, state)
+        with pytest.raises(
+            OSError, match=r"step 4 was not saved .* process 77 on far since 2026-01-01T00:00:00 UTC writes"
+        ):
+            ckpt.wait()
+        assert ckpt.steps() == [2, 3]
+
+
 def test_a_newer_format_is_refused(tmp_path):
     from jaxscale.checkpoint import files, reading
 
@@ -226,7 +266,7 @@ def test_a_full_disk_leaves_the_last_good_step(tmp_path):
             print("WAIT", error)
         assert ckpt.steps() == [1], ckpt.steps()
         assert (ckpt.restore({"x": small})["x"] == small).all()
-        print("LEFT", sorted(os.listdir(sys.argv[1])))
+        print("LEFT", sorted(name for name in os.listdir(sys.argv[1]) if name != ".writer"))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert ckpt.save(4, {"x": big})           # space again
         ckpt.close()
