@@ -29,6 +29,7 @@ def start_save(path: str, arrays: Mapping[str, Any]) -> Any:
 
     context = ocp.Context()
     context.array.saving.use_compression = False  # random float32 shrinks by 7 % and takes five times as long
+    context.asynchronous.timeout_secs = 600  # of a process for the others
     context.memory.deepcopy_host_arrays = False  # the snapshot is a copy already
     with context:
         return ocp.save_async(path, dict(arrays), checkpointable_name=ITEM, overwrite=True, custom_metadata=OWNER)

@@ -6,12 +6,12 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxscale.checkpoint import arrays
+from jaxscale.checkpoint import arrays, peers
 
 COMMIT = "commit.json"
 REMOVING = "removing"  # marks a step whose removal has begun
 SMALL_FILE = 1 << 20  # bytes; up to this a file has a checksum of its own beside those of the arrays
-BARRIER_SECONDS = 1200  # how long a process waits for the files of another
+BARRIER_SECONDS = 600  # how long a process waits for the files of another that reports no failure
 
 
 def list_files(root: Any) -> dict[str, list[int | None]]:
@@ -82,10 +82,13 @@ def read_json(path: Any) -> dict[str, Any] | None:
     return json.loads(text) if checksum == f"{zlib.crc32(text.encode()):08x}" else None
 
 
-def await_json(path: Any) -> dict[str, Any]:
+def await_json(path: Any, failure_key: str) -> dict[str, Any]:
+    """What another process writes; raises OSError as soon as one reports a failure under `failure_key`."""
     end = time.monotonic() + BARRIER_SECONDS
     while (found := read_json(path)) is None:
-        if time.monotonic() > end or not path.parent.exists():
-            raise TimeoutError(f"{path} did not appear; the process that writes it failed")
+        if (failure := peers.reported_failure(failure_key)) is not None:
+            raise OSError(failure)
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} did not appear in {BARRIER_SECONDS} s; the process that writes it is gone")
         time.sleep(0.05)
     return found

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxscale.checkpoint import arrays, files, reading
+from jaxscale.checkpoint import arrays, files, peers, reading
 from jaxscale.checkpoint.background import Background, OnError, one_line
 from jaxscale.checkpoint.checksum import crc32_whole
 from jaxscale.checkpoint.layout import Layout
@@ -69,6 +69,7 @@ class Checkpointer:
         self._background = Background(self._explain, on_error)
         self._verified: set[int] = set()
         self._lock: WriterLock | None = None  # process 0's, from the first save on
+        self._count = 0  # of saves
 
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts saving `state` and returns; the caller may donate it at once. All processes call it.
@@ -209,24 +210,36 @@ class Checkpointer:
 
     def _write(self, step: int, path: str, snapshot: Snapshot, metadata: dict[str, Any], started: Any) -> None:
         """In the background thread: the arrays, their checksums, the commit, and then what is too old."""
-        records = snapshot.records
+        self._count += 1
+        failure_key = f"jaxscale/checkpoint/{path}/{self._count}"  # the same in all processes
         try:
-            with arrays.ONE_OPERATION:
-                started = started or arrays.start_save(path, snapshot.copies)
-                try:
-                    shares = {name: arrays.local_share(copy) for name, copy in snapshot.copies.items()}
-                finally:
-                    started.result()  # nothing may be left writing when this ends
+            self._write_and_commit(step, path, snapshot, metadata, started, failure_key)
+        except Exception as error:
+            peers.report_failure(failure_key, f"process {jax.process_index()}: {one_line(error)}")
+            raise
         finally:
             snapshot.release()
+
+    def _write_and_commit(
+        self, step: int, path: str, snapshot: Snapshot, metadata: dict[str, Any], started: Any, failure_key: str
+    ) -> None:
+        records = snapshot.records
+        with arrays.ONE_OPERATION:
+            started = started or arrays.start_save(path, snapshot.copies)
+            try:
+                shares = {name: arrays.local_share(copy) for name, copy in snapshot.copies.items()}
+            finally:
+                started.result()  # nothing may be left writing when this ends
         me, processes = jax.process_index(), jax.process_count()
         if me:
             files.write_json(self.directory / str(step) / f"shares.{me}.json", shares)
-            files.await_json(self.directory / str(step) / files.COMMIT)  # so that all processes list the same steps
+            # So that all processes list the same steps.
+            files.await_json(self.directory / str(step) / files.COMMIT, failure_key)
             return
         for process in range(1, processes):
             others = self.directory / str(step) / f"shares.{process}.json"
-            shares = {name: share ^ files.await_json(others)[name] for name, share in shares.items()}
+            found = files.await_json(others, failure_key)
+            shares = {name: share ^ found[name] for name, share in shares.items()}
             others.unlink()
         for name, record in records.items():
             record["crc32"] = crc32_whole(shares.get(name, 0), num_bytes(record))

@@ -16,7 +16,7 @@ from jaxscale.mesh import make_mesh
 ROOT = pathlib.Path(__file__).parents[2]
 
 PAIR = """
-import sys, numpy as np, jax
+import sys, time, numpy as np, jax, jax.experimental.multihost_utils
 port, index, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -42,6 +42,24 @@ with Checkpointer(directory) as ckpt:
         for shard in back[name].addressable_shards:
             np.testing.assert_array_equal(shard.data, 3 * (base + offset)[shard.index])
     assert back["n"] == 5 and (jax.random.key_data(back["key"]) == jax.random.key_data(jax.random.key(3))).all()
+    # A process that fails tells the others at once, and the steps before stay.
+    from jaxscale.checkpoint import arrays
+    healthy = arrays.local_share
+    if index == 1:
+        arrays.local_share = lambda array: 1 / 0
+    begin = time.monotonic()
+    ckpt.save(4, state)
+    try:
+        ckpt.wait()
+    except OSError as error:
+        print("FAILED", error, flush=True)
+    assert time.monotonic() - begin < 20
+    assert ckpt.steps() == [2, 3], ckpt.steps()
+    arrays.local_share = healthy
+    jax.experimental.multihost_utils.sync_global_devices("swept")
+    assert ckpt.save(4, state)
+    ckpt.wait()
+    assert ckpt.steps() == [2, 3, 4], ckpt.steps()  # 2 was verified
 print("DONE")
 """
 
@@ -73,11 +91,14 @@ def test_two_processes_save_one_checkpoint(tmp_path):
             process.kill()
     for process, output in zip(pair, outputs):
         assert process.returncode == 0, output[-3000:]
+        assert "FAILED step 4 was not saved" in output
+    assert "process 1: division by zero" in outputs[0]
     # One process of another mesh reads what two wrote; the checksums, made from both, hold.
     where = jax.sharding.NamedSharding(make_mesh(tp=2, fsdp=4), jax.sharding.PartitionSpec("fsdp", "tp"))
     array = jax.ShapeDtypeStruct((64, 6), np.float32, sharding=where)
     with Checkpointer(tmp_path) as ckpt:
         assert ckpt.verify(3) == []
+        assert ckpt.verify(4) == []
         assert ckpt.metadata(2)["step"] == 2
         back = ckpt.restore({"w": array, "r": array, "t": array, "key": jax.random.key(0), "n": 0}, 3)
     base = np.arange(64 * 6, dtype=np.float32).reshape(64, 6)
