@@ -180,27 +180,9 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     seen_by_all = jnp.maximum(length - options.window, 0)
                     full_lo = jnp.clip(lax.div(seen_by_all + _TILE - 1, jnp.int32(_TILE)), lo, full_hi)
 
-                def step(j, carry, masked):
-                    acc, m, l, scales = carry
-                    following = factors(b, head, j + 1)  # read a tile ahead: nothing waits for it
-                    slot = lax.rem(done + j - lo, jnp.int32(stages))
-                    k, v = k_smem.at[pair, slot], v_smem.at[pair, slot]
-                    plgpu.barrier_wait(k_full.at[pair, slot])
+                def softmax(s, m, l, scale, j, masked):
                     if quantized:
-                        wide.at[pair, pl.ds(0, _TILE)][...] = _widen(k, dtype)
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(k_free.at[pair, slot])
-                        k = wide.at[pair, pl.ds(0, _TILE)]
-
-                    def qk(s_ref):
-                        plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
-                        return s_ref[...]
-
-                    s = pl.run_scoped(qk, plgpu.ACC((_ROWS, _TILE), jnp.float32))
-                    if not quantized:
-                        plgpu.barrier_arrive(k_free.at[pair, slot])
-                    if quantized:
-                        s = s * columns(scales[0])
+                        s = s * columns(scale)
                     if options.soft_cap is not None:
                         ratio = options.soft_cap / options.scale
                         s = jnp.tanh(s * (1 / ratio)) * ratio
@@ -210,39 +192,77 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                     alpha = jnp.exp2(m - shift)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(shift, s.shape, [0]))
-                    l = l * alpha + p.sum(axis=1)
-                    if quantized:
-                        p = p * columns(scales[1])
-                    acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+                    return p, m_new, l * alpha + p.sum(axis=1), lax.broadcast_in_dim(alpha, (_ROWS, Hv), [0])
+
+                def owned(values, j):
+                    """Zeros past a sequence's end, where nan may stand, which 0 * nan would pass on."""
+                    return jnp.where(_iota(values.shape, 0) + j * _TILE < length, values, jnp.zeros((), dtype))
+
+                def step(j, carry, masked):
+                    acc, m, l = carry
+                    slot = lax.rem(done + j - lo, jnp.int32(stages))
+                    k, v = k_smem.at[pair, slot], v_smem.at[pair, slot]
+                    plgpu.barrier_wait(k_full.at[pair, slot])
+
+                    def qk(s_ref):
+                        plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
+                        return s_ref[...]
+
+                    s = pl.run_scoped(qk, plgpu.ACC((_ROWS, _TILE), jnp.float32))
+                    plgpu.barrier_arrive(k_free.at[pair, slot])
+                    p, m, l, alpha = softmax(s, m, l, None, j, masked)
                     plgpu.barrier_wait(v_full.at[pair, slot])
-                    if quantized or masked:  # what lies past a sequence's end may be nan, which 0 * nan would pass on
-                        values = _widen(v, dtype) if quantized else plgpu.load(v, layout=plgpu.Layout.WGMMA)
-                        if masked:
-                            owned = _iota(values.shape, 0) + j * _TILE < length
-                            values = jnp.where(owned, values, jnp.zeros((), dtype))
-                        target = wide.at[pair, pl.ds(_TILE, _TILE)] if quantized else v
-                        target[...] = values
+                    if masked:
+                        v[...] = owned(plgpu.load(v, layout=plgpu.Layout.WGMMA), j)
                         plgpu.commit_smem()
-                        if quantized:
-                            plgpu.barrier_arrive(v_free.at[pair, slot])
-                        v = target
-                    acc = _mma(acc, p.astype(dtype), v)
-                    if not quantized:
-                        plgpu.barrier_arrive(v_free.at[pair, slot])
-                    return acc, m_new, l, following
+                    acc = _mma(acc * alpha, p.astype(dtype), v)
+                    plgpu.barrier_arrive(v_free.at[pair, slot])
+                    return acc, m, l
+
+                def widen(full, free, narrow, target, j, masked=False):
+                    """Tile j of 8 bits to where wgmma reads it, in 16; its slot is free at once."""
+                    slot = lax.rem(done + j - lo, jnp.int32(stages))
+                    plgpu.barrier_wait(full.at[pair, slot])
+                    values = _widen(narrow.at[pair, slot], dtype)
+                    target[...] = owned(values, j) if masked else values
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(free.at[pair, slot])
+
+                def widening_step(j, carry, masked):
+                    """V is widened under QK, the next K under PV; this K was, under the PV before."""
+                    acc, m, l, scales = carry
+                    following = factors(b, head, j + 1)  # read a tile ahead: nothing waits for it
+
+                    def products(s_ref, *acc_ref):
+                        plgpu.wgmma(s_ref, q, wide_k.transpose((1, 0)))
+                        widen(v_full, v_free, v_smem, wide_v, j, masked)
+                        s = plgpu.wgmma_accumulator_load(s_ref)
+                        p, m_new, l_new, alpha = softmax(s, m, l, scales[0], j, masked)
+                        p = (p * columns(scales[1])).astype(dtype)
+                        new_acc = _mma(acc * alpha, p, wide_v, *acc_ref)
+                        pl.when(j + 1 < hi)(lambda: widen(k_full, k_free, k_smem, wide_k, j + 1))
+                        return acc_ref[0][...] if acc_ref else new_acc, m_new, l_new
+
+                    accs = [] if _dispatch.interpreted("gpu") else [plgpu.ACC((_ROWS, Hv), jnp.float32)]
+                    block = plgpu.ACC((_ROWS, _TILE), jnp.float32)
+                    return *pl.run_scoped(products, block, *accs), following
 
                 zero = lambda layout, shape, x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
                 carry = (
                     zero(plgpu.Layout.WGMMA, (_ROWS, Hv), 0.0),
                     zero(reduced, (_ROWS,), -math.inf),
                     zero(reduced, (_ROWS,), 0.0),
-                    factors(b, head, lo),
                 )
                 plgpu.barrier_wait(q_barriers.at[pair])
+                run = step
+                if quantized:
+                    run, carry = widening_step, (*carry, factors(b, head, lo))
+                    wide_k, wide_v = (wide.at[pair, pl.ds(x, _TILE)] for x in (0, _TILE))
+                    pl.when(lo < hi)(lambda: widen(k_full, k_free, k_smem, wide_k, lo))
                 if options.window is not None:
-                    carry = lax.fori_loop(lo, full_lo, functools.partial(step, masked=True), carry)
-                carry = lax.fori_loop(full_lo, full_hi, functools.partial(step, masked=False), carry)
-                acc, m, l, _ = lax.fori_loop(full_hi, hi, functools.partial(step, masked=True), carry)
+                    carry = lax.fori_loop(lo, full_lo, functools.partial(run, masked=True), carry)
+                carry = lax.fori_loop(full_lo, full_hi, functools.partial(run, masked=False), carry)
+                acc, m, l, *_ = lax.fori_loop(full_hi, hi, functools.partial(run, masked=True), carry)
 
                 seen = l > 0.0
                 inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
@@ -414,10 +434,14 @@ def _iota(shape, dim: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
 
 
-def _mma(acc: jax.Array, a: jax.Array, b_ref) -> Any:
-    """acc + a @ b with a in registers, which the interpreter's wgmma does not take."""
+def _mma(acc: jax.Array, a: jax.Array, b_ref, acc_ref=None) -> Any:
+    """acc + a @ b with a in registers, which the interpreter's wgmma does not take; in flight in acc_ref if given."""
     if _dispatch.interpreted("gpu"):
         return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+    if acc_ref is not None:
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, a, b_ref)
+        return None
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
 
 
