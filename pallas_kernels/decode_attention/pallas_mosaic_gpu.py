@@ -61,10 +61,10 @@ def supported(inputs: Inputs, options: Options) -> str | None:
     if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
         return f"needs a Hopper GPU; this is {kind}"
     q, pages = inputs.q.dtype, inputs.k_pages.dtype
-    if pages == q and q not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16. Got {q}"
-    if pages != q and (q != jnp.bfloat16 or pages not in (jnp.int8, jnp.float8_e4m3fn)):
-        return f"takes pages of int8 and float8_e4m3fn with q in bfloat16. Got {pages} and {q}"
+    if q not in (jnp.bfloat16, jnp.float16):
+        return f"takes q in bfloat16 and float16. Got {q}"
+    if pages not in (q, jnp.int8, jnp.float8_e4m3fn):
+        return f"takes pages in q's dtype, int8 and float8_e4m3fn. Got {pages}"
     H, Hv = inputs.q.shape[3], inputs.v_pages.shape[3]
     if H not in (64, 128, 256) or Hv not in (64, 128, 256):
         return f"takes head_dim 64, 128, 256. Got {H} and {Hv}"
@@ -84,11 +84,14 @@ def decode_attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config
     K, Hv = inputs.v_pages.shape[2:]
     G = N // K
     config = config or tuned(H, Hv, inputs.k_pages.dtype.itemsize)
+    quantized = inputs.k_pages.dtype != inputs.q.dtype
     # Queries of one kv head, token by token, in blocks of at most 64 rows.
     q = inputs.q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
     rows = min(-(-T * G // 8) * 8, _ROWS)
     blocks = -(-T * G // rows)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * rows - T * G), (0, 0))).reshape(B, K * blocks, rows, H)
+    if quantized:  # float16 holds numbers of 8 bits exactly, and float8 becomes float16 in one instruction
+        q = q.astype(jnp.float16)
     lanes = config.lanes(K * blocks)
     groups = config.blocks * config.workers // lanes
     schedule = make_schedule(bounded_lengths(inputs), T, K * blocks // lanes, _TILE, options.window, groups)
@@ -112,7 +115,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
     groups = config.blocks * pairs // lanes
     turns = items // lanes  # items of a sequence that one worker does one after another
     c = options.scale * _LOG2E
-    scales = [_in_order(x, inputs) for x in (inputs.k_scales, inputs.v_scales)] if quantized else []
+    scales = _scales(inputs) if quantized else ()
 
     def kernel(q_ref, k_ref, v_ref, table_ref, sequences_ref, workers_ref, chunk_ref, *refs):
         scale_refs, (o_ref, lse_ref, smem, q_barriers, k_full, v_full, k_free, v_free) = refs[:-8], refs[-8:]
@@ -157,7 +160,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 """What the keys and values of each page of tile j are multiplied with."""
                 first = lax.div(j * _TILE, jnp.int32(page))
                 at = [jnp.minimum(first + x, ref.shape[2] - 1) for ref in scale_refs[:1] for x in range(copies)]
-                return tuple(tuple(ref[b, head, x] for x in at) for ref in scale_refs)
+                return tuple(tuple(ref[b, head, x] for x in at) for ref in scale_refs[:2])
 
             def columns(factors):
                 """One number for all keys of a tile, or one for each column."""
@@ -266,7 +269,9 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
 
                 seen = l > 0.0
                 inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
-                if quantized:  # the last wgmma of every warp must have read what o overwrites
+                if quantized:
+                    inverse = inverse * scale_refs[2][b, head]
+                    # The last wgmma of every warp must have read what o overwrites.
                     plgpu.commit_smem()
                 o_smem.at[pair][...] = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
                 lse_smem.at[pair][...] = jnp.where(seen, m + jnp.log2(jnp.where(seen, l, 1.0)), -jnp.inf)
@@ -416,18 +421,31 @@ def _sink_rows(inputs: Inputs, T: int, blocks: int, rows: int) -> jax.Array | No
     return jnp.pad(sinks, ((0, 0), (0, _ROWS - rows)))
 
 
-def _in_order(scales: jax.Array | None, inputs: Inputs) -> jax.Array:
-    """The scales of each sequence's pages, [B, K, M]; ones where there are none."""
-    if scales is None:
-        scales = jnp.ones(inputs.k_pages.shape[::2][:2], jnp.float32)
-    return scales.at[inputs.page_table].get(mode="clip").swapaxes(1, 2)
+def _scales(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scales of each sequence's pages, [B, K, M]; those of v relative to their largest, and that one, [B, K].
+
+    Probabilities are multiplied with the scales of v: relative ones keep them in the range of float16.
+    """
+    _, M = inputs.page_table.shape
+    P, page, K, _ = inputs.k_pages.shape
+    used = jnp.arange(M, dtype=jnp.int32)[None] * page < bounded_lengths(inputs)[:, None]
+
+    def in_order(scales):
+        scales = jnp.ones((P, K), jnp.float32) if scales is None else scales
+        scales = scales.at[inputs.page_table].get(mode="clip").swapaxes(1, 2)
+        return jnp.where(used[:, None], scales, 0.0)  # what stands behind a sequence's last page may be nan
+
+    v = in_order(inputs.v_scales)
+    largest = jnp.max(jnp.abs(v), axis=2)
+    largest = jnp.where(largest > 0, largest, 1.0)
+    return in_order(inputs.k_scales), v / largest[:, :, None], largest
 
 
 def _widen(ref, dtype) -> jax.Array:
     """Numbers of 8 bits in shared memory as 16 bits in registers."""
     x = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
     x = plgpu.layout_cast(x, plgpu.Layout.WGMMA)
-    return x.astype(jnp.float32).astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+    return x.astype(dtype)
 
 
 def _iota(shape, dim: int) -> jax.Array:

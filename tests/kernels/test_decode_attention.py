@@ -56,6 +56,9 @@ def case(rng, *, lengths, T=1, N=4, K=2, H=16, Hv=None, page=16, dtype=jnp.float
         pages = np.full((count, page, K, width), garbage)
         scale = np.exp(rng.normal(size=(count, K))).astype(np.float32)
         rows = []
+        lost = np.setdiff1d(
+            np.arange(count), np.concatenate([owned[b, : -(-n // page)] for b, n in enumerate(lengths)])
+        )
         for b, length in enumerate(lengths):
             used = owned[b, : -(-length // page)]
             table[b, : len(used)] = used
@@ -65,6 +68,7 @@ def case(rng, *, lengths, T=1, N=4, K=2, H=16, Hv=None, page=16, dtype=jnp.float
                 pages[used[i // page], i % page] = values[i]
             factor = scale[used].repeat(page, axis=0)[:length, :, None] if scales else 1.0
             rows.append(values * factor if pages_dtype != dtype else values)
+        scale[lost] = np.nan
         arrays += [jnp.asarray(pages, jnp.float32).astype(pages_dtype), jnp.asarray(scale)]
         dense.append(rows)
     q = jnp.asarray(rng.normal(size=(B, T, N, H)), dtype)
