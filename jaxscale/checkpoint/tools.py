@@ -5,18 +5,21 @@ Each function takes the path of a step, or of a directory of steps: the newest c
 
 import dataclasses
 import datetime
+import math
 import os
+import pathlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxscale.checkpoint import files, reading
 from jaxscale.checkpoint.layout import Layout, apply_layout
 from jaxscale.checkpoint.maps import Box, Lazy
+from jaxscale.checkpoint.snapshot import Snapshot
 from jaxscale.checkpoint.store import Checkpointer
-from jaxscale.checkpoint.tree import num_bytes, show_record
+from jaxscale.checkpoint.tree import describe, num_bytes, show_record
 
 Path = str | os.PathLike[str]
 BLOCK_BYTES = 64 << 20  # held at a time of each array that is compared
@@ -102,25 +105,43 @@ def convert_step(
     Args:
       only: patterns of the new names to keep, such as `params/*`.
 
+    Arrays pass through a file beside the new step, 64 MiB at a time, so that no host ever holds them all.
+
     Returns:
-      The names written. The arrays are held in this host's memory together.
+      The names written.
 
     Raises:
       CorruptCheckpointError: the step that is read is damaged.
     """
     step, commit = _find(path)
-    mapped = apply_layout(reading.open_lazily(step, commit), layout)
+    stored = reading.open_lazily(step, commit)
+    as_saved = {id(array): commit["arrays"][name] for name, array in stored.items()}
+    mapped = apply_layout(stored, layout)
     names = reading.choose(mapped, only)
-    reading.check_arrays(step, commit, sorted(set().union(*(mapped[name].sources for name in names))))
-    arrays: dict[str, Any] = {name: mapped[name].whole() for name in names}
-    for name in names:
-        record = commit["arrays"].get(name, {})
-        if "key" in record:
-            arrays[name] = jax.random.wrap_key_data(jax.numpy.asarray(arrays[name]), impl=record["key"])
     with Checkpointer(directory) as ckpt:
-        if not ckpt.save(commit["step"], arrays, metadata=commit["metadata"]):
+        if commit["step"] in ckpt.steps():
             raise ValueError(f"{directory} has step {commit['step']} already; choose another directory")
+        reading.check_arrays(step, commit, sorted(set().union(*(mapped[name].sources for name in names))))
+        records, copies = {}, {}
+        pathlib.Path(ckpt.directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".convert-", dir=ckpt.directory) as spool:
+            for k, name in enumerate(names):
+                extras = as_saved.get(id(mapped[name]), {})  # of an array that no operation changed
+                records[name] = describe(mapped[name]) | {k: extras[k] for k in ("key", "axes") if k in extras}
+                if num_bytes(records[name]):
+                    copies[name] = _spool(mapped[name], os.path.join(spool, str(k)))
+            ckpt.save_snapshot(commit["step"], Snapshot(records, copies, [], 0, None), metadata=commit["metadata"])
+            ckpt.wait()
     return names
+
+
+def _spool(array: Lazy, path: str) -> np.ndarray:
+    """The array in a file, mapped into memory."""
+    raw = np.memmap(path, np.uint8, "w+", shape=(math.prod(array.shape) * array.dtype.itemsize,))
+    out = raw.view(array.dtype).reshape(array.shape)
+    for box in _blocks(array):
+        out[box] = array.read(box)
+    return out
 
 
 def _find(path: Path) -> tuple[Any, dict[str, Any]]:

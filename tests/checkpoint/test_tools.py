@@ -1,11 +1,22 @@
 """ls, verify, diff, convert, reading without the model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.checkpoint import Checkpointer, convert_step, diff_steps, list_steps, open_step, tools, verify_step
+from jaxscale.checkpoint import (
+    Checkpointer,
+    convert_step,
+    diff_steps,
+    list_steps,
+    open_step,
+    reading,
+    tools,
+    verify_step,
+)
 from jaxscale.checkpoint import layout as lay
 from jaxscale.config import CheckpointConfig
 
@@ -63,6 +74,32 @@ def test_convert_and_diff_through_a_layout(run, tmp_path):
     assert convert_step(path / "1", tmp_path / "params", only="params/*") == ["params/b", "params/w"]
     with pytest.raises(ValueError, match="has step 1 already"):
         convert_step(path / "1", tmp_path / "new")
+
+
+def test_convert_streams(run, tmp_path, monkeypatch):
+    """No array is read in one piece, whatever the layout; a key stays a key."""
+    path, w, _ = run
+    boxes = []
+    opened = reading.open_lazily
+
+    def recorded(step, commit):
+        def watch(array):
+            def read(box):
+                boxes.append(int(np.prod([s.stop - s.start for s in box])) * array.dtype.itemsize)
+                return array.read(box)
+
+            return dataclasses.replace(array, read=read)
+
+        return {name: watch(array) for name, array in opened(step, commit).items()}
+
+    monkeypatch.setattr(reading, "open_lazily", recorded)
+    monkeypatch.setattr(tools, "BLOCK_BYTES", 160)
+    convert_step(path / "1", tmp_path / "new", layout=(lay.transpose("w", (1, 0)),))
+    assert max(boxes) == 160 and len(boxes) >= 6
+    np.testing.assert_array_equal(open_step(tmp_path / "new")["params/w"].whole(), w.T)
+    with Checkpointer(tmp_path / "new") as ckpt:
+        assert ckpt.metadata()["jaxscale"]["arrays"]["key"]["key"] == "threefry2x32"
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["1"]
 
 
 def test_shape_and_dtype_differences(run, tmp_path):
