@@ -27,6 +27,8 @@ from pallas_kernels.decode_attention.schedule import Schedule, make_schedule
 _LOG2E = math.log2(math.e)
 _ROWS = 64  # a wgmma is 64 rows high
 _TILE = 64  # keys
+_WIDTH = 64  # columns that a block merges
+_UNROLL = 4  # parts that it reads at a time
 _SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 
 
@@ -84,13 +86,12 @@ def decode_attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config
     K, Hv = inputs.v_pages.shape[2:]
     G = N // K
     config = config or tuned(H, Hv, inputs.k_pages.dtype.itemsize)
-    quantized = inputs.k_pages.dtype != inputs.q.dtype
     # Queries of one kv head, token by token, in blocks of at most 64 rows.
     q = inputs.q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
     rows = min(-(-T * G // 8) * 8, _ROWS)
     blocks = -(-T * G // rows)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * rows - T * G), (0, 0))).reshape(B, K * blocks, rows, H)
-    if quantized:  # float16 holds numbers of 8 bits exactly, and float8 becomes float16 in one instruction
+    if inputs.k_pages.dtype == jnp.float8_e4m3fn:  # one instruction makes it float16; int8 goes to bfloat16 as fast
         q = q.astype(jnp.float16)
     lanes = config.lanes(K * blocks)
     groups = config.blocks * config.workers // lanes
@@ -102,7 +103,7 @@ def decode_attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config
 
 
 def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedule, G: int):
-    """Each part's output [parts, rows, Hv] and logsumexp in powers of two [parts, 64], both float32."""
+    """Each part's output [parts, rows, Hv] and logsumexp in powers of two [parts, rows], both float32."""
     B, items, rows, H = q.shape
     T = inputs.q.shape[1]
     page, K, Hv = inputs.v_pages.shape[1:]
@@ -278,7 +279,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 plgpu.commit_smem()
                 number = (i + group) * lanes + lane
                 plgpu.copy_smem_to_gmem(o_smem.at[pair, pl.ds(0, rows)], o_ref.at[number])
-                plgpu.copy_smem_to_gmem(lse_smem.at[pair], lse_ref.at[number])
+                plgpu.copy_smem_to_gmem(lse_smem.at[pair, pl.ds(0, rows)], lse_ref.at[number])
                 plgpu.wait_smem_to_gmem(0)
                 return done + hi - lo
 
@@ -321,7 +322,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 for free in (k_free, v_free):
                     pl.when(at >= stages)(lambda free=free, slot=slot: plgpu.barrier_wait(free.at[pair, slot]))
 
-    count = (B * turns + groups) * lanes
+    count = (B * turns + groups) * lanes + -(-_ROWS // rows)  # the merge reads 64 rows at a time
     leaving = _tiled((pairs, _ROWS, Hv), jnp.float32)
     if quantized:  # what leaves at the end of a part lies where keys and values were widened
         leaving = plgpu.RefUnion(leaving, _tiled((pairs, 2 * _TILE, H), dtype))
@@ -338,7 +339,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((count, rows, Hv), jnp.float32),
-            jax.ShapeDtypeStruct((count, _ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((count, rows), jnp.float32),
         ],
         scratch_types=(smem, plgpu.Barrier(num_barriers=pairs), full, full, free, free),
         grid=(config.blocks,),
@@ -353,72 +354,88 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
 def _merge(parts, lse, sinks, schedule: Schedule, lanes: int, shape: tuple[int, ...], dtype) -> jax.Array:
     """The parts of each item, weighted by their logsumexp: [B, items, rows, Hv].
 
-    A block reads 64 rows of each part, where an item has fewer also those of parts behind it, and stores its own.
+    The parts of items that ran side by side lie side by side: a block takes up to 64 rows of several items, and 64
+    columns. It reads 64 rows in any case; there are that many behind the last part.
     """
     B, items = shape
-    count, rows, Hv = parts.shape
-    flat = jnp.pad(parts.reshape(count * rows, Hv), ((0, _ROWS - rows), (0, 0)))
+    _, rows, Hv = parts.shape
+    turns, tall = items // lanes, lanes * rows
+    height = max(x for x in range(8, _ROWS + 1, 8) if tall % x == 0)
     given = sinks is not None
     sinks = [sinks] if given else []
+    flat = parts.reshape(-1, Hv), lse.reshape(-1)
 
     def kernel(parts_ref, lse_ref, sequences_ref, chunk_ref, *refs):
         sink_refs, (out_ref, out_smem) = refs[:-2], refs[-2:]
-        b, item = lax.axis_index("sequence"), lax.axis_index("item")
+        item, row = lax.axis_index("item"), lax.axis_index("rows") * height
+        columns = pl.ds(lax.axis_index("columns") * _WIDTH, _WIDTH)
+        b, turn = lax.div(item, jnp.int32(turns)), lax.rem(item, jnp.int32(turns))
         chunk, tiles = chunk_ref[0] + 0, sequences_ref[b, 2] + 0
-        turn, lane = lax.div(item, jnp.int32(lanes)), lax.rem(item, jnp.int32(lanes))
         begin = sequences_ref[b, 3] + turn * tiles
+        start = lax.div(begin, chunk)
+        stop = jnp.where(tiles > 0, lax.div(begin + tiles + chunk - 1, chunk), start)
         reduced = plgpu.Layout.WGMMA.reduce(1)
         load = functools.partial(plgpu.load, optimized=False)
+        across = lambda x: lax.broadcast_in_dim(x, (_ROWS, _WIDTH), [0])
 
-        def step(group, carry):
+        def step(i, carry):
+            """Several parts at a time, for their reads take long; beyond the last one it again, without weight."""
             acc, m, l = carry
-            part = (b * (items // lanes) + turn + group) * lanes + lane
-            values = load(parts_ref.at[pl.ds(part * rows, _ROWS)], layout=plgpu.Layout.WGMMA)
-            m_part = load(lse_ref.at[part], layout=reduced)
-            m_new = jnp.maximum(m, m_part)
+            values, weights = [], []
+            for x in range(_UNROLL):
+                group = start + i * _UNROLL + x
+                at = pl.ds((item + jnp.minimum(group, stop - 1)) * tall + row, _ROWS)
+                values.append(load(parts_ref.at[at, columns], layout=plgpu.Layout.WGMMA))
+                weight = load(lse_ref.at[at], layout=reduced)
+                weights.append(weight + jnp.where(group < stop, 0.0, -jnp.inf))
+            m_new = functools.reduce(jnp.maximum, weights, m)
             shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-            alpha, weight = jnp.exp2(m - shift), jnp.exp2(m_part - shift)
-            across = lambda x: lax.broadcast_in_dim(x, acc.shape, [0])
-            return acc * across(alpha) + values * across(weight), m_new, l * alpha + weight
+            alpha = jnp.exp2(m - shift)
+            acc, l = acc * across(alpha), l * alpha
+            for value, weight in zip(values, weights, strict=True):
+                weight = jnp.exp2(weight - shift)
+                acc, l = acc + value * across(weight), l + weight
+            return acc, m_new, l
 
         zero = lambda x: plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), reduced)
         m, l = zero(-math.inf), zero(0.0)
         if given:
-            m = load(sink_refs[0].at[item], layout=reduced) * _LOG2E
+            m = load(sink_refs[0].at[pl.ds(turn * tall + row, _ROWS)], layout=reduced) * _LOG2E
             l = jnp.where(m == -jnp.inf, 0.0, 1.0)
-        acc = plgpu.layout_cast(jnp.full((_ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
-        start = lax.div(begin, chunk)
-        stop = lax.div(begin + tiles + chunk - 1, chunk)
-        acc, _, l = lax.fori_loop(start, jnp.where(tiles > 0, stop, start), step, (acc, m, l))
+        acc = plgpu.layout_cast(jnp.full((_ROWS, _WIDTH), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+        steps = lax.div(stop - start + _UNROLL - 1, jnp.int32(_UNROLL))
+        acc, _, l = lax.fori_loop(0, steps, step, (acc, m, l))
         seen = l > 0.0
         inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
-        out_smem[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+        out_smem[...] = (acc * across(inverse)).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out_ref.at[b, item])
+        target = out_ref.at[pl.ds(pl.multiple_of(item * tall + row, 8), height), columns]
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, height)], target)
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((B, items, rows, Hv), dtype),
-        scratch_types=(_tiled((_ROWS, Hv), dtype),),
-        grid=(B, items),
-        grid_names=("sequence", "item"),
+        out_type=jax.ShapeDtypeStruct((B * items * rows, Hv), dtype),
+        scratch_types=(_tiled((_ROWS, _WIDTH), dtype),),
+        grid=(B * turns, tall // height, Hv // _WIDTH),
+        grid_names=("item", "rows", "columns"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="decode_attention_merge",
-    )(flat, lse, schedule.sequences, schedule.chunk, *sinks)
+    )(*flat, schedule.sequences, schedule.chunk, *sinks)
+    return out.reshape(B, items, rows, Hv)
 
 
 # Pieces.
 
 
 def _sink_rows(inputs: Inputs, T: int, blocks: int, rows: int) -> jax.Array | None:
-    """The sink of each row of each item, [items, 64]."""
+    """The sink of each row of all items of a sequence, and 64 more."""
     if inputs.sinks is None:
         return None
     K = inputs.k_pages.shape[2]
     sinks = jnp.tile(inputs.sinks.astype(jnp.float32).reshape(K, 1, -1), (1, T, 1)).reshape(K, -1)
-    sinks = jnp.pad(sinks, ((0, 0), (0, blocks * rows - sinks.shape[1]))).reshape(K * blocks, rows)
-    return jnp.pad(sinks, ((0, 0), (0, _ROWS - rows)))
+    sinks = jnp.pad(sinks, ((0, 0), (0, blocks * rows - sinks.shape[1])))
+    return jnp.pad(sinks.reshape(-1), (0, _ROWS))
 
 
 def _scales(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
