@@ -61,7 +61,9 @@ def enter(
         return [x] * len(weights)
     spec = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
     split = [axes_of(partitions(w)[1:]) for w in weights]
-    made = {s: jax.reshard(x, P(*spec, reduced=s)) for s in set(split)}
+    made = {
+        s: jax.reshard(x, P(*spec, reduced=s)) for s in dict.fromkeys(split)
+    }  # not a set: its order differs by process
     return [made[s] for s in split]
 
 

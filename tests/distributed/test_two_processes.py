@@ -135,3 +135,17 @@ def test_preempted_together_and_resumed_by_one_process(text, tmp_path):
     lines = [m for m in read_metrics(metrics) if "loss" in m]
     assert [m["step"] for m in lines] == list(range(1, stopped + 3))
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_every_process_lowers_the_same_program():
+    """The order of a set of strings is another in each process; processes with other programs wait for each other."""
+    meshes = ("cp=2,tp=4", "dp=2,fsdp=2,tp=2")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{WORKER.parent}", "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    command = [sys.executable, WORKER.with_name("lowered.py"), *meshes]
+    runs = [
+        subprocess.run(command, env=env | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        for seed in ("0", "3", "27")  # which order sets of axes in the three ways that differ
+    ]
+    assert [line.split()[0] for line in runs[0].splitlines()] == list(meshes)
+    assert runs[0] == runs[1] == runs[2]
