@@ -61,9 +61,8 @@ def enter(
         return [x] * len(weights)
     spec = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
     split = [axes_of(partitions(w)[1:]) for w in weights]
-    made = {
-        s: jax.reshard(x, P(*spec, reduced=s)) for s in dict.fromkeys(split)
-    }  # not a set: its order differs by process
+    # Not a set: its order, and the program's with it, would be another in each process of a job.
+    made = {s: jax.reshard(x, P(*spec, reduced=s)) for s in dict.fromkeys(split)}
     return [made[s] for s in split]
 
 
