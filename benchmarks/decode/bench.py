@@ -347,7 +347,7 @@ class Worker:
 
 
 def jobs():
-    """What the copy takes, the two works that matter, everything else, the variants, the peers."""
+    """What the copy takes, the two works that matter, everything else, the peers, the variants."""
     yield "copy", "", "", ""
     for name in SWEPT:
         yield "check", name, "mosaic_gpu", "tuned"
@@ -358,13 +358,13 @@ def jobs():
             yield "check", name, "mosaic_gpu", "tuned"
         if name in WORKS and name not in SWEPT:
             yield "time", name, "mosaic_gpu", "tuned"
+    yield "time", "1 token", "xla", "tuned"
+    for name in SWEPT:
+        yield "time", name, "torch", ""
     for name in SWEPT:
         for variant in list(VARIANTS)[1:]:
             yield "check", name, "mosaic_gpu", variant
             yield "time", name, "mosaic_gpu", variant
-    yield "time", "1 token", "xla", "tuned"
-    for name in SWEPT:
-        yield "time", name, "torch", ""
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def make_schedule(lengths: jax.Array, T: int, items: int, tile: int, window: int
     index = jnp.arange(lengths.shape[0], dtype=jnp.int32)
     before = index[None, :] < index[:, None]
     begin = items * jnp.sum(jnp.where(before, tiles[None, :], 0), axis=1)
-    total = items * jnp.sum(tiles)
+    total = begin[-1] + items * tiles[-1]
     chunk = jnp.maximum(-(-total // workers), 2)  # a part costs as much as a tile or two
 
     cut = jnp.minimum(jnp.arange(workers + 1, dtype=jnp.int32) * chunk, total)
