@@ -21,7 +21,12 @@ ROWS = [
     ("llama3-8b", "v5p:4x4x4", "fsdp=16,tp=4", 64, 4096, "full", 1),
     ("llama3-8b", "v5p:4x4x4", "fsdp=8,cp=2,tp=4", 32, 4096, "full", 1),
     ("llama3-70b", "v5p:8x8x8", "fsdp=64,tp=8", 512, 8192, "full", 1),
-    ("qwen3-8b", "v6e:16x16", "fsdp=256", 256, 4096, "full", 1),
+    ("qwen3-8b", "v6e:16x16", "fsdp=64,tp=4", 256, 4096, "full", 1),
+    ("llama3-8b", "v6e:16x16", "fsdp=64,tp=4", 256, 4096, "dots", 1),
+    ("llama3-70b", "v6e:16x16", "fsdp=32,tp=8", 128, 4096, "full", 1),
+    ("llama3-70b", "tpu7x:4x4x4", "fsdp=16,tp=8", 128, 4096, "full", 1),
+    ("llama3-8b", "tpu7x:4x4x4", "fsdp=32,tp=4", 128, 4096, "dots", 1),
+    ("llama3-405b", "v5p:8x8x8", "fsdp=64,tp=8", 256, 8192, "full", 1),
     ("llama3-8b", "h200:8x8", "fsdp=64", 64, 4096, "full", 1),
     ("llama3-8b", "h200:8x8", "fsdp=64", 64, 4096, "dots", 1),
     ("llama3-8b", "h200:8x8", "fsdp=8,tp=8", 64, 4096, "none", 1),
@@ -34,7 +39,7 @@ ROWS = [
     ("llama3-405b", "h200:128x8", "fsdp=128,tp=8", 512, 8192, "full", 1),
     ("qwen3-8b", "h200:4x8", "fsdp=32", 128, 4096, "full", 4),
     ("qwen3-0-6b", "h200:1x8", "dp=8", 64, 4096, "none", 1),
-    ("smollm2-1-7b", "h200:1x8", "fsdp=8", 64, 4096, "none", 1),
+    ("smollm2-1-7b", "h200:1x8", "fsdp=8", 32, 4096, "none", 1),
     ("gemma2-9b", "h200:8x8", "fsdp=32,tp=2", 64, 8192, "full", 1),
 ]
 

@@ -22,6 +22,7 @@ from jaxscale.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
+from jaxscale.plan.buffers import Held, held_at_peak
 from jaxscale.plan.estimate import Estimate
 from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.plan.hlo import Census, Finding, census, compile_with_findings
@@ -60,6 +61,10 @@ class CompiledStep(NamedTuple):
     compile_seconds: float
     host_bytes: int  # the most memory that this process has held
     executable: jax.stages.Compiled
+
+    def held(self) -> Held:
+        """The largest buffers, with the source lines that made them."""
+        return held_at_peak(self.executable.as_text() or "")
 
     def table(self, estimated: Estimate) -> Table:
         """What the compiler says beside the estimate."""
@@ -135,12 +140,19 @@ def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, rules: Rules = MEG
 
 
 def memory_use(executable: jax.stages.Compiled) -> MemoryUse:
-    """What one device must hold to run a program."""
+    """What one device must hold to run a program.
+
+    On TPU the statistics' temp_size counts buffers that share memory more than once: the compiler's own report of a
+    buffer assignment (XLA's memory-usage-report dump) ends with total_allocation_bytes, which is taken where it is set.
+    """
     stats: Any = executable.memory_analysis()
+    arguments = stats.argument_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    allocated = getattr(stats, "total_allocation_bytes", 0)
     return MemoryUse(
-        arguments=stats.argument_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        arguments=arguments,
+        temporaries=allocated - arguments - outputs if allocated else stats.temp_size_in_bytes,
+        outputs=outputs,
         code=stats.generated_code_size_in_bytes,
     )
 

@@ -25,7 +25,9 @@ class PlanOptions:
     hardware: str = ""
     """a TOML file with measured rates; empty: the table's"""
     compile: bool = False
-    """ask the real compiler about the best one (minutes on a laptop)"""
+    """ask the real compiler about the best three meshes, or about --mesh (a minute each on a laptop)"""
+    report: str = "report.html"
+    """the page with pictures that is written; empty: none"""
 
 
 def plan_command(options: PlanOptions) -> int:
@@ -52,21 +54,20 @@ def plan_command(options: PlanOptions) -> int:
         mesh=MeshConfig.parse(options.mesh) if options.mesh else None,
         remats=("none", "dots", "full") if options.remat == "any" else (options.remat,),
     )
-    print(found)
-    if options.compile:
-        from jaxscale.plan.aot import compile_step
+    print(found, flush=True)
+    compiled = None
+    try:
+        if options.compile:
+            from jaxscale.plan.confirm import confirm
 
-        best = found.best
-        compiled = compile_step(
-            model,
-            best.mesh,
-            pod,
-            batch_size=batch_size,
-            seq_len=options.seq,
-            remat=best.remat,
-            accum_steps=best.accum_steps,
-        )
-        print(f"\n{compiled.table(best)}\n\n{compiled.census}")
+            confirmed = confirm(found, batch_size=batch_size, seq_len=options.seq)
+            found, compiled = confirmed.plan, confirmed.best.compiled
+            print(f"\n{confirmed}")
+    finally:  # without a compiler the estimate's page still comes
+        if options.report:
+            from jaxscale.plan.report import write_report
+
+            print(f"\nwritten: {write_report(found, options.report, compiled)}")
     return 0
 
 

@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     runner_up: Estimate | None  # the fastest on another mesh
     pareto: tuple[Estimate, ...]  # nothing else is faster with less memory; fastest first
     considered: int
+    fitting: tuple[Estimate, ...]  # the fastest on each mesh, fastest first
 
     @property
     def why(self) -> str:
@@ -116,12 +117,16 @@ def search(
     fitting = sorted((e for e in found if e.fits), key=lambda e: (e.seconds, e.memory.total))
     if not fitting:
         raise ValueError(_fits_nowhere(model, pod, min(found, key=lambda e: e.memory.total)))
-    best = fitting[0]
+    fastest: dict[MeshConfig, Estimate] = {}
+    for e in fitting:
+        fastest.setdefault(e.mesh, e)
+    best, *others = fastest.values()
     return Plan(
         model=model,
         pod=pod,
         best=best,
-        runner_up=next((e for e in fitting if e.mesh != best.mesh), None),
+        runner_up=others[0] if others else None,
+        fitting=tuple(fastest.values()),
         pareto=tuple(pareto(found)),
         considered=len(found),
     )
@@ -153,7 +158,7 @@ def pareto(found: Sequence[Estimate]) -> Iterator[Estimate]:
 
 
 def _fits_nowhere(model: ModelConfig, pod: Pod, smallest: Estimate) -> str:
-    room = HEADROOM * pod.hardware.memory
+    room = HEADROOM[pod.platform] * pod.hardware.memory
     state = smallest.memory.params + smallest.memory.optimizer + smallest.memory.gradients
     rest = smallest.memory.total - state
     text = (

@@ -1,5 +1,6 @@
 """Pods by name, the search over meshes, the command."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 from jaxscale.config import MeshConfig
 from jaxscale.models.presets import preset
 from jaxscale.plan import aot
+from jaxscale.plan import confirm as confirm_module
 from jaxscale.plan.command import PlanOptions, plan_command, rows_of
+from jaxscale.plan.confirm import collective_seconds, confirm
 from jaxscale.plan.estimate import estimate
 from jaxscale.plan.hardware import find_pod
 from jaxscale.plan.search import meshes, search
@@ -91,11 +94,60 @@ def test_rows_of_a_batch():
             rows_of(bad, 8192)
 
 
-def test_the_command_prints_a_plan_without_touching_a_device(capsys):
-    options = PlanOptions(model="llama3-8b", on="v5p:4x4x4", seq=4096, batch="1M-tokens", mesh="fsdp=16,tp=4")
+def test_the_command_prints_a_plan_and_writes_its_page(capsys, tmp_path):
+    page = tmp_path / "report.html"
+    options = PlanOptions(
+        model="llama3-8b", on="v5p:4x4x4", seq=4096, batch="1M-tokens", mesh="fsdp=16,tp=4", report=str(page)
+    )
     assert plan_command(options) == 0
     said = capsys.readouterr().out
+    assert "fsdp=16,tp=4" in page.read_text() and str(page) in said
     assert "llama3-8b on v5p:4x4x4" in said and "Collectives of a step" in said and "no other mesh fits" in said
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A search whose candidates compile in seconds, and a compile_step that compiles each of them once."""
+    cfg = dataclasses.replace(preset("tiny"), num_layers=2)
+    found = search(cfg, "cpu:2", batch_size=8, seq_len=128, remats=("full",))
+    done = {}
+
+    def compile_step(model, mesh, pod, **sizes):
+        if mesh not in done:
+            done[mesh] = aot.compile_step(model, mesh, pod, **sizes)
+        return done[mesh]
+
+    return found, compile_step
+
+
+def test_the_candidates_of_a_search_are_ordered_by_what_the_compiler_says(small, monkeypatch):
+    found, compile_step = small
+    monkeypatch.setattr(confirm_module, "compile_step", compile_step)
+    confirmed = confirm(found, batch_size=8, seq_len=128, top=2)
+    best, other = confirmed.candidates
+    assert {best.estimate.mesh, other.estimate.mesh} == {e.mesh for e in found.fitting[:2]}
+    assert best.fits and best.seconds <= other.seconds
+    assert confirmed.plan.best is best.estimate and str(other.estimate.mesh) in confirmed.plan.why
+    for c in confirmed.candidates:  # the compiled program's own collectives at the pod's rates
+        wire = collective_seconds(c.compiled.census, found.pod, c.estimate.mesh)
+        assert c.seconds == pytest.approx(c.estimate.seconds - c.estimate.exposed_seconds + wire)
+        assert str(c.estimate.mesh) in str(confirmed)
+
+
+def test_what_the_compiler_finds_no_room_for_is_not_chosen(small, monkeypatch):
+    found, compile_step = small
+
+    def refuse_the_best(model, mesh, *args, **kwargs):
+        if mesh == found.best.mesh:
+            raise ValueError("the compiler finds no room: 20 GB of 16 GB")
+        return compile_step(model, mesh, *args, **kwargs)
+
+    monkeypatch.setattr(confirm_module, "compile_step", refuse_the_best)
+    confirmed = confirm(found, batch_size=8, seq_len=128, top=2)
+    assert confirmed.best.estimate.mesh == found.fitting[1].mesh
+    assert "20 GB of 16 GB" in str(confirmed.table())
+    with pytest.raises(ValueError, match=r"finds no room; .*20 GB"):
+        confirm(found, batch_size=8, seq_len=128, top=1)
 
 
 def test_a_missing_compiler_is_answered_with_the_command_that_installs_it(monkeypatch):
