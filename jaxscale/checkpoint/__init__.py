@@ -7,15 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxscale.checkpoint.levels import Level, Levels
     from jaxscale.checkpoint.memory.checkpointer import MemoryCheckpointer
     from jaxscale.checkpoint.reading import CorruptCheckpointError
+    from jaxscale.checkpoint.remote import RemoteCheckpointer
     from jaxscale.checkpoint.snapshot import HostPool
     from jaxscale.checkpoint.store import Checkpointer
     from jaxscale.checkpoint.tools import convert_step, diff_steps, list_steps, open_step, verify_step
 
 _HOMES = {
+    "levels": ("Level", "Levels"),
     "memory.checkpointer": ("MemoryCheckpointer",),
     "reading": ("CorruptCheckpointError",),
+    "remote": ("RemoteCheckpointer",),
     "snapshot": ("HostPool",),
     "store": ("Checkpointer",),
     "tools": ("convert_step", "diff_steps", "list_steps", "open_step", "verify_step"),

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import operator
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ def start_save(path: str, arrays: Mapping[str, Any]) -> Any:
 
     context = ocp.Context()
     context.array.saving.use_compression = False  # random float32 shrinks by 7 % and takes five times as long
+    context.array.saving.ocdbt_target_data_file_size = 256 << 20  # a file is sent to an object store in one piece
     context.asynchronous.timeout_secs = 600  # of a process for the others
     context.memory.deepcopy_host_arrays = False  # the snapshot is a copy already
     with context:
@@ -48,7 +50,7 @@ def load(path: str, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
         return ocp.load(path, dict(targets), checkpointable_name=ITEM)
 
 
-def open_array(path: str, name: str) -> Any:
+def open_array(path: Any, name: str) -> Any:
     """A lazy TensorStore of one array: index it, then `.read().result()`. Needs neither devices nor the model."""
     import tensorstore as ts
 
@@ -57,19 +59,23 @@ def open_array(path: str, name: str) -> Any:
     ).result()
 
 
-def check_index(path: str) -> None:
+def check_index(path: Any) -> None:
     """Reads the index of all chunks, which checks its checksums; raises ValueError when it is damaged."""
     import tensorstore as ts
 
     ts.KvStore.open(_database(path)).result().list().result()
 
 
-def _database(path: str) -> dict[str, Any]:
+def _database(path: Any) -> dict[str, Any]:
+    """The kvstore of a step's arrays; its folder is a path, a URL (gs://, s3://) or a `remote.RemotePath`."""
+    if hasattr(path, "spec"):
+        return {"driver": "ocdbt", "base": (path / ITEM / "").spec}
+    path = os.fspath(path)
     base = path if "://" in path else f"file://{path}"
     return {"driver": "ocdbt", "base": f"{base}/{ITEM}/"}
 
 
-def stored_crc32(path: str, name: str) -> int:
+def stored_crc32(path: Any, name: str) -> int:
     """CRC-32 of an array as it lies on disk, read chunk by chunk."""
     array = open_array(path, name)
     chunk = array.chunk_layout.read_chunk.shape or ()  # None for a scalar

@@ -30,7 +30,10 @@ def list_files(root: Any) -> dict[str, list[int | None]]:
 
 
 def file_problems(root: Any, files: Mapping[str, list[int | None]]) -> list[str]:
-    """What differs from `list_files` when the step was saved."""
+    """What differs from `list_files` when the step was saved; of an object store, which files are not there."""
+    if hasattr(root, "walk_keys"):
+        found_keys = set(root.walk_keys())
+        return [f"file {name} is missing" for name in files if name not in found_keys]
     found = list_files(root)
     problems = []
     for name, (size, checksum) in files.items():

@@ -16,7 +16,7 @@ class WriterLock:
     """Held from the first save to `release`.
 
     On a local disk, and on network file systems with locks, the kernel holds it, so a killed writer's is free at once.
-    Where there are no locks (object stores) the file's content decides: who came last may write, and `check` tells
+    Where there are no locks the file's content decides: who came last may write, and `check` tells
     the other.
 
     Raises:
@@ -31,7 +31,7 @@ class WriterLock:
             "since": datetime.datetime.now(datetime.UTC).isoformat(),
         }
         self.mine = json.dumps(me | {"id": os.urandom(8).hex()})
-        fd = None if "://" in os.fspath(directory) else _flock(os.fspath(self.path))
+        fd = _flock(os.fspath(self.path))
         self._close = None if fd is None else weakref.finalize(self, os.close, fd)
         self.path.write_text(self.mine)
 

@@ -121,18 +121,21 @@ def read_arrays(step: Any, commit: dict[str, Any], targets: Mapping[str, Any]) -
     Raises:
       CorruptCheckpointError: a file or an array is not as it was saved.
     """
-    path, saved = os.fspath(step), commit["arrays"]
+    saved = commit["arrays"]
     problems = files.file_problems(step, commit["files"])
     if problems:  # Orbax would find most of it too, and fail halfway with threads and coroutines left behind
         raise _damaged(step, problems)
     full = {name: target for name, target in targets.items() if target is not None and num_bytes(saved[name])}
     try:
-        arrays.check_index(path)
-        data: dict[str, Any] = arrays.load(path, full) if full else {}
+        arrays.check_index(step)
+        if hasattr(step, "spec"):  # an object store, which Orbax does not reach
+            data: dict[str, Any] = {n: _place(_open_lazily(step, n, saved[n]), target) for n, target in full.items()}
+        else:
+            data = arrays.load(os.fspath(step), full) if full else {}
         for name in targets.keys() - full.keys():
             record = saved[name]
             if num_bytes(record):
-                data[name] = arrays.open_array(path, name).read().result()
+                data[name] = arrays.open_array(step, name).read().result()
             else:
                 empty = np.zeros(record["shape"], record["dtype"])
                 data[name] = empty if targets[name] is None else jax.device_put(empty, targets[name].sharding)
@@ -150,12 +153,12 @@ def check_arrays(step: Any, commit: dict[str, Any], names: Sequence[str]) -> Non
     Raises:
       CorruptCheckpointError: an array is not as it was saved.
     """
-    path, records = os.fspath(step), commit["arrays"]
+    records = commit["arrays"]
     me, processes = jax.process_index(), jax.process_count()
     names = [name for name in names if num_bytes(records[name])]
     problems = np.zeros(len(names), np.uint32)
     for k in range(me, len(names), processes):
-        problems[k] = _problem(path, names[k], records[names[k]]) is not None
+        problems[k] = _problem(step, names[k], records[names[k]]) is not None
     if processes > 1:
         from jax.experimental import multihost_utils
 
@@ -166,14 +169,14 @@ def check_arrays(step: Any, commit: dict[str, Any], names: Sequence[str]) -> Non
 
 def find_problems(step: Any, commit: dict[str, Any]) -> list[str]:
     """Reads every byte of a step and says what is damaged; needs no devices."""
-    path, problems = os.fspath(step), files.file_problems(step, commit["files"])
-    found = (_problem(path, name, record) for name, record in commit["arrays"].items() if num_bytes(record))
+    problems = files.file_problems(step, commit["files"])
+    found = (_problem(step, name, record) for name, record in commit["arrays"].items() if num_bytes(record))
     return problems + [problem for problem in found if problem]
 
 
-def _problem(path: str, name: str, record: Record) -> str | None:
+def _problem(step: Any, name: str, record: Record) -> str | None:
     try:
-        if arrays.stored_crc32(path, name) != record["crc32"]:
+        if arrays.stored_crc32(step, name) != record["crc32"]:
             return f"the checksum of {name} differs"
     except Exception as error:  # TensorStore raises many kinds
         return f"{name} cannot be read ({one_line(error)})"
@@ -205,8 +208,8 @@ def _target(record: Record, leaf: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def _open_lazily(step: Any, name: str, record: Record) -> Lazy:
-    path, shape, dtype = os.fspath(step), tuple(record["shape"]), jnp.dtype(record["dtype"])
-    opened = functools.cache(lambda: arrays.open_array(path, name))
+    shape, dtype = tuple(record["shape"]), jnp.dtype(record["dtype"])
+    opened = functools.cache(lambda: arrays.open_array(step, name))
     if not num_bytes(record):
         return Lazy(shape, dtype, lambda box: np.zeros([s.stop - s.start for s in box], dtype), frozenset([name]))
     return Lazy(shape, dtype, lambda box: opened()[box].read().result(), frozenset([name]))

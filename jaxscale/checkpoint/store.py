@@ -26,6 +26,7 @@ from jaxscale.checkpoint.background import Background, OnError, one_line
 from jaxscale.checkpoint.checksum import crc32_whole
 from jaxscale.checkpoint.layout import Layout
 from jaxscale.checkpoint.lock import WriterLock
+from jaxscale.checkpoint.remote_path import RemotePath
 from jaxscale.checkpoint.snapshot import HostPool, Snapshot, take_snapshot
 from jaxscale.checkpoint.tree import num_bytes
 from jaxscale.config import CheckpointConfig
@@ -41,7 +42,7 @@ class Checkpointer:
             state = ckpt.restore(abstract_state)
 
     Args:
-      directory: a local path, or gs:// and s3:// where Orbax has access; shared by all processes.
+      directory: shared by all processes. gs:// and s3:// are for reading: `RemoteCheckpointer` brings steps there.
       config: retention: `keep_last` steps, and for good those that are multiples of `keep_every`.
       axes: logical axes of each parameter by path, such as {"mlp/w_up": ("embed", "mlp")};
         they are written down with the parameters and with what has the parameters' tree, such as Adam moments.
@@ -62,7 +63,7 @@ class Checkpointer:
         from etils import epath
 
         text = os.fspath(directory)
-        self.directory = epath.Path(text if "://" in text else os.path.abspath(text))
+        self.directory: Any = RemotePath.open(text) if "://" in text else epath.Path(os.path.abspath(text))
         self.config = config or CheckpointConfig()
         self.axes = axes or {}
         self.pool = pool
@@ -100,9 +101,9 @@ class Checkpointer:
             snapshot.release()
             return False
         copied = json.loads(json.dumps(dict(metadata or {})))
-        path = os.fspath(self.directory / str(step))
         try:
             self._prepare()
+            path = os.fspath(self.directory / str(step))
             # Orbax agrees on the path with collectives, which must not race with those of the training step.
             started = arrays.start_save(path, snapshot.copies) if jax.process_count() > 1 else None
         except BaseException:
@@ -271,6 +272,11 @@ class Checkpointer:
 
     def _prepare(self) -> None:
         """Before the first save: the directory, without what a killed writer left in it."""
+        if isinstance(self.directory, RemotePath):
+            raise NotImplementedError(
+                f"steps are not written to {self.directory} directly; save them to a directory that all processes "
+                "share and let RemoteCheckpointer copy them"
+            )
         if self._lock or jax.process_index():
             return
         try:

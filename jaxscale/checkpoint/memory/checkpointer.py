@@ -179,6 +179,7 @@ class MemoryCheckpointer:
         finally:
             if stop:
                 self._own.ask("stop")
+                self._own.await_end()
             self._own.close()
 
     def __enter__(self) -> "MemoryCheckpointer":

@@ -4,6 +4,7 @@ A message is its length (4 bytes, big-endian), then JSON; an answer with "bytes"
 unpickled. The network is trusted, as JAX's own coordinator trusts it; a job's name keeps two jobs apart.
 """
 
+import contextlib
 import json
 import socket
 import time
@@ -62,6 +63,15 @@ class Connection:
         if "error" in answer:
             raise KeeperError(f"keeper at {self.address}: {answer['error']}")
         return answer, payload
+
+    def await_end(self) -> None:
+        """Until the keeper has ended and its port is free, a few seconds at most."""
+        with contextlib.suppress(OSError):
+            self.socket.settimeout(5)
+            self.socket.recv(1)
+            for _ in range(100):  # its sockets close one after the other
+                Connection(self.address, self.job).close()
+                time.sleep(0.02)
 
     def close(self) -> None:
         self.socket.close()

@@ -1,0 +1,126 @@
+"""Several places for checkpoints, each with its own interval: host memory, local disk, an object store.
+
+disk = Checkpointer("/nvme/run-a", pool=pool)
+levels = Levels([
+    Level(MemoryCheckpointer(hosts, job="run-a"), every=10),
+    Level(disk, every=100),
+    Level(RemoteCheckpointer("gs://bucket/run-a", disk), every=1000),
+], pool=pool)
+levels.save(step, state, metadata=...)  # at every step; most have nothing to do
+state = levels.restore(abstract_state)  # the newest step of all levels
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxscale.checkpoint.background import one_line
+from jaxscale.checkpoint.reading import CorruptCheckpointError
+from jaxscale.checkpoint.snapshot import HostPool, take_snapshot
+
+log = logging.getLogger("jaxscale.checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A MemoryCheckpointer, Checkpointer or RemoteCheckpointer, and how many steps lie between its saves."""
+
+    store: Any
+    every: int
+
+
+class Levels:
+    """Saves one snapshot to every level that is due; restores from the newest, and of equals the first.
+
+    Args:
+      levels: fastest first. A RemoteCheckpointer copies steps of its source, which must be a level whose interval
+        divides its own.
+      pool: bounds the host memory of the snapshots that the levels are still writing.
+    """
+
+    def __init__(self, levels: Sequence[Level], *, pool: HostPool | None = None):
+        self.levels, self.pool = list(levels), pool
+        for level in self.levels:
+            if level.every < 1:
+                raise ValueError(f"every={level.every} of {type(level.store).__name__} must be at least 1")
+            source = getattr(level.store, "source", None)
+            if not hasattr(level.store, "copy"):
+                continue
+            under = [other.every for other in self.levels if other.store is source]
+            if not under or level.every % under[0]:
+                raise ValueError(
+                    f"a copy every {level.every} steps needs its source among the levels, with an interval that "
+                    f"divides {level.every}; its source has {under[0] if under else 'none'}"
+                )
+
+    def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
+        """Starts saving where `step` is due; False if it is due nowhere. All processes call it."""
+        due = [level.store for level in self.levels if step % level.every == 0]
+        writers = [store for store in due if not hasattr(store, "copy")]
+        json.dumps(dict(metadata or {}))
+        if writers:
+            snapshot = take_snapshot(state, axes=getattr(writers[-1], "axes", None), pool=self.pool)
+            try:
+                for store in writers:
+                    store.save_snapshot(step, snapshot.share(), metadata=metadata)
+            finally:
+                snapshot.release()
+        for store in due:
+            if hasattr(store, "copy"):
+                store.copy(step)
+        return bool(due)
+
+    def latest_step(self) -> int | None:
+        steps = [step for step in (level.store.latest_step() for level in self.levels) if step is not None]
+        return max(steps, default=None)
+
+    def restore(self, target: Any, **options: Any) -> Any:
+        """The newest step of any level; a level that is damaged or unreachable is passed over with a warning.
+
+        Args:
+          target, options: as in `Checkpointer.restore`; the levels choose the step.
+        """
+        found = [(level.store.latest_step(), -k, level.store) for k, level in enumerate(self.levels)]
+        known = sorted((entry for entry in found if entry[0] is not None), key=lambda e: e[:2], reverse=True)
+        if not known:
+            raise FileNotFoundError(f"none of {len(self.levels)} levels has a complete checkpoint")
+        for step, _, store in known:
+            try:
+                return store.restore(target, **options)
+            except (CorruptCheckpointError, OSError) as error:
+                if store is known[-1][2]:
+                    raise
+                log.warning(
+                    "%s has step %d, but %s; taking the next level", type(store).__name__, step, one_line(error)
+                )
+        raise AssertionError("unreachable")
+
+    def metadata(self, step: int | None = None) -> dict[str, Any]:
+        """What `save` was given with a step, from the first level that has it."""
+        step = self.latest_step() if step is None else step
+        for level in self.levels:
+            if step is not None and step in level.store.steps():
+                return level.store.metadata(step)
+        raise FileNotFoundError(f"no level has a checkpoint of step {step}")
+
+    def wait(self) -> None:
+        for level in self.levels:
+            level.store.wait()
+
+    def close(self) -> None:
+        """Waits for every level, also if one fails."""
+        with contextlib.ExitStack() as stack:
+            for level in self.levels:  # the last is closed first: it copies from the ones before
+                stack.callback(level.store.close)
+
+    def __enter__(self) -> "Levels":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            for level in self.levels:
+                end = getattr(level.store, "__exit__", None)
+                stack.callback(end, kind, error, traceback) if end else stack.callback(level.store.close)
