@@ -325,6 +325,8 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
     count = (B * turns + groups) * lanes + -(-_ROWS // rows)  # the merge reads 64 rows at a time
     leaving = _tiled((pairs, _ROWS, Hv), jnp.float32)
     if quantized:  # what leaves at the end of a part lies where keys and values were widened
+        # A worker's share of both is equally large and starts at the same place, so workers do not meet.
+        assert _ROWS * Hv * 4 == 2 * _TILE * H * 2
         leaving = plgpu.RefUnion(leaving, _tiled((pairs, 2 * _TILE, H), dtype))
     smem = (
         _tiled((pairs, _ROWS, H), dtype),
