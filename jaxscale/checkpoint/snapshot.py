@@ -39,8 +39,9 @@ def take_snapshot(
             if axes and len(axes[path]) == len(records[root + path]["shape"]):  # factored moments have fewer dims
                 records[root + path]["axes"] = list(axes[path])
     stored = {n: jax.random.key_data(x) if is_key(x) else x for n, x in leaves.items() if num_bytes(records[n])}
-    size = sum(map(_local_bytes, stored.values()))
+    size = 0
     if pool is not None:
+        size = sum(map(_local_bytes, stored.values()))
         pool.reserve(size)
     try:
         copies, held = copy_to_host(stored)
@@ -58,7 +59,7 @@ class Snapshot:
     records: dict[str, Record]
     copies: dict[str, Any]
     held: list[np.ndarray]
-    num_bytes: int  # held by this process
+    num_bytes: int  # taken from the pool
     pool: "HostPool | None"
     users: int = 1
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
