@@ -297,6 +297,26 @@ def alternatives_picture(found: Plan) -> str:
     return _svg(tall + 46, [*out, *_legend(list(names), tall + 38, list(names.values()))])
 
 
+def bars(rows: list[tuple[str, list[float]]], names: tuple[str, ...], limit: float = 0.0) -> str:
+    """A bar for each row, of parts one after another; a line at `limit` if it is given."""
+    left, high = 210, 24
+    scale = (WIDTH - left - 80) / max(limit, *(sum(values) for _, values in rows), 1e-30)
+    out = []
+    for i, (name, values) in enumerate(rows):
+        x, y = float(left), i * high + 3
+        out.append(f"<text x='{left - 8}' y='{y + 14}' text-anchor='end'>{_text(name)}</text>")
+        for j, value in enumerate(values):
+            wide = value * scale
+            out.append(f"<rect x='{x:.1f}' y='{y}' width='{wide:.1f}' height='18' fill='{COLOURS[j]}'/>")
+            x += wide
+        out.append(f"<text x='{x + 5:.1f}' y='{y + 14}'>{sum(values):.3g}</text>")
+    y = len(rows) * high
+    if limit:
+        x = left + limit * scale
+        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='0' y2='{y}' stroke='#d33' stroke-width='1.5'/>")
+    return _svg(y + 26, [*out, *_legend(list(names), y + 18)])
+
+
 def parameter_table(found: Plan, rules: Rules = MEGATRON_FSDP) -> Table:
     """Every parameter of the library's decoder on the chosen mesh."""
     mesh = make_abstract_mesh(found.best.mesh)

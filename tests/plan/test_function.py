@@ -1,0 +1,80 @@
+"""jaxscale.plan for functions that the library did not write."""
+
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxscale.plan  # the package is a function as well
+from jaxscale.plan.function import plan
+from sharding_rules.hardware import find_hardware
+
+
+def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+def loss_fn(params, x, y):
+    h = jax.nn.relu(x @ params["up"] + params["bias"])
+    return jnp.mean((h @ params["down"] - y) ** 2)
+
+
+def sizes(rng):
+    D, F, B = 64 * int(rng.integers(1, 4)), 256 * int(rng.integers(1, 4)), 32 * int(rng.integers(1, 4))
+    params = {"up": shape(D, F), "bias": shape(1, F), "down": shape(F, D)}
+    return params, (shape(B, D), shape(B, D)), (B, D, F)
+
+
+def test_any_function_gets_the_fastest_of_its_meshes(rng):
+    params, batch, (B, D, F) = sizes(rng)
+    found = jaxscale.plan(loss_fn, params, *batch, topology="h200:1x8")
+    tried = {o.mesh for o in found.options} | {m for m, _ in found.refused}
+    assert len(tried) >= 6 and all(m.num_devices == 8 and B % (m.dp * m.fsdp) == 0 for m in tried)
+    assert found.best.seconds == min(o.seconds for o in found.options)
+    numbers = D * F * 2 + F
+    for o in found.options:  # a parameter, a gradient and two moments, each split as its spec says
+        held = sum(leaf.bytes for leaf in o.rules.leaves)
+        assert o.state_bytes == 4 * held >= 4 * 4 * numbers / 8
+        alone = plan(loss_fn, params, *batch, topology="h200:1x8", mesh=o.mesh).best
+        assert alone.seconds == o.seconds and str(alone.mesh) == str(o.mesh)
+    specs = found.best.rules.specs
+    assert jax.tree.structure(specs) == jax.tree.structure(params)
+
+
+def test_activations_are_what_the_backward_pass_keeps(rng):
+    """Two sines keep two cosines; what they multiply is the parameter and the batch, which are there anyway."""
+    B, D = 32, 64 * int(rng.integers(1, 5))
+    found = plan(lambda p, x: jnp.sin(jnp.sin(x @ p)).sum(), shape(D, D), shape(B, D), topology="h200:1x8")
+    assert found.best.activation_bytes == 2 * B * D * 4 / 8
+
+
+def test_a_notebook_shows_pictures_and_the_parameters(rng):
+    params, batch, _ = sizes(rng)
+    found = plan(loss_fn, params, *batch, topology="v5e:2x4")
+    page = found._repr_html_()
+    assert page.count("<svg") == 2 and "down" in page and str(found.best.mesh) in page
+    assert "loss_fn on v5e:2x4" in str(found) and "down" in str(found)
+
+
+def test_what_cannot_be_planned_is_said_in_one_line(rng):
+    params, _, (_, D, _) = sizes(rng)
+    odd = (shape(7, D), shape(7, D))
+    with pytest.raises(ValueError, match="7 rows divide over no mesh of 64 devices"):
+        plan(loss_fn, params, *odd, topology="h200:8x8")
+    with pytest.raises(ValueError, match="nearest are v5p"):
+        plan(loss_fn, params, *odd, topology="v5p:3x3x3")
+    big = {"up": shape(2**18, 2**18), "bias": shape(1, 2**18), "down": shape(2**18, 2**18)}
+    rows = (shape(8, 2**18), shape(8, 2**18))
+    with pytest.raises(ValueError, match=r"fits no mesh of h200:1x8: .*the smallest needs [\d.]+ GB") as error:
+        plan(loss_fn, big, *rows, topology="h200:1x8")
+    assert math.prod((2**18, 2**18)) * 2 * 16 / 8 > find_hardware("h200").memory and "\n" not in str(error.value)
+
+
+def test_the_package_is_light_until_it_is_called():
+    code = (
+        "import jaxscale.plan, sys; assert 'sharding_rules.search' not in sys.modules; assert callable(jaxscale.plan)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
