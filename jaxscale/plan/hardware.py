@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from sharding_rules.hardware import Hardware, find_hardware
@@ -29,12 +30,14 @@ class _Slices(NamedTuple):
 
 
 TPUS = {
+    "v4": _Slices(3, 16, 4096),
     "v5e": _Slices(2, 16, 256),
     "v5p": _Slices(3, 28, 8960),
     "v6e": _Slices(2, 16, 256),
     "tpu7x": _Slices(3, 48, 9216, devices_per_chip=2),
 }
-GPUS = ("h200", "h100", "b200", "a100")
+GPUS = ("h200", "h100", "b200", "a100", "mi250x")
+DATA = Path(__file__).parent / "data"  # KIND.toml: rates of kinds that sharding_rules has none of, with their sources
 
 
 def find_pod(name: str, hardware: Hardware | None = None) -> Pod:
@@ -56,7 +59,8 @@ def find_pod(name: str, hardware: Hardware | None = None) -> Pod:
         example = "h200:16x8 (16 hosts of 8)" if kind in GPUS else "v6e:16x16" if kind == "v6e" else "v5p:8x8x8"
         raise ValueError(f"--on {name!r}: {size!r} is no size; write it as in {example}")
     grid = tuple(map(int, parts))
-    rates = hardware or find_hardware(kind)
+    own = DATA / f"{kind}.toml"
+    rates = hardware or (Hardware.load(own) if own.exists() else find_hardware(kind))
     if kind in TPUS:
         slices = TPUS[kind]
         if not _exists(grid, slices):

@@ -24,13 +24,23 @@ from jaxscale.plan.search import meshes, search
         ("v5p:8x8x8", 512),
         ("v6e:16x16", 256),
         ("tpu7x:4x4x4", 128),
+        ("v4:4x4x8", 128),
+        ("b200:4x8", 32),
+        ("mi250x:3x8", 24),
+        ("a100:2x8", 16),
+        ("h100:2x8", 16),
+        ("v5e:4x8", 32),
         ("h200:128x8", 1024),
         ("h200:16", 16),
         ("h200:4", 4),
     ],
 )
 def test_pods(name, devices):
-    assert find_pod(name).num_devices == devices
+    pod = find_pod(name)
+    assert pod.num_devices == devices
+    assert pod.hardware.name == pod.kind
+    # No device multiplies faster than 3 PFLOP/s, and each can do at least 30 FLOPs with a byte of its memory.
+    assert 1e14 < pod.hardware.flops < 3e15 and pod.hardware.flops / pod.hardware.memory_bandwidth > 30
 
 
 @pytest.mark.parametrize(
@@ -48,6 +58,25 @@ def test_pods(name, devices):
 def test_a_pod_that_does_not_exist_is_answered_with_those_that_do(name, says):
     with pytest.raises(ValueError, match=says) as error:
         find_pod(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"flops": -1}, "flops=-1 must be positive"),
+        ({"memory": 0}, "memory=0 must be positive"),
+        ({"flopz": 1e12}, "did you mean 'flops'"),
+        ({"node": None}, "missing node"),
+    ],
+)
+def test_a_hardware_file_with_impossible_numbers_is_refused(changes, says, tmp_path):
+    values = {"name": '"mine"', "flops": 1e14, "memory_bandwidth": 1e12, "memory": 8e10, "bandwidth": 1e11}
+    values |= {"outer_bandwidth": 1e10, "node": 8} | changes
+    path = tmp_path / "mine.toml"
+    path.write_text("".join(f"{k} = {v}\n" for k, v in values.items() if v is not None))
+    with pytest.raises(ValueError, match=says) as error:
+        plan_command(PlanOptions(on="h200:1x8", hardware=str(path), report=""))
     assert "\n" not in str(error.value)
 
 
