@@ -296,6 +296,25 @@ def test_experts_grow_and_merge(rng):
         lay.inverse((lay.compute(("w",), ("q",), lambda x: (x,), axis=0),))
 
 
+def test_experts_of_layers_are_arrays_of_their_own(monkeypatch, rng):
+    """The layout of a Hugging Face family whose tensor names count layers and experts, there and back."""
+    from jaxscale.checkpoint import huggingface
+    from jaxscale.params import ParamSpec, constant
+
+    spec = ParamSpec((2, 12, 5, 3), ("layers", "experts", "embed", "mlp"), constant(0.0))
+    monkeypatch.setattr(huggingface, "param_specs", lambda cfg: {"layers": {"moe": {"w_up": spec}}})
+    name = "model.layers.{}.mlp.experts.{}.up_proj.weight"
+    monkeypatch.setitem(huggingface._TENSORS, "layers/moe/w_up", (name, ((1,), (0,))))
+    layout = huggingface.hf_layout(None)  # pyright: ignore[reportArgumentType]
+    w = rng.normal(size=spec.shape).astype(np.float32)
+    tensors = lay.apply_layout({"layers/moe/w_up": maps.lazy(w)}, layout)
+    assert {n: bits(x.whole()) for n, x in tensors.items()} == {
+        name.format(i, e): bits(np.ascontiguousarray(w[i, e].T)) for i in range(2) for e in range(12)
+    }
+    back = lay.apply_layout(tensors, lay.inverse(layout))
+    assert bits(back["layers/moe/w_up"].whole()) == bits(w)
+
+
 def test_restage_between_pipelines():
     x = np.arange(12 * 2).reshape(12, 2)
     two = lay.stage("w", stages=2)
