@@ -20,6 +20,7 @@ jaxscale: shard a model over any mesh, prove it, and run it at the speed of the 
   jaxscale train RUN [--options]     train; the same command resumes after a stop
   jaxscale generate [--options]      generate text from a checkpoint or a published model
   jaxscale plan [--options]          will it fit on that pod, with which mesh, how fast
+  jaxscale bench links [--options]   measure matmuls, memory and links, for plan --hardware
   jaxscale rules FILE.py:BUILD       tensor-parallel rules of your own model, from its program
   jaxscale checkpoint ls|verify|diff|convert PATH ...
   jaxscale doctor                    what hardware and software is here, and what it unlocks
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "generate": _generate,
         "plan": _plan,
+        "bench": _bench,
         "rules": _rules,
         "checkpoint": _checkpoint,
         "doctor": _doctor,
@@ -221,6 +223,14 @@ def _plan(args: list[str]) -> int:
     from jaxscale.plan.command import PlanOptions, plan_command
 
     return plan_command(_parse(PlanOptions, args, "jaxscale plan"))
+
+
+def _bench(args: list[str]) -> int:
+    if args[:1] != ["links"]:
+        raise ValueError("jaxscale bench links is what there is; jaxscale bench links --help")
+    from jaxscale.plan.links import LinksOptions, links_command
+
+    return links_command(_parse(LinksOptions, args[1:], "jaxscale bench links"))
 
 
 CHECKPOINT_HELP = """\
