@@ -32,8 +32,93 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts in place of the MLP: how tokens are routed, what the experts are, what keeps them balanced.
+
+    router: "softmax" (Mixtral, Qwen3-MoE, GPT-OSS), "sigmoid" (DeepSeek-V3, arXiv 2412.19437: a bias chooses, scores
+    weigh), "gshard" (arXiv 2006.16668: at most `capacity_factor` times its share of a row for each expert), "cosine"
+    (X-MoE, arXiv 2204.09179), "expert_choice" (arXiv 2202.09368: experts choose tokens of a row; not causal).
+    """
+
+    num_experts: int
+    top_k: int
+    mlp_dim: int  # the hidden layer of one expert
+    router: Literal["softmax", "sigmoid", "gshard", "cosine", "expert_choice"] = "softmax"
+    dropless: bool = True
+    capacity_factor: float | None = None  # gshard, expert_choice; None: no limit, and 1 for expert_choice
+    norm_top_k: bool = True  # the weights of a token's experts sum to 1 before weight_scale
+    weight_scale: float = 1.0
+    num_groups: int = 1  # sigmoid: experts lie in groups, of which a token uses
+    top_groups: int = 1
+    router_bias: bool = False
+    cosine_dim: int = 32
+    shared_dim: int = 0  # the hidden layer of the experts that every token uses
+    first_dense: int = 0  # that many first layers have a plain MLP
+    activation: Literal["gated", "gpt_oss"] = "gated"  # gpt_oss: clamped, with biases
+    # Experts that cost nothing (MoE++, arXiv 2410.07348); top_k counts them.
+    num_zero: int = 0
+    num_copy: int = 0
+    num_constant: int = 0
+    cheap_balance: float = 0.75  # tau: how much the load of those counts in the balance loss
+    gating_residual: bool = False  # the router sees the logits of the layer before
+    balance_weight: float = 0.01
+    balance_rows: int | None = None  # rows whose load is balanced: None: the whole batch; 1: each sequence
+    router_z_weight: float = 0.0
+    dispatch: Literal["auto", "all_gather", "all_to_all"] = "auto"  # over ep: jaxscale.parallel.expert
+    dispatch_chunks: int = 1  # parts of a device's tokens, one travels while another is computed
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.num_routed:
+            raise ValueError(
+                f"top_k={self.top_k} must lie between 1 and the {self.num_routed} experts that a router chooses from"
+            )
+        if self.num_experts % self.num_groups or not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(
+                f"num_experts={self.num_experts} in num_groups={self.num_groups}, of which "
+                f"top_groups={self.top_groups}: use num_groups in {_divisors(self.num_experts)} and top_groups up to it"
+            )
+        if self.num_groups > 1:
+            reach = self.num_experts // self.num_groups * self.top_groups
+            if self.router != "sigmoid" or self.num_routed > self.num_experts:
+                raise ValueError(
+                    f"num_groups={self.num_groups} needs router='sigmoid' without zero-computation experts"
+                )
+            if self.top_k > reach:
+                raise ValueError(
+                    f"top_k={self.top_k} experts do not lie in {self.top_groups} groups of {reach} experts"
+                )
+        drops = self.router == "gshard" and self.capacity_factor is not None
+        if self.dropless and drops:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} drops tokens but dropless=True promises not to; set "
+                f"dropless=False, or capacity_factor=None"
+            )
+        if self.capacity_factor is not None and (
+            self.router not in ("gshard", "expert_choice") or self.capacity_factor <= 0
+        ):
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} with router={self.router!r}: use a positive one with gshard "
+                f"or expert_choice, or None"
+            )
+        if self.router == "expert_choice" and (self.num_routed > self.num_experts or self.dropless):
+            raise ValueError(
+                "expert_choice leaves tokens without an expert and knows no zero-computation experts; "
+                "set dropless=False and num_zero=num_copy=num_constant=0"
+            )
+        if (self.balance_rows is not None and self.balance_rows < 1) or self.dispatch_chunks < 1:
+            raise ValueError(
+                f"balance_rows={self.balance_rows} and dispatch_chunks={self.dispatch_chunks} must be at least 1"
+            )
+
+    @property
+    def num_routed(self) -> int:
+        """How many experts the router chooses from, those that cost nothing included."""
+        return self.num_experts + self.num_zero + self.num_copy + self.num_constant
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3 are values of this."""
+    """A decoder-only transformer: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3, Mixtral, Qwen3-MoE."""
 
     name: str = "custom"
     vocab_size: int
@@ -62,6 +147,7 @@ class ModelConfig:
     local_rope_theta: float | None = None  # None: local layers rotate as the global ones do
     window: int | None = None  # how many tokens, itself included, a local layer sees
     layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the depth
+    moe: MoEConfig | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the masters
 
@@ -82,6 +168,8 @@ class ModelConfig:
             raise ValueError(f"window={self.window} must be at least 1 token")
         if not self.layer_pattern:
             raise ValueError("layer_pattern is empty; use ('global',)")
+        if self.moe is not None and self.moe.first_dense >= self.num_layers:
+            raise ValueError(f"first_dense={self.moe.first_dense} leaves no layer of {self.num_layers} with experts")
 
     @property
     def local_layers(self) -> tuple[bool, ...]:
@@ -91,7 +179,13 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """Forward and backward matmul FLOPs for one token: 6 per weight it meets, and causal attention at seq_len."""
         attn = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        weights = self.num_layers * (attn + 3 * self.embed_dim * self.mlp_dim) + self.vocab_size * self.embed_dim
+        dense, hidden = self.num_layers, 0.0
+        if self.moe is not None:  # of the experts, those that a token meets
+            dense = self.moe.first_dense
+            met = self.moe.top_k * self.moe.num_experts / self.moe.num_routed
+            hidden = (self.num_layers - dense) * (met * self.moe.mlp_dim + self.moe.shared_dim)
+        hidden += dense * self.mlp_dim
+        weights = self.num_layers * attn + 3 * self.embed_dim * hidden + self.vocab_size * self.embed_dim
         keys = sum(min(seq_len / 2, self.window or seq_len) if local else seq_len / 2 for local in self.local_layers)
         return 6.0 * weights + 12.0 * self.num_heads * self.head_dim * keys
 
@@ -165,7 +259,13 @@ class MeshConfig:
         return dataclasses.replace(self, **sizes)
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuse a mesh on which tensor parallelism would split neither attention nor MLP."""
+        """Refuse a mesh that cannot share out the experts, or on which tensor parallelism splits neither attention
+        nor MLP."""
+        if model.moe is not None and model.moe.num_experts % self.ep:
+            raise ValueError(
+                f"num_experts={model.moe.num_experts} is not divisible by ep={self.ep}; "
+                f"use ep in {_divisors(model.moe.num_experts)}"
+            )
         if self.tp > 1 and model.num_heads % self.tp and model.mlp_dim % self.tp:
             both = math.gcd(model.num_heads, model.mlp_dim)
             raise ValueError(

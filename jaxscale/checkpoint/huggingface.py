@@ -56,8 +56,14 @@ _TENSORS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "layers/mlp/b_gate": (_LAYER + "mlp.gate_proj.bias", ((0,),)),
     "layers/mlp/b_up": (_LAYER + "mlp.up_proj.bias", ((0,),)),
     "layers/mlp/b_down": (_LAYER + "mlp.down_proj.bias", ((0,),)),
+    "layers/moe/router/w": (_LAYER + "mlp.gate.weight", ((1,), (0,))),
+    "layers/moe/experts/w_gate": (_LAYER + "mlp.experts.{}.gate_proj.weight", ((1,), (0,))),
+    "layers/moe/experts/w_up": (_LAYER + "mlp.experts.{}.up_proj.weight", ((1,), (0,))),
+    "layers/moe/experts/w_down": (_LAYER + "mlp.experts.{}.down_proj.weight", ((1,), (0,))),
     "layers/mlp_post_norm": (_LAYER + "post_feedforward_layernorm.weight", ((0,),)),
 }
+
+_MIXTRAL = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def import_hf(path: str | Path, shardings: Any = None, cfg: ModelConfig | None = None) -> tuple[Any, ModelConfig]:
@@ -183,7 +189,11 @@ def _where(name: str, cfg: ModelConfig) -> tuple[str, tuple[tuple[int, ...], ...
     """The tensor name of a parameter, with {} for its layer, and how its dims are merged."""
     if name == "layers/mlp_norm" and not cfg.post_norms:  # Llama names it as Gemma names the norm after attention
         name = "layers/attn_post_norm"
-    return _TENSORS[name]
+    tensor, groups = _TENSORS[name]
+    if cfg.moe is not None and not cfg.qk_norm:  # Mixtral has names of its own
+        for theirs, mixtral in _MIXTRAL.items():
+            tensor = tensor.replace(theirs, mixtral)
+    return tensor, groups
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -1,5 +1,8 @@
-"""The decoder: Llama 2/3, Mistral, Qwen2/3, SmolLM2 and Gemma 2/3 by configuration. Layers are stacked and scanned."""
+"""The decoder: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3, Mixtral and Qwen3-MoE by configuration.
 
+Layers are stacked and scanned; plain ones before those with experts (`first_dense`) are a stack of their own."""
+
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -9,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxscale.config import ModelConfig
 from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_cap
+from jaxscale.models import moe
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
 from jaxscale.params import ParamSpec, constant, normal
@@ -69,12 +73,13 @@ def loss_fn(
 
     Returns:
       loss: nll, plus z_loss times the mean squared logsumexp (PaLM, arXiv 2204.02311).
-      parts: nll, and weight: the number of labels, by which micro-batches are averaged.
+      parts: nll, and weight: the number of labels, by which micro-batches are averaged; of a mixture of experts also
+        what `moe.losses` reports.
     """
     if cfg.tie_embeddings:  # gathered once for both uses, so that their gradients are added before they are scattered
         table = _gather(params["embed"], param_specs(cfg)["embed"], cfg, batch["tokens"].shape, rules)
         params = params | {"embed": table}
-    x, _ = hidden(
+    x, _, routing = _hidden(
         params,
         batch["tokens"],
         cfg,
@@ -101,7 +106,21 @@ def loss_fn(
         loss = mean_nll
         if z_loss:
             loss = loss + z_loss * (lse * lse * counted).sum() * scale
-    return loss, {"nll": mean_nll, "weight": weight}
+    parts = {"nll": mean_nll, "weight": weight}
+    if routing is not None:
+        extra, metrics = moe.losses(routing, cfg)
+        loss, parts = loss + extra, parts | metrics
+    return loss, parts
+
+
+def router_trace(
+    params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, rules: Rules = MEGATRON_FSDP
+) -> Int[Array, "L B T K"]:
+    """Which experts each layer with experts chose for each token, int32, -1 where none: what placement is made from."""
+    _, _, routing = _hidden(params, tokens, cfg, rules=rules, trace=True)
+    if routing is None:
+        raise ValueError(f"{cfg.name} has no experts to trace; set ModelConfig.moe")
+    return routing["experts"]
 
 
 def hidden(
@@ -122,6 +141,34 @@ def hidden(
       cache: from `init_cache`. A row's keys and values go to the slots positions[row, 0] onwards, one after another;
         its queries then see every slot up to their own position. Without segment_ids. Donate it: no copy is made then.
     """
+    x, cache, _ = _hidden(
+        params,
+        tokens,
+        cfg,
+        segment_ids=segment_ids,
+        positions=positions,
+        cache=cache,
+        rules=rules,
+        remat=remat,
+        context=context,
+    )
+    return x, cache
+
+
+def _hidden(
+    params,
+    tokens,
+    cfg: ModelConfig,
+    *,
+    segment_ids=None,
+    positions=None,
+    cache: Cache | None = None,
+    rules: Rules = MEGATRON_FSDP,
+    remat: Remat = "none",
+    context: Context | None = None,
+    trace: bool = False,
+):
+    """As `hidden`, and what the routers of all layers did."""
     specs = param_specs(cfg)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
@@ -135,20 +182,36 @@ def hidden(
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.embed_dim**0.5, x.dtype)
 
-    def layer(carry, stacked):
-        x, cache = carry
+    def layer(name, cfg, carry, stacked):
+        x, cache, before = carry
         p, index, local = stacked
-        p = _gather(p, specs["layers"], cfg, tokens.shape, rules)
-        return _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, context), None
+        p = _gather_layer(p, specs[name], cfg, tokens.shape, rules)
+        x, cache, routing, before = _layer(
+            p, x, cfg, local, positions, segment_ids, index, cache, rules, context, before, trace
+        )
+        return (x, cache, before), routing
 
-    if remat != "none" or active_mesh() is not None:
-        layer = jax.checkpoint(layer, policy=functools.partial(saveable, remat), prevent_cse=False)
     # The whole cache is carried and each layer writes its slots in place; scanned over, it would be copied every step.
     indices, local = jnp.arange(cfg.num_layers, dtype=jnp.int32), jnp.asarray(cfg.local_layers)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (params["layers"], indices, local))
+    carry, routing, start = (x, cache, moe.no_logits(cfg, tokens.shape, rules)), None, 0
+    for name, kind, count in _stacks(cfg):
+        body = functools.partial(layer, name, kind)
+        if remat != "none" or active_mesh() is not None:
+            body = jax.checkpoint(body, policy=functools.partial(saveable, remat), prevent_cse=False)
+        part = slice(start, start + count)
+        carry, routing = jax.lax.scan(body, carry, (params[name], indices[part], local[part]))
+        start += count
+    x, cache, _ = carry
     with jax.named_scope("final_norm"):
         scale = gather_params(params["final_norm"], specs["final_norm"], jnp.float32, rules=rules)
-        return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset), cache
+        return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset), cache, routing
+
+
+def _stacks(cfg: ModelConfig) -> list[tuple[str, ModelConfig, int]]:
+    """(name, configuration, depth) of each stack of layers, in the order of the model."""
+    first = cfg.moe.first_dense if cfg.moe else 0
+    plain = dataclasses.replace(cfg, moe=None)
+    return [("dense_layers", plain, first)] * (first > 0) + [("layers", cfg, cfg.num_layers - first)]
 
 
 def logits(
@@ -175,7 +238,21 @@ def init_cache(cfg: ModelConfig, batch_size: int, max_len: int, rules: Rules = M
 @functools.lru_cache(maxsize=32)
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """Shape, logical axes, initial values and dtype of every parameter."""
-    L, D, F, V = cfg.num_layers, cfg.embed_dim, cfg.mlp_dim, cfg.vocab_size
+    D, V = cfg.embed_dim, cfg.vocab_size
+    table = normal(D**-0.5 if cfg.tie_embeddings else 1.0)
+    specs = {
+        "embed": ParamSpec((V, D), ("vocab", "embed"), table, cfg.param_dtype),
+        **{name: _layer_specs(kind, depth) for name, kind, depth in _stacks(cfg)},
+        "final_norm": ParamSpec((D,), ("embed",), constant(1.0 - cfg.norm_offset), cfg.param_dtype),
+    }
+    if not cfg.tie_embeddings:
+        specs["head"] = ParamSpec((D, V), ("embed", "vocab"), normal(D**-0.5), cfg.param_dtype)
+    return specs
+
+
+def _layer_specs(cfg: ModelConfig, L: int) -> dict[str, Any]:
+    """Those of a stack of L layers."""
+    D, F = cfg.embed_dim, cfg.mlp_dim
     N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
     def spec(*dims: tuple[int, str | None], init):
@@ -185,7 +262,7 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     ones, zeros = constant(1.0 - cfg.norm_offset), constant(0.0)
     # What writes into the residual stream starts smaller by the number of writes (GPT-2).
     into = normal(D**-0.5)
-    out_of = lambda fan_in: normal(fan_in**-0.5 * (2 * L) ** -0.5)
+    out_of = lambda fan_in: normal(fan_in**-0.5 * (2 * cfg.num_layers) ** -0.5)
     norm = spec(layers, embed, init=ones)
 
     attn = {
@@ -219,29 +296,30 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
             "b_down": spec(layers, embed, init=zeros),
         }
     block = {"attn_norm": norm, "attn": attn, "mlp_norm": norm, "mlp": ffn}
+    if cfg.moe is not None:
+        del block["mlp"]
+        block["moe"] = moe.param_specs(cfg, L)
     if cfg.post_norms:
         block |= {"attn_post_norm": norm, "mlp_post_norm": norm}
-    specs = {
-        "embed": spec((V, "vocab"), embed, init=normal(D**-0.5 if cfg.tie_embeddings else 1.0)),
-        "layers": block,
-        "final_norm": spec(embed, init=ones),
-    }
-    if not cfg.tie_embeddings:
-        specs["head"] = spec(embed, (V, "vocab"), init=into)
-    return specs
+    return block
 
 
-def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, context):
+def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, context, before, trace):
     norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
     with jax.named_scope("attention"):
         y, cache = _attention_block(
             p["attn"], norm(x, p["attn_norm"]), cfg, local, positions, segment_ids, index, cache, rules, context
         )
         x = x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y)
+    routing = None
     with jax.named_scope("mlp"):
-        y = _mlp_block(p["mlp"], norm(x, p["mlp_norm"]), cfg, rules)
+        y = norm(x, p["mlp_norm"])
+        if cfg.moe is None:
+            y = _mlp_block(p["mlp"], y, cfg, rules)
+        else:
+            y, routing, before = moe.block(p["moe"], y, cfg, rules, segment_ids, before, trace)
         x = x + (norm(y, p["mlp_post_norm"]) if cfg.post_norms else y)
-    return x, cache
+    return x, cache, routing, before
 
 
 def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules, context):
@@ -321,6 +399,13 @@ def _rotation(cfg: ModelConfig, local: Array) -> tuple[Any, Any]:
 
 def _gather(params, specs, cfg, rows, rules):
     return gather_params(params, specs, jnp.dtype(cfg.dtype), rows, rules)
+
+
+def _gather_layer(p, specs, cfg, rows, rules):
+    out = _gather(
+        {k: v for k, v in p.items() if k != "moe"}, {k: v for k, v in specs.items() if k != "moe"}, cfg, rows, rules
+    )
+    return out if cfg.moe is None else out | {"moe": moe.gather(p["moe"], specs["moe"], cfg, rows, rules)}
 
 
 def _write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:

@@ -15,10 +15,11 @@ and defaults.json: what each model_type means when its config.json says nothing.
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 B, T, V = 2, 37, 101
@@ -176,6 +177,34 @@ FAMILIES = {
         ),
         [{"use_sliding_window": False}, {"max_window_layers": 2}, {"sliding_window": 9}],
     ),
+    # With experts: in folders of their own.
+    "moe/mixtral": (
+        hub_config(
+            "mixtral",
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=None,
+            rope_theta=10000.0,
+            rms_norm_eps=1e-5,
+        ),
+        [{"num_experts_per_tok": 1}],
+    ),
+    "moe/qwen3_moe": (
+        hub_config(
+            "qwen3_moe",
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            rope_theta=1000000.0,
+        ),
+        [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
+    ),
 }
 
 
@@ -197,6 +226,8 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
             value = 0.5 * noise
         elif "q_proj" in name or "k_proj" in name:
             value = 1.5 * noise / w.shape[1] ** 0.5
+        elif w.ndim == 3:  # experts
+            value = noise / max(w.shape[1:]) ** 0.5
         else:
             value = noise / w.shape[1] ** 0.5
         w.copy_(value.bfloat16().float())
@@ -223,7 +254,11 @@ def make_family(name: str, hub: dict, changes: list[dict], seed: int) -> None:
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     folder = HERE / name
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if name.startswith("moe/"):  # transformers fuses the experts in memory and takes them apart as it saves
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            state = load_file(Path(saved) / "model.safetensors")
     save_file({k: v.bfloat16().contiguous() for k, v in state.items()}, folder / "model.safetensors")
     save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / "io.safetensors")
     for file, config in (("config_hub.json", hub), ("config.json", model.config.to_dict())):

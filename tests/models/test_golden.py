@@ -96,7 +96,7 @@ def test_config_defaults(kind):
         ("llama2", {"num_local_experts": 8}, "num_local_experts=8"),
         ("llama2", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("llama2", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("llama2", {"model_type": "mixtral"}, "model_type='mixtral'"),
+        ("llama2", {"model_type": "phi3"}, "model_type='phi3'"),
         ("llama2", {"torch_dtype": "float8_e4m3fn"}, "torch_dtype='float8_e4m3fn'"),
         ("llama2", {"sliding_window": 4}, "sliding_window=4"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "linear_attention"),

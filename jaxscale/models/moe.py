@@ -1,0 +1,263 @@
+"""A mixture of experts in place of a decoder's MLP: router, experts, shared experts, balance losses and metrics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxscale.config import ModelConfig, MoEConfig
+from jaxscale.layers import gated_mlp
+from jaxscale.models import routing
+from jaxscale.parallel.expert import apply_experts, gather_experts
+from jaxscale.params import ParamSpec, constant, normal, path_name
+from jaxscale.sharding import active_mesh, constrain, einsum, enter, gather_params
+from sharding_rules.rules import Rules
+
+RESIDUAL = ("batch", "norm_seq", "embed")
+INSIDE = ("batch", "seq", "embed")
+
+
+def block(
+    p: dict[str, Any],
+    y: Array,
+    cfg: ModelConfig,
+    rules: Rules,
+    segment_ids: Array | None,
+    before: Array | None,
+    trace: bool = False,
+) -> tuple[Array, dict[str, Array], Array | None]:
+    """What the experts add to the residual stream.
+
+    Args:
+      p: of one layer, from `gather`.
+      y: [B, T, D], normed.
+      segment_ids: [B, T]; 0 is padding, which counts in no loss and takes no place of limited capacity.
+      before: [B, T, E] logits of the router before (gating residuals).
+      trace: also return the chosen experts.
+
+    Returns:
+      out [B, T, D]; what the router did: means over tokens and `load` [E]; logits for the next layer's router.
+    """
+    m = _moe(cfg)
+    mask = jnp.ones(y.shape[:2], bool) if segment_ids is None else segment_ids > 0
+    mask = constrain(mask, ("batch", "seq"), rules)
+    with jax.named_scope("router"):
+        logits = router_logits(p["router"], constrain(y, INSIDE, rules), m, before)
+        chosen = _route(logits, p["router"].get("balance_bias"), mask, m, rules)
+    with jax.named_scope("experts"):
+        out = apply_experts(
+            y,
+            chosen.experts,
+            chosen.weights,
+            p["experts"],
+            activation=m.activation if m.activation == "gpt_oss" else cfg.activation,
+            dispatch=m.dispatch,
+            chunks=m.dispatch_chunks,
+            row_pairs=m.num_experts * routing.capacity(m, y.shape[1]) if m.router == "expert_choice" else None,
+            rules=rules,
+        )
+    if m.num_routed > m.num_experts:
+        out = out + _cheap(p.get("constant"), y, chosen, m, rules)
+    if m.shared_dim:
+        with jax.named_scope("shared"):
+            (inside,) = enter(y, INSIDE, (p["shared"]["w_up"],), rules)
+            h = gated_mlp(inside, p["shared"], cfg.activation)
+            out = out + einsum("BTF,FD->BTD", h, p["shared"]["w_down"], axes=RESIDUAL, rules=rules)
+    stats = _stats(logits, chosen, mask, m, rules)
+    if "balance_bias" in p["router"]:
+        # Zero, with the gradient of loss-free balancing (arXiv 2408.15664): descent lowers the bias of busy experts.
+        bias, load = p["router"]["balance_bias"], stats["load"]
+        error = jax.lax.stop_gradient(jnp.sign(load - load.mean()))
+        stats["bias_step"] = ((bias - jax.lax.stop_gradient(bias)) * error).sum()
+    if trace:
+        stats["experts"] = chosen.experts
+    return out, stats, logits if m.gating_residual else None
+
+
+def losses(stats: dict[str, Array], cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
+    """(what is added to the loss, metrics) of the stacked [L, ...] statistics of `block`; means over layers.
+
+    Metrics: router_balance (1 when even), router_z, router_entropy in nats, router_dropped (share of the choices),
+    router_load (the busiest expert's share of the choices over an even one).
+    """
+    m = _moe(cfg)
+    mean = {name: stats[name].mean() for name in ("balance", "z", "entropy", "dropped")}
+    extra = m.balance_weight * mean["balance"] + m.router_z_weight * mean["z"]
+    if "bias_step" in stats:
+        extra = extra + stats["bias_step"].sum()
+    load = stats["load"]
+    busiest = (load.max(axis=-1) / jnp.maximum(load.mean(axis=-1), 1e-9)).mean()
+    return extra, {f"router_{name}": x for name, x in mean.items()} | {"router_load": busiest}
+
+
+def with_bias_balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:
+    """`optimizer` for all parameters but the routers' balance_bias, which goes `rate` a step against its load."""
+
+    def labels(params):
+        name = lambda path, _: "bias" if path_name(path).endswith("balance_bias") else "rest"
+        return jax.tree.map_with_path(name, params)
+
+    return optax.partition({"bias": optax.sgd(rate), "rest": optimizer}, labels)
+
+
+def param_specs(cfg: ModelConfig, L: int) -> dict[str, Any]:
+    """Those of L layers with experts."""
+    m, D = _moe(cfg), cfg.embed_dim
+    E, F, R = m.num_experts, m.mlp_dim, m.num_routed
+
+    def spec(*dims: tuple[int, str | None], init):
+        return ParamSpec((L, *(n for n, _ in dims)), ("layers", *(a for _, a in dims)), init, cfg.param_dtype)
+
+    embed, experts, mlp = (D, "embed"), (E, "experts"), (F, "mlp")
+    into, zeros = normal(D**-0.5), constant(0.0)
+    out_of = lambda fan_in: normal(fan_in**-0.5 * (2 * cfg.num_layers) ** -0.5)
+    router = {"w": spec(embed, (R, None), init=into)}
+    if m.router == "cosine":
+        router = {
+            "w_down": spec(embed, (m.cosine_dim, None), init=into),
+            "w": spec((m.cosine_dim, None), (R, None), init=normal(m.cosine_dim**-0.5)),
+            "temperature": spec((1, None), init=constant(0.07)),
+        }
+    if m.router_bias:
+        router["b"] = spec((R, None), init=zeros)
+    if m.router == "sigmoid":
+        router["balance_bias"] = spec((R, None), init=zeros)
+    if m.gating_residual:
+        router["w_before"] = spec((R, None), (R, None), init=zeros)
+    weights = {
+        "w_gate": spec(experts, embed, mlp, init=into),
+        "w_up": spec(experts, embed, mlp, init=into),
+        "w_down": spec(experts, mlp, embed, init=out_of(F)),
+    }
+    if m.activation == "gpt_oss":
+        weights |= {
+            "b_gate": spec(experts, mlp, init=zeros),
+            "b_up": spec(experts, mlp, init=zeros),
+            "b_down": spec(experts, embed, init=zeros),
+        }
+    specs: dict[str, Any] = {"router": router, "experts": weights}
+    if m.num_constant:
+        specs["constant"] = {
+            "value": spec((m.num_constant, None), embed, init=zeros),
+            "w": spec(embed, (2 * m.num_constant, None), init=into),
+        }
+    if m.shared_dim:
+        shared = (m.shared_dim, "mlp")
+        specs["shared"] = {
+            "w_gate": spec(embed, shared, init=into),
+            "w_up": spec(embed, shared, init=into),
+            "w_down": spec(shared, embed, init=out_of(m.shared_dim)),
+        }
+    return specs
+
+
+def gather(params: Any, specs: Any, cfg: ModelConfig, rows: Any, rules: Rules) -> Any:
+    """One layer's parameters as the computation wants them; the router's in float32."""
+    out = {}
+    for name, part in params.items():
+        if name == "experts":
+            out[name] = gather_experts(part, specs[name], jnp.dtype(cfg.dtype), rows, rules)
+        else:
+            dtype = jnp.float32 if name == "router" else jnp.dtype(cfg.dtype)
+            out[name] = gather_params(part, specs[name], dtype, rows, rules)
+    return out
+
+
+def no_logits(cfg: ModelConfig, shape: tuple[int, ...], rules: Rules) -> Array | None:
+    """What the first router sees of a router before it; None without gating residuals."""
+    if cfg.moe is None or not cfg.moe.gating_residual:
+        return None
+    return constrain(jnp.zeros((*shape, cfg.moe.num_routed), jnp.float32), ("batch", "seq", None), rules)
+
+
+def router_logits(p: dict[str, Array], y: Array, m: MoEConfig, before: Array | None = None) -> Array:
+    """Float32 [B, T, E]."""
+    y = y.astype(jnp.float32)
+    if m.router == "cosine":
+        y = _unit(jnp.einsum("BTD,DR->BTR", y, p["w_down"]), axis=-1)
+        logits = jnp.einsum("BTR,RE->BTE", y, _unit(p["w"], axis=0))
+        logits = logits / jnp.maximum(p["temperature"], 0.01)[None, None]
+    else:
+        logits = jnp.einsum("BTD,DE->BTE", y, p["w"])
+    if "b" in p:
+        logits = logits + p["b"][None, None]
+    if before is not None:
+        logits = logits + jnp.einsum("BTE,EF->BTF", before, p["w_before"])
+    return logits
+
+
+def _route(logits, bias, mask, m: MoEConfig, rules: Rules) -> routing.Routing:
+    if active_mesh() is None:
+        return routing.route(logits, bias, mask, m)
+    # What is limited in a row must see the whole row.
+    whole = m.router == "expert_choice" or m.capacity_factor is not None
+    seq = None if whole else "seq"
+    logits, mask = constrain(logits, ("batch", seq, None), rules), constrain(mask, ("batch", seq), rules)
+    spec = jax.typeof(logits).sharding.spec
+    arrays = (logits, mask) if bias is None else (logits, mask, bias)
+    route = lambda logits, mask, bias=None: routing.route(logits, bias, mask, m)
+    out = jax.shard_map(route, out_specs=spec)(*arrays)
+    return routing.Routing(*(constrain(x, ("batch", "seq", None), rules) for x in out))
+
+
+def _cheap(p, y, chosen: routing.Routing, m: MoEConfig, rules: Rules):
+    """Experts that cost nothing: zero adds nothing, copy its input, constant a mix of its input and a learned vector
+    (MoE++, arXiv 2410.07348)."""
+    experts, weights = (constrain(x, ("batch", "norm_seq", None), rules) for x in (chosen.experts, chosen.weights))
+    first = m.num_experts + m.num_zero
+    taken = lambda low, high: jnp.where((experts >= low) & (experts < high), weights, 0.0).sum(axis=-1)
+    out = y * taken(first, first + m.num_copy).astype(y.dtype)[..., None]
+    if not m.num_constant:
+        return out
+    first += m.num_copy
+    inside = constrain(y, INSIDE, rules)
+    mix = jnp.einsum("BTD,DC->BTC", inside, p["w"]).astype(jnp.float32)
+    mix = jax.nn.softmax(mix.reshape(*mix.shape[:2], m.num_constant, 2), axis=-1)
+    each = jnp.stack([taken(first + i, first + i + 1) for i in range(m.num_constant)], axis=-1)
+    mix = mix * constrain(each, ("batch", "seq", None), rules)[..., None]
+    kept = constrain(mix[..., 0].sum(axis=-1), ("batch", "norm_seq"), rules)
+    learned = jnp.einsum("BTC,CD->BTD", mix[..., 1].astype(y.dtype), p["value"])
+    return out + y * kept.astype(y.dtype)[..., None] + constrain(learned, RESIDUAL, rules)
+
+
+def _stats(logits, chosen: routing.Routing, mask, m: MoEConfig, rules: Rules) -> dict[str, Array]:
+    B, E = mask.shape[0], m.num_routed
+    rows = m.balance_rows or B
+    if B % rows:
+        raise ValueError(f"balance_rows={rows} does not divide the {B} rows of a batch; use a divisor of it, or None")
+    counted = mask.astype(jnp.float32)[..., None]
+    per_row = lambda x: constrain((x * counted).sum(axis=1), (None, None), rules)
+    hot = jax.nn.one_hot(chosen.experts, E, dtype=jnp.float32).sum(axis=2)
+    tokens = per_row(jnp.ones_like(counted))
+    total = jnp.maximum(tokens.sum(), 1.0)
+    mean = lambda x: per_row(x).sum() / total
+
+    grouped = lambda x: x.reshape(B // rows, rows, -1).sum(axis=1)
+    load, prob, size = grouped(per_row(hot)), grouped(per_row(chosen.probs)), grouped(tokens)
+    cost = jnp.where(jnp.arange(E) < m.num_experts, 1.0, m.cheap_balance)
+    f, p = load / jnp.maximum(size * m.top_k, 1.0), prob / jnp.maximum(size, 1.0)
+    balance = E * (cost[None] * f * p).sum(axis=-1, keepdims=True)
+    lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    entropy = -(chosen.probs * jnp.log(chosen.probs + 1e-20)).sum(axis=-1, keepdims=True)
+    if m.router == "expert_choice":
+        lost = (hot.sum(axis=-1, keepdims=True) == 0).astype(jnp.float32)
+    else:
+        lost = (chosen.experts < 0).astype(jnp.float32).mean(axis=-1, keepdims=True)
+    return {
+        "balance": (balance * size).sum() / total,
+        "z": mean(lse * lse),
+        "entropy": mean(entropy),
+        "dropped": mean(lost),
+        "load": load.sum(axis=0) / (total * m.top_k),
+    }
+
+
+def _unit(x, axis: int):
+    return x * jax.lax.rsqrt((x * x).sum(axis=axis, keepdims=True) + 1e-12)
+
+
+def _moe(cfg: ModelConfig) -> MoEConfig:
+    assert cfg.moe is not None
+    return cfg.moe

@@ -1,0 +1,259 @@
+"""Experts over the mesh axis ep (expert parallelism). Nothing is dropped, whatever the routing.
+
+Each device holds E/ep experts and the tokens of its rows. Two ways bring them together:
+
+- all_gather: every token visits every device of ep; what its experts there return is summed as it is scattered back.
+  Best for few devices, or where most tokens have an expert on most of them.
+- all_to_all: each (token, expert) pair travels to the expert's device and back, in buffers of `_SLACK` times an even
+  share. A step whose routing does not fit takes the other way: all devices see so and agree.
+
+The worst case (all tokens to one device) is computed a part at a time, so that memory stays that of an even load.
+Without a mesh each function is its single-device twin.
+"""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxscale.layers import act
+from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
+from sharding_rules.resolve import resolve_spec
+from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+EP, TP = "ep", "tp"
+Dispatch = Literal["auto", "all_gather", "all_to_all"]
+_SLACK = 1.5  # buffers, in even shares: routing that a balance loss holds fits
+
+
+class _Call(NamedTuple):
+    num_experts: int
+    activation: str
+    dispatch: str
+    chunks: int
+
+
+def apply_experts(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T K"],
+    weights: Float[Array, "B T K"],
+    p: dict[str, Array],
+    *,
+    activation: str = "silu",
+    dispatch: Dispatch = "auto",
+    chunks: int = 1,
+    row_pairs: int | None = None,
+    rules: Rules = MEGATRON_FSDP,
+) -> Float[Array, "B T D"]:
+    """The weighted sum of what each token's experts make of it, laid out as the residual stream is.
+
+    Args:
+      experts: int32; numbers outside of 0..E-1 are nobody's and cost nothing.
+      weights: float32.
+      p: w_gate, w_up [E, D, F] and w_down [E, F, D], from `gather_experts`; maybe b_gate, b_up [E, F], b_down [E, D].
+      activation: of `jaxscale.layers.act`, or "gpt_oss".
+      dispatch: "auto" takes the one that moves fewer bytes.
+      chunks: parts of a device's tokens; the transfers of one run beside the experts of another.
+      row_pairs: how many pairs of token and expert a row has at most, where that is less than T K.
+
+    Raises:
+      ValueError: ep does not divide the experts; an unknown dispatch.
+    """
+    num_experts = p["w_up"].shape[0]
+    call = _Call(num_experts, activation, dispatch, chunks)
+    if dispatch not in ("auto", "all_gather", "all_to_all"):
+        raise ValueError(f"dispatch={dispatch!r} is not one of auto, all_gather, all_to_all")
+    mesh = active_mesh()
+    if mesh is None:
+        rows = None if row_pairs is None else x.shape[0] * row_pairs
+        return _flat(functools.partial(_experts_local, call, rows=rows), x, experts, weights, p)
+    ep = mesh.shape[EP]
+    if num_experts % ep:
+        divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
+        raise ValueError(f"num_experts={num_experts} is not divisible by ep={ep}; use ep in {divisors}")
+    rows = ("batch", "seq", None)
+    (x,) = enter(x, ("batch", "seq", "embed"), (p["w_up"],), rules)
+    experts, weights = (constrain(a, rows, rules) for a in (experts, weights))
+    tp = axes_of(partitions(p["w_up"])[2:])
+    axes = axes_of(partitions(x)) | axes_of(partitions(p["w_up"]))
+    out_spec = compute_spec(x.shape, ("batch", "norm_seq" if tp else "seq", "embed"), rules) or P()
+    scatter = TP in axes_of(out_spec[1:2])
+    split = EP in axes_of(partitions(x)[:1])
+
+    def apply_local(x, experts, weights, p):
+        x, experts, weights, p = jax.tree.map(lambda a: _vary(a, axes), (x, experts, weights, p))
+        fn = functools.partial(_dispatched, call, split=split) if ep > 1 else functools.partial(_experts_local, call)
+        out = _flat(fn, x, experts, weights, p)
+        if scatter:
+            out = lax.psum_scatter(out, TP, scatter_dimension=1, tiled=True)
+        elif tp:
+            out = lax.psum(out, TP)
+        return out if split or ep == 1 else lax.psum(out, EP)
+
+    out = jax.shard_map(apply_local, out_specs=out_spec)(x, experts, weights, p)
+    return constrain(out, ("batch", "norm_seq", "embed"), rules)
+
+
+def gather_experts(params: Any, specs: Any, dtype: Any, rows: tuple[int, ...], rules: Rules = MEGATRON_FSDP) -> Any:
+    """`jaxscale.sharding.gather_params` for what has a dim of experts, which stays split over ep as its rows are."""
+    mesh = active_mesh()
+    if mesh is None:
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+    shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, dict(mesh.shape)).spec)
+
+    def gather(x, spec):
+        axes = spec.axes[len(spec.axes) - x.ndim :]
+        where = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
+        return jax.reshard(x.astype(dtype), P(*where, reduced=shared - axes_of(where)))
+
+    return jax.tree.map(gather, params, specs)
+
+
+def _flat(fn, x, experts, weights, p):
+    """fn on rows: x [n, D], experts and weights [n, K]."""
+    K = experts.shape[-1]
+    return fn(x.reshape(-1, x.shape[-1]), experts.reshape(-1, K), weights.reshape(-1, K), p).reshape(x.shape)
+
+
+def _dispatched(call: _Call, x, experts, weights, p, *, split: bool):
+    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
+    first = lax.axis_index(EP) * mine
+    if not split:  # every device of ep has these tokens (a batch that does not divide): each adds what is its own
+        return _experts_local(call, x, experts, weights, p, first=first)
+    n, K = experts.shape
+    way = call.dispatch if call.dispatch != "auto" else choose(ep, K)
+    parts = min(call.chunks, n)
+    size = -(-n // parts)
+    out = []
+    for start in range(0, n, size):  # written out: the scheduler may start a transfer before the part before is done
+        part = [a[start : start + size] for a in (x, experts, weights)]
+        out.append((_all_to_all if way == "all_to_all" else _all_gather)(call, *part, p))
+    return jnp.concatenate(out)
+
+
+def choose(ep: int, top_k: int) -> str:
+    """The dispatch that moves fewer rows: ep - 1 for each token, or its experts' share in padded buffers."""
+    return "all_gather" if ep - 1 <= _SLACK * top_k * (ep - 1) / ep else "all_to_all"
+
+
+def _all_gather(call: _Call, x, experts, weights, p):
+    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
+    first = lax.axis_index(EP) * mine
+    n, K = experts.shape
+    gathered = tuple(lax.all_gather(a, EP, tiled=True) for a in (experts, weights))
+    most = ep * n * min(K, mine)
+    tight = min(most, math.ceil(_SLACK * n * K))
+
+    def at_once(x, rows):
+        y = _experts_local(call, lax.all_gather(x, EP, tiled=True), *gathered, p, first=first, rows=rows)
+        return lax.psum_scatter(y, EP, tiled=True)
+
+    if tight >= most:
+        return at_once(x, most)
+    held = ((gathered[0] >= first) & (gathered[0] < first + mine)).sum()
+    fits = _max_everywhere(held) <= tight
+    return lax.cond(fits, lambda x: at_once(x, tight), lambda x: _in_parts(call, x, experts, weights, p), x)
+
+
+def _all_to_all(call: _Call, x, experts, weights, p):
+    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
+    n, K = experts.shape
+    slots = min(n * min(K, mine), math.ceil(_SLACK * n * K / ep))
+    key = jnp.where((experts >= 0) & (experts < call.num_experts), experts, call.num_experts).reshape(-1)
+    to = key // mine  # ep: nobody
+    counts = jnp.zeros((ep + 1,), jnp.int32).at[to].add(1)[:ep]
+
+    def exchange(x):
+        order = jnp.argsort(to, stable=True)
+        starts = jnp.cumsum(counts) - counts
+        at = starts[:, None] + jnp.arange(slots, dtype=jnp.int32)[None]  # [ep, slots] places in the order
+        used = jnp.arange(slots, dtype=jnp.int32)[None] < counts[:, None]
+        pair = order[jnp.where(used, at, 0)]
+        local = jnp.where(used, key[pair] % mine, mine)
+        sent = jnp.where(used[..., None], x[pair // K], jnp.zeros((), x.dtype))
+        got, ids = (lax.all_to_all(a, EP, 0, 0, tiled=True) for a in (sent, local))
+        one = jnp.ones_like(ids, jnp.float32).reshape(-1, 1)
+        y = _experts_local(call, got.reshape(-1, x.shape[-1]), ids.reshape(-1, 1), one, p, rows=ep * slots)
+        back = lax.all_to_all(y.reshape(got.shape), EP, 0, 0, tiled=True)
+        w = jnp.where(used, weights.reshape(-1)[pair], 0.0)
+        return jnp.zeros_like(x, jnp.float32).at[pair // K].add(back.astype(jnp.float32) * w[..., None]).astype(x.dtype)
+
+    if slots >= n * min(K, mine):
+        return exchange(x)
+    fits = _max_everywhere(counts.max()) <= slots
+    return lax.cond(fits, exchange, lambda x: _in_parts(call, x, experts, weights, p), x)
+
+
+def _in_parts(call: _Call, x, experts, weights, p):
+    """The all-gather way for any routing, 1/ep of the tokens at a time."""
+    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
+    first = lax.axis_index(EP) * mine
+    n = x.shape[0]
+    pad = -n % ep
+    rows = [jnp.pad(a, ((0, pad), (0, 0)), constant_values=c) for a, c in ((x, 0), (experts, -1), (weights, 0))]
+
+    @jax.checkpoint
+    def part(args):
+        gathered = (lax.all_gather(a, EP, tiled=True) for a in args)
+        return lax.psum_scatter(_experts_local(call, *gathered, p, first=first), EP, tiled=True)
+
+    out = lax.map(part, tuple(a.reshape(ep, -1, a.shape[1]) for a in rows))
+    return out.reshape(-1, x.shape[1])[:n]
+
+
+def _experts_local(call: _Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None):
+    """The weighted sum over those experts that are here: numbers first..first + len(w_up) - 1.
+
+    Pairs are sorted by expert, so that each expert's rows lie together for a grouped matmul; rows: how many pairs there
+    are at most (default: each token with each of its choices that can be here).
+    """
+    n, K = experts.shape
+    here = p["w_up"].shape[0]
+    if rows is None:
+        rows = n * min(K, here)
+    local = (experts - first).reshape(-1)
+    local = jnp.where((local >= 0) & (local < here), local, here)
+    order = jnp.argsort(local, stable=True)[:rows]
+    sizes = jnp.zeros((here + 1,), jnp.int32).at[local].add(1)[:here]
+    group = local[order]
+    used = (group < here)[:, None]
+    h = jnp.where(used, x[order // K], jnp.zeros((), x.dtype))
+    y = _expert_mlp(call, h, sizes, jnp.minimum(group, here - 1), p)
+    w = jnp.where(used[:, 0], weights.reshape(-1)[order], 0.0)
+    # Rows beyond the groups are whatever the kernel leaves there.
+    y = jnp.where(used, y, jnp.zeros((), y.dtype)).astype(jnp.float32) * w[:, None]
+    return (jnp.zeros_like(x, jnp.float32).at[order // K].add(y)).astype(x.dtype)
+
+
+def _expert_mlp(call: _Call, h, sizes, group, p):
+    gate, up = _grouped(h, p["w_gate"], sizes), _grouped(h, p["w_up"], sizes)
+    if "b_gate" in p:
+        gate, up = gate + p["b_gate"][group], up + p["b_up"][group]
+    if call.activation == "gpt_oss":
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+        hidden = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        hidden = act(gate, call.activation) * up
+    y = _grouped(hidden, p["w_down"], sizes)
+    if "b_down" in p:
+        y = y + p["b_down"][group]
+    return y
+
+
+def _grouped(lhs: Array, rhs: Array, sizes: Array) -> Array:
+    return lax.ragged_dot(lhs, rhs, sizes)
+
+
+def _max_everywhere(x):
+    axes = tuple(sorted(jax.typeof(x).mat.varying))
+    return lax.pmax(x, axes) if axes else x
+
+
+def _vary(x, axes):
+    missing = tuple(sorted(frozenset(axes) - jax.typeof(x).mat.varying))
+    return lax.pcast(x, missing, to="varying") if missing else x
