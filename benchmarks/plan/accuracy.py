@@ -95,10 +95,13 @@ def table(path: Path) -> str:
         payload = sum(r["bytes"] for r in record["census"])
         moved = sum(t.bytes for t in guess.transfers)
         micro = f", {accum} micro-batches" if accum > 1 else ""
+        compared = (
+            f"{payload / 1e9:.1f} GB | {moved / 1e9:.1f} | {moved / payload - 1:+.1%}" if payload else "- | - | -"
+        )
         lines.append(
             f"| {name} | {pod} | {mesh} | {rows} x {seq_len}{micro} | {remat} | {memory / 1e9:.2f} GB | "
-            f"{guess.memory.total / 1e9:.2f} | {guess.memory.total / memory - 1:+.1%} | {payload / 1e9:.1f} GB | "
-            f"{moved / 1e9:.1f} | {moved / payload - 1:+.1%} | {record['seconds']:.0f} | "
+            f"{guess.memory.total / 1e9:.2f} | {guess.memory.total / memory - 1:+.1%} | {compared} | "
+            f"{record['seconds']:.0f} | "
             f"{record['host_bytes'] / 1e9:.1f} GB |"
         )
     return "\n".join(lines)

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxscale.config import MeshConfig
+from jaxscale.mesh import make_abstract_mesh
 from jaxscale.models import decoder
 from jaxscale.models.presets import preset
 from jaxscale.plan.aot import compile_step
 from jaxscale.plan.buffers import held_at_peak
+from jaxscale.plan.hlo import census
 from jaxscale.plan.report import report, schedule, write_report
 from jaxscale.plan.search import search
 from jaxscale.table import human_bytes
@@ -135,3 +137,25 @@ def test_the_buffers_of_a_compiled_step_add_up_to_what_the_compiler_assigned(rng
     assert any("decoder.py" in b.source or "layers.py" in b.source for b in held.buffers[:10])
     assert held.buffers[0].bytes == max(b.bytes for b in held.buffers)
     assert compiled.memory.arguments > 3 * 4 * jnp.asarray(128 * 256).item() // 2  # the state is no part of it
+
+
+ASYNC = """HloModule m, num_partitions=4
+
+%called (p: f32[8]) -> f32[32] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %g = f32[32]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: f32[8]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  %s = ((), (), s32[]) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %u = ((f32[8]{0}), f32[32]{0}) call-update(%s, %a)
+  ROOT %d = f32[32]{0} call-done(%u)
+}
+"""
+
+
+def test_collectives_that_run_beside_computation_are_counted_once():
+    """The form that libtpu writes for tpu7x."""
+    found = census(ASYNC, mesh=make_abstract_mesh(MeshConfig(fsdp=4)))
+    assert found.counts == {"all-gather": {"fsdp": 1}} and found.bytes == {"all-gather": {"fsdp": 128}}
