@@ -131,7 +131,7 @@ def _dispatched(call: _Call, x, experts, weights, p, *, split: bool):
     size = -(-n // parts)
     out = []
     for start in range(0, n, size):  # written out: the scheduler may start a transfer before the part before is done
-        part = [a[start : start + size] for a in (x, experts, weights)]
+        part: Any = [a[start : start + size] for a in (x, experts, weights)]
         out.append((_all_to_all if way == "all_to_all" else _all_gather)(call, *part, p))
     return jnp.concatenate(out)
 
@@ -145,7 +145,7 @@ def _all_gather(call: _Call, x, experts, weights, p):
     ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
     first = lax.axis_index(EP) * mine
     n, K = experts.shape
-    gathered = tuple(lax.all_gather(a, EP, tiled=True) for a in (experts, weights))
+    gathered: Any = tuple(lax.all_gather(a, EP, tiled=True) for a in (experts, weights))
     most = ep * n * min(K, mine)
     tight = min(most, math.ceil(_SLACK * n * K))
 
@@ -199,7 +199,7 @@ def _in_parts(call: _Call, x, experts, weights, p):
 
     @jax.checkpoint
     def part(args):
-        gathered = (lax.all_gather(a, EP, tiled=True) for a in args)
+        gathered: Any = [lax.all_gather(a, EP, tiled=True) for a in args]
         return lax.psum_scatter(_experts_local(call, *gathered, p, first=first), EP, tiled=True)
 
     out = lax.map(part, tuple(a.reshape(ep, -1, a.shape[1]) for a in rows))

@@ -4,12 +4,15 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxscale.config import ModelConfig, MoEConfig
-from jaxscale.models import decoder
+from jaxscale.config import MeshConfig, ModelConfig, MoEConfig
+from jaxscale.models import decoder, moe, routing
 from jaxscale.parity import parity
+from jaxscale.train import make_train_state, make_train_step
 
 MIXTURE = MoEConfig(num_experts=4, top_k=2, mlp_dim=24, router_z_weight=1e-2, balance_weight=0.1)
 BASE = ModelConfig(
@@ -25,7 +28,6 @@ BASE = ModelConfig(
     moe=MIXTURE,
 )
 ROUTERS = {
-    "softmax": {},
     "sigmoid": {"router": "sigmoid", "num_groups": 2, "top_groups": 1, "shared_dim": 16, "first_dense": 1},
     "gshard": {"router": "gshard", "capacity_factor": 1.0, "dropless": False},
     "cosine": {"router": "cosine", "cosine_dim": 8, "balance_rows": 1},
@@ -72,7 +74,7 @@ def route(rng, rows=2, length=16, bias=None, mask=None, **changes):
 
 
 def test_softmax_takes_the_best_and_weighs_them(rng):
-    m, logits, chosen = route(rng, top_k=3)
+    _, logits, chosen = route(rng, top_k=3)
     for scores, experts, weights in zip(
         *(x.reshape(-1, x.shape[-1]) for x in (logits, chosen.experts, chosen.weights))
     ):
@@ -84,7 +86,7 @@ def test_softmax_takes_the_best_and_weighs_them(rng):
 def test_groups_and_a_bias_that_only_chooses(rng):
     """DeepSeek-V3, spelled out for each token."""
     bias = (0.3 * rng.standard_normal(8)).astype(np.float32)
-    m, logits, chosen = route(
+    _, logits, chosen = route(
         rng, router="sigmoid", bias=jnp.asarray(bias), num_groups=4, top_groups=2, top_k=3, weight_scale=2.5
     )
     for z, experts, weights in zip(*(x.reshape(-1, x.shape[-1]) for x in (logits, chosen.experts, chosen.weights))):
@@ -114,7 +116,7 @@ def test_capacity_serves_first_choices_first(rng):
 
 
 def test_experts_choose_their_share(rng):
-    m, logits, chosen = route(rng, router="expert_choice", dropless=False)
+    m, _, chosen = route(rng, router="expert_choice", dropless=False)
     counts = np.stack([(np.asarray(chosen.experts) == e).sum(axis=(1, 2)) for e in range(8)])
     assert (counts == routing.capacity(m, 16)).all()
 
