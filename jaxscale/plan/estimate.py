@@ -139,8 +139,8 @@ def estimate(
     # Every activation of a layer is written once and read twice; AdamW reads four arrays and writes three.
     state = memory.params + memory.optimizer
     moved = accum_steps * 3 * model.num_layers * part.residuals("none") + 2 * state + memory.gradients
-    # Nothing is hidden where collectives are synchronous: H200 (two were measured), v5e and v5p (steps compiled for them
-    # hold no others). Those compiled for tpu7x start them early; parameters' are taken to be hidden, the best case.
+    # Nothing is hidden on two H200s (measured), nor on v5e and v5p (compiled steps hold synchronous collectives alone).
+    # Steps compiled for tpu7x start them early: those of parameters are taken to be hidden, the best case.
     resting = [t for t in transfers if "tp" not in t.axes.split("+")]
     others = sum(t.seconds for t in transfers) - sum(t.seconds for t in resting)
     hidden = compute if pod.kind == "tpu7x" else 0.0
