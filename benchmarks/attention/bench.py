@@ -57,14 +57,16 @@ WORKS = {
 # What `tuned` should hold is decided from these: fields of Config that differ from it.
 VARIANTS: dict[str, dict] = {
     "tuned": {},
-    "no overlap": {"overlap": False, "ping_pong": True},
-    "no ping-pong": {"overlap": True, "ping_pong": False},
-    "neither": {"overlap": False, "ping_pong": False},
-    "kv128x3": {"stages": 3},
+    "ping-pong": {"overlap": False, "ping_pong": True},
+    "both": {"ping_pong": True},
     "kv64x4": {"block_kv": 64, "stages": 4},
+    "kv128x3": {"stages": 3},
+    "kv192": {"block_kv": 192},
+    "kv256": {"block_kv": 256},
     "dq128": {"block_kv_dq": 128},
-    "dq64x3": {"block_kv_dq": 64, "stages_dq": 3},
-    "dkv64x3": {"block_q_dkv": 64, "stages_dkv": 3},
+    "dq64x2": {"block_kv_dq": 64, "stages_dq": 2},
+    "dkv64x2": {"block_q_dkv": 64, "stages_dkv": 2},
+    "dkv128": {"block_q_dkv": 128},
 }
 SWEPT = ("h128", "h64")  # the works that time every variant
 
@@ -190,9 +192,9 @@ def measure(run, args) -> tuple[float, float]:
     times = []
     for _ in range(9):
         start = time.perf_counter()
-        out = [compiled(*args) for _ in range(8)]
+        out = [compiled(*args) for _ in range(16)]
         jax.block_until_ready(out[-1])
-        times.append((time.perf_counter() - start) / 8)
+        times.append((time.perf_counter() - start) / 16)
         del out
     return float(np.median(times)) * 1e3, seconds
 
@@ -224,11 +226,11 @@ def torch_timing(work: Work) -> dict:
         for _ in range(9):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            for _ in range(8):
+            for _ in range(16):
                 f()
             end.record()
             torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 8)
+            times.append(begin.elapsed_time(end) / 16)
         return sorted(times)[4]
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -38,7 +38,7 @@ class Config:
     block_kv: int = 128  # forward: keys in a step
     stages: int = 2  # forward: steps in flight
     overlap: bool = True  # forward: the next QK runs under this softmax, in one warpgroup
-    ping_pong: bool = True  # forward: one warpgroup's softmax runs under the other's matmuls
+    ping_pong: bool = False  # forward: one warpgroup's softmax runs under the other's matmuls
     block_kv_dq: int = 64
     stages_dq: int = 2
     block_q_dkv: int = 64
@@ -53,7 +53,9 @@ def tuned(H: int, Hv: int) -> Config:
         return Config(block_kv=64, warpgroups_bwd=1, split_dkv=True)
     if max(H, Hv) > 128:
         return Config(block_kv=64, split_dkv=True)
-    return Config()
+    if max(H, Hv) == 64:
+        return Config(block_kv_dq=128, block_q_dkv=128)
+    return Config(stages_dq=3, stages_dkv=3)
 
 
 def supported(inputs: Inputs, options: Options) -> str | None:
