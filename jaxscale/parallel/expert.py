@@ -129,10 +129,10 @@ def _dispatched(call: _Call, x, experts, weights, p, *, split: bool):
     way = call.dispatch if call.dispatch != "auto" else choose(ep, K)
     parts = min(call.chunks, n)
     size = -(-n // parts)
-    out = []
+    out, whole = [], (x, experts, weights)
     for start in range(0, n, size):  # written out: the scheduler may start a transfer before the part before is done
-        part: Any = [a[start : start + size] for a in (x, experts, weights)]
-        out.append((_all_to_all if way == "all_to_all" else _all_gather)(call, *part, p))
+        x, experts, weights = (a[start : start + size] for a in whole)
+        out.append((_all_to_all if way == "all_to_all" else _all_gather)(call, x, experts, weights, p))
     return jnp.concatenate(out)
 
 
@@ -145,17 +145,18 @@ def _all_gather(call: _Call, x, experts, weights, p):
     ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
     first = lax.axis_index(EP) * mine
     n, K = experts.shape
-    gathered: Any = tuple(lax.all_gather(a, EP, tiled=True) for a in (experts, weights))
+    all_experts, all_weights = (lax.all_gather(a, EP, tiled=True) for a in (experts, weights))
     most = ep * n * min(K, mine)
     tight = min(most, math.ceil(_SLACK * n * K))
 
     def at_once(x, rows):
-        y = _experts_local(call, lax.all_gather(x, EP, tiled=True), *gathered, p, first=first, rows=rows)
+        x = lax.all_gather(x, EP, tiled=True)
+        y = _experts_local(call, x, all_experts, all_weights, p, first=first, rows=rows)
         return lax.psum_scatter(y, EP, tiled=True)
 
     if tight >= most:
         return at_once(x, most)
-    held = ((gathered[0] >= first) & (gathered[0] < first + mine)).sum()
+    held = ((all_experts >= first) & (all_experts < first + mine)).sum()
     fits = _max_everywhere(held) <= tight
     return lax.cond(fits, lambda x: at_once(x, tight), lambda x: _in_parts(call, x, experts, weights, p), x)
 
@@ -199,8 +200,8 @@ def _in_parts(call: _Call, x, experts, weights, p):
 
     @jax.checkpoint
     def part(args):
-        gathered: Any = [lax.all_gather(a, EP, tiled=True) for a in args]
-        return lax.psum_scatter(_experts_local(call, *gathered, p, first=first), EP, tiled=True)
+        x, experts, weights = (lax.all_gather(a, EP, tiled=True) for a in args)
+        return lax.psum_scatter(_experts_local(call, x, experts, weights, p, first=first), EP, tiled=True)
 
     out = lax.map(part, tuple(a.reshape(ep, -1, a.shape[1]) for a in rows))
     return out.reshape(-1, x.shape[1])[:n]

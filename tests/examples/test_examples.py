@@ -71,6 +71,16 @@ def test_train_llama_smoke(text, tmp_path):
     assert config["mesh"]["tp"] == 4 and config["remat"] == "full"  # what the 8B run does, at a small size
 
 
+@pytest.mark.slow
+def test_train_moe(text):
+    """Eight simulated devices, experts over four of them: it learns, drops nothing and places its experts."""
+    out = python(EXAMPLES / "train_moe.py", "--steps", 11, "--text", text)
+    losses = [float(x) for x in re.findall(r"nll ([\d.]+)", out)]
+    assert losses[-1] < losses[0] - 1
+    assert set(re.findall(r"router_dropped ([\d.]+)", out)) == {"0.000"}
+    assert "mesh fsdp=2,ep=4" in out and "placed" in out
+
+
 def test_train_llama_dry_run():
     out = python(EXAMPLES / "train_llama.py", "--dry-run", "--devices", 1024, "--mesh", "fsdp=128,tp=8")
     assert "8,030,261,248 parameters" in out  # of Llama 3.1 8B
