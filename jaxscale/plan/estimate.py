@@ -253,7 +253,9 @@ class _Step:
             own_kv = t * self.kv_heads * H * self.item
             return 2 * carry + q + 2 * own_kv + 2 * t * self.mlp * self.item
         # Both norms keep two float32 arrays; the gated MLP six; attention q, k, v, its output and its logsumexp.
-        norms = 4 * t / self.mesh.tp * D * 4
+        norms = (8 if self.model.post_norms else 4) * t / self.mesh.tp * D * 4
+        if self.model.qk_norm:
+            norms += 2 * t * (self.heads + self.kv_heads) * H * 4
         return norms + 2 * carry + 6 * t * self.mlp * self.item + 2 * q + 2 * kv + 4 * t * self.heads
 
     def memory(self, pod: Pod, accum_steps: int) -> Memory:
