@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--rows", choices=ROWS, nargs="+", default=ROWS)
     parser.add_argument("--row", choices=ROWS, help="measure one row in this process")
     args = parser.parse_args()
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.row:
         print(json.dumps(measure(args)))
         return
