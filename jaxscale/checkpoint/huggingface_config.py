@@ -179,8 +179,8 @@ def _moe_from_hf(kind: str, c: Mapping[str, Any]) -> MoEConfig | None:
         return None
     if c["decoder_sparse_step"] != 1 or c["mlp_only_layers"]:
         raise ValueError(
-            f"decoder_sparse_step={c['decoder_sparse_step']}, mlp_only_layers={c['mlp_only_layers']} mix layers with and "
-            f"without experts; supported are experts in every layer"
+            f"decoder_sparse_step={c['decoder_sparse_step']}, mlp_only_layers={c['mlp_only_layers']} mix layers with "
+            "and without experts; supported are experts in every layer"
         )
     return MoEConfig(
         num_experts=c["num_experts"] or c["num_local_experts"] or 128,
