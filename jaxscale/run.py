@@ -15,6 +15,7 @@ from jaxscale.data import load_tokenizer, make_dataset
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
+from jaxscale.parallel.context import compiler_options
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import fallback_notes, init_params, num_params
@@ -122,6 +123,7 @@ def run(
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         flops = cfg.model.flops_per_token(cfg.data.seq_len)
         tokens = cfg.data.batch_size * cfg.data.seq_len
+        options = compiler_options(mesh.devices.flat[0].platform) if split.cp > 1 else None
         writers: tuple[Callback, ...] = (
             MetricsFile(out / "metrics.jsonl"),
             TensorBoard(out / "tensorboard", cfg.log_every),
@@ -129,7 +131,7 @@ def run(
         )
         return fit(
             state,
-            make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps),
+            make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps, compiler_options=options),
             map(put, data.batches(position)),
             steps=cfg.steps,
             callbacks=(

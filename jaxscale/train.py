@@ -62,7 +62,12 @@ def make_train_state(params: Params, optimizer: optax.GradientTransformation, ke
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accum_steps: int = 1, donate: bool = True
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accum_steps: int = 1,
+    donate: bool = True,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled training step for any pure loss function.
 
@@ -74,6 +79,7 @@ def make_train_step(
       optimizer: any optax transformation.
       accum_steps: micro-batches in a step; the leading dim of every batch leaf must divide by it.
       donate: reuse the old state's memory for the new one.
+      compiler_options: for XLA; `jaxscale.parallel.context.compiler_options` says what a split sequence needs.
 
     Returns:
       step(state, batch) -> (state, metrics): loss, grad_norm and what loss_fn reports, float32 scalars.
@@ -103,7 +109,7 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
 
-    return jax.jit(step, donate_argnums=0 if donate else ())
+    return jax.jit(step, donate_argnums=0 if donate else (), compiler_options=compiler_options)
 
 
 def _accumulate(grad_fn, params, batch, key, accum_steps):

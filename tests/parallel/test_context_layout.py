@@ -5,16 +5,20 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxscale.config import MeshConfig, ModelConfig
+from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.parallel import context_cost, context_layout
 from jaxscale.parallel.context_cost import Context, Rates, Shape
-from jaxscale.params import init_params
+from jaxscale.params import init_params, param_shardings
 from jaxscale.parity import parity
+from jaxscale.train import make_train_state, make_train_step, put_batch
+from sharding_rules.rules import MEGATRON_FSDP
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "packed")
 
@@ -161,3 +165,24 @@ def test_models(rng, strategy, layout, remat):
     dealt = context_layout.permute_batch(batch, layout, 2)
     report = parity(loss, params, dealt, ["fsdp=2,cp=2,tp=2"], specs=specs)
     np.testing.assert_allclose(report.loss, plain, rtol=1e-6)
+
+
+def test_micro_batches_of_a_split_sequence(rng):
+    """A step over cp that accumulates two micro-batches moves parameters as one device does with the whole batch."""
+    cfg, batch = model_and_batch(rng)
+    specs, mesh = decoder.param_specs(cfg), make_mesh(fsdp=2, cp=2, tp=2)
+    params = init_params(jax.random.key(int(rng.integers(2**31))), specs)
+
+    def after_a_step(params, batch, **options):
+        loss = functools.partial(decoder.loss_fn, cfg=cfg, context=options.pop("context", None))
+        state = make_train_state(params, optax.sgd(1.0), jax.random.key(0))
+        state, metrics = make_train_step(loss, optax.sgd(1.0), donate=False, **options)(state, batch)
+        return jax.device_get(state.params), metrics
+
+    want, want_metrics = after_a_step(params, batch)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(params, param_shardings(specs, mesh, MEGATRON_FSDP))
+        dealt = put_batch(context_layout.permute_batch(batch, "zigzag", 2), mesh)
+        got, metrics = after_a_step(split, dealt, context=Context("ring", "zigzag"), accum_steps=2)
+    np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), got, want)

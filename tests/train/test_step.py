@@ -117,3 +117,10 @@ def test_clipping_bounds_the_update(rng):
     with jax.numpy_dtype_promotion("standard"):
         _, state = optimizer.update(grads, optimizer.init(params), params)
     np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], 0.1 * np.array([6e-4, -8e-4, 0, 0]), rtol=1e-4)
+
+
+def test_compiler_options_reach_the_compiler(rng):
+    params, batch = problem(rng, rows=8)
+    state = make_train_state(params, optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        make_train_step(linear_loss, optax.sgd(0.1), compiler_options={"no_such_option": 1})(state, batch)
