@@ -299,13 +299,14 @@ def test_experts_grow_and_merge(rng):
 def test_experts_of_layers_are_arrays_of_their_own(monkeypatch, rng):
     """The layout of a Hugging Face family whose tensor names count layers and experts, there and back."""
     from jaxscale.checkpoint import huggingface
+    from jaxscale.models import presets
     from jaxscale.params import ParamSpec, constant
 
     spec = ParamSpec((2, 12, 5, 3), ("layers", "experts", "embed", "mlp"), constant(0.0))
     monkeypatch.setattr(huggingface, "param_specs", lambda cfg: {"layers": {"moe": {"w_up": spec}}})
     name = "model.layers.{}.mlp.experts.{}.up_proj.weight"
     monkeypatch.setitem(huggingface._TENSORS, "layers/moe/w_up", (name, ((1,), (0,))))
-    layout = huggingface.hf_layout(None)  # pyright: ignore[reportArgumentType]
+    layout = huggingface.hf_layout(presets.tiny())
     w = rng.normal(size=spec.shape).astype(np.float32)
     tensors = lay.apply_layout({"layers/moe/w_up": maps.lazy(w)}, layout)
     assert {n: bits(x.whole()) for n, x in tensors.items()} == {
