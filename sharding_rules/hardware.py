@@ -64,6 +64,8 @@ class Hardware:
 # Matmul rates: 706 TFLOP/s of 989 measured on an H200; the others are taken at the same 0.7 of the vendor's peak.
 # Links: NVLink 4 450 GB/s each way, 400 Gb/s network per GPU; TPU figures are the vendor's per-chip interconnect, two
 # directions of one torus axis (jax-ml.github.io/scaling-book, "TPUs"; cloud.google.com/tpu/docs).
+# A tpu7x chip is two JAX devices: half of the chip's 2307 TFLOP/s, 7380 GB/s, 192 GiB and links each
+# (cloud.google.com/tpu/docs/tpu7x).
 HARDWARE = {
     h.name: h
     for h in (
@@ -79,8 +81,8 @@ HARDWARE = {
                  outer_bandwidth=6e9, node=8960, latency=1e-6),
         Hardware(name="v6e", flops=640e12, memory_bandwidth=1.64e12, memory=32e9, bandwidth=180e9,
                  outer_bandwidth=12e9, node=256, latency=1e-6),
-        Hardware(name="tpu7x", flops=1600e12, memory_bandwidth=7.4e12, memory=192e9, bandwidth=200e9,
-                 outer_bandwidth=12e9, node=9216, latency=1e-6),
+        Hardware(name="tpu7x", flops=807e12, memory_bandwidth=3.69e12, memory=103e9, bandwidth=90e9,
+                 outer_bandwidth=6e9, node=18432, latency=1e-6),
         # Eight simulated devices in one process: for verification, where bytes matter and seconds do not.
         Hardware(name="cpu", flops=1e11, memory_bandwidth=2e10, memory=16e9, bandwidth=5e9, outer_bandwidth=1e9,
                  node=1024, latency=1e-5, scatters=False),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.topologies import TopologyDescription, get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,7 +47,12 @@ class Verification:
 
 
 def verify(
-    plan: "Plan", fn: Callable, params: Any, *args: Any, devices: Sequence[Any] | None = None, topology: str = ""
+    plan: "Plan",
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    devices: Sequence[Any] | None = None,
+    topology: str | TopologyDescription = "",
 ) -> Verification:
     """Compiles `fn` (a loss with its gradient, or any function) under the plan's rules and compares.
 
@@ -56,7 +62,8 @@ def verify(
         soon and its numbers can be compared. Shapes are filled with random numbers; integers with zeros and ones.
       devices: by default the first of `jax.devices()`; simulate more with
         XLA_FLAGS=--xla_force_host_platform_device_count=8.
-      topology: such as "v5p:2x2x2": compile ahead of time for hardware that is not here, without comparing numbers.
+      topology: compile ahead of time for hardware that is not here, without comparing numbers. A TPU slice by name, such
+        as "v5p:2x2x2" (needs libtpu), or any description from `jax.experimental.topologies`, as GPUs need.
 
     Raises:
       ValueError: fewer devices than the mesh has.
@@ -64,10 +71,10 @@ def verify(
     from sharding_rules.search import evaluate
 
     n = math.prod(plan.mesh_shape.values())
-    if topology:
-        from jax.experimental import topologies
-
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    if isinstance(topology, TopologyDescription):
+        devices = topology.devices
+    elif topology:
+        devices = get_topology_desc(platform="tpu", topology_name=topology).devices
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < n:
         raise ValueError(

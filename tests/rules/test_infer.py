@@ -131,7 +131,7 @@ def test_a_square_weight_conflicts_with_itself(rng):
     assert model.leaf_axes(0)[0] == model.leaf_axes(0)[1]
 
 
-@pytest.mark.parametrize("name", ["Llama (raw JAX, scanned)", "GPT-2", "Mixtral", "Mamba", "DiT"])
+@pytest.mark.parametrize("name", CASES)
 def test_names_play_no_part(name, rng):
     """Every parameter renamed to a random string: the same specs, the same cost."""
     case = CASES[name]
