@@ -62,8 +62,8 @@ def verify(
         soon and its numbers can be compared. Shapes are filled with random numbers; integers with zeros and ones.
       devices: by default the first of `jax.devices()`; simulate more with
         XLA_FLAGS=--xla_force_host_platform_device_count=8.
-      topology: compile ahead of time for hardware that is not here, without comparing numbers. A TPU slice by name, such
-        as "v5p:2x2x2" (needs libtpu), or any description from `jax.experimental.topologies`, as GPUs need.
+      topology: compile ahead of time for hardware that is not here, without comparing numbers. A TPU slice by name,
+        such as "v5p:2x2x2" (needs libtpu), or a description from `jax.experimental.topologies`, as GPUs need.
 
     Raises:
       ValueError: fewer devices than the mesh has.
