@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxscale.config import RopeScaling
+from jaxscale.sharding import matmul
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float, offset: float = 0.0) -> Array:
@@ -35,7 +36,7 @@ def rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], inv_freq: np.
 
 def gated_mlp(y: Float[Array, "B T D"], p: dict[str, Array], activation: str) -> Float[Array, "B T F"]:
     """The hidden layer of a gated MLP (Shazeer 2020): act(y W_gate) * (y W_up), with biases where there are any."""
-    gate, up = jnp.einsum("BTD,DF->BTF", y, p["w_gate"]), jnp.einsum("BTD,DF->BTF", y, p["w_up"])
+    gate, up = matmul("BTD,DF->BTF", y, p["w_gate"]), matmul("BTD,DF->BTF", y, p["w_up"])
     if "b_gate" in p:
         gate, up = gate + p["b_gate"][None, None], up + p["b_up"][None, None]
     return act(gate, activation) * up

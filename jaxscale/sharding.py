@@ -75,7 +75,7 @@ def einsum(
     """
     mesh = active_mesh()
     if mesh is None:
-        return jnp.einsum(subscripts, x, w)
+        return matmul(subscripts, x, w)
     inputs, output = subscripts.split("->")
     names, weight_names = inputs.split(",")
     sizes = dict(zip(names, x.shape)) | dict(zip(weight_names, w.shape))
@@ -83,7 +83,12 @@ def einsum(
     partial = axes_of(layout[n] for n in names if n not in output)
     kept = P(*(layout.get(n) for n in output), unreduced=partial)
     spec = resolve_spec([sizes[n] for n in output], axes, rules.compute, dict(mesh.shape)).spec
-    return jax.reshard(jnp.einsum(subscripts, x, w, out_sharding=kept), spec)
+    return jax.reshard(matmul(subscripts, x, w, out_sharding=kept), spec)
+
+
+def matmul(subscripts: str, x: jax.Array, w: jax.Array, **options: Any) -> jax.Array:
+    """jnp.einsum of activations with a weight: the one place where models multiply by what they have learned."""
+    return jnp.einsum(subscripts, x, w, **options)
 
 
 def gather_params(

@@ -16,7 +16,7 @@ from jaxscale.models import moe
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
 from jaxscale.params import ParamSpec, constant, normal
-from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, saveable
+from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, matmul, saveable
 from pallas_kernels import attention
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -221,10 +221,10 @@ def logits(
     x = constrain(x, INSIDE, rules)
     if cfg.tie_embeddings:  # [V, D] as it lies: for one row the CPU takes six times as long with its transpose
         table = _gather(params["embed"], param_specs(cfg)["embed"], cfg, x.shape[:2], rules)
-        out = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+        out = matmul("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
     else:
         head = _head(params, cfg, x.shape[:2], rules)
-        out = jnp.einsum("BTD,DV->BTV", x, head, preferred_element_type=jnp.float32)
+        out = matmul("BTD,DV->BTV", x, head, preferred_element_type=jnp.float32)
     return soft_cap(out, cfg.logit_soft_cap)
 
 
@@ -324,9 +324,9 @@ def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, contex
 
 def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules, context):
     y_q, y_kv = enter(y, INSIDE, (p["wq"], p["wk"]), rules)
-    q = jnp.einsum("BTD,DNH->BTNH", y_q, p["wq"])
-    k = jnp.einsum("BTD,DKH->BTKH", y_kv, p["wk"])
-    v = jnp.einsum("BTD,DKH->BTKH", y_kv, p["wv"])
+    q = matmul("BTD,DNH->BTNH", y_q, p["wq"])
+    k = matmul("BTD,DKH->BTKH", y_kv, p["wk"])
+    v = matmul("BTD,DKH->BTKH", y_kv, p["wv"])
     if cfg.qkv_bias:
         q, k, v = (x + p[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     if cfg.qk_norm:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxscale.layers import soft_cap
 from jaxscale.parallel.context import attention as context_attention
 from jaxscale.parallel.context_cost import Context
-from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
+from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, matmul, partitions
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 TP = "tp"
@@ -145,7 +145,7 @@ def _token_losses_local(x, head, labels, chunk, logit_soft_cap, axis_name):
     x, labels = x.reshape(rows, x.shape[-1]), labels.reshape(rows)
 
     def losses(x, labels):
-        logits = soft_cap(jnp.einsum("rD,DV->rV", x, head, preferred_element_type=jnp.float32), logit_soft_cap)
+        logits = soft_cap(matmul("rD,DV->rV", x, head, preferred_element_type=jnp.float32), logit_soft_cap)
         top = jax.lax.stop_gradient(logits).max(axis=-1)
         local = labels
         if axis_name is not None:
