@@ -2,6 +2,7 @@
 
 from pallas_kernels.attention.api import attention, attention_backward, attention_implementation
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
+from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation
 
 __all__ = [
     "attention",
@@ -9,4 +10,6 @@ __all__ = [
     "attention_implementation",
     "decode_attention",
     "decode_attention_implementation",
+    "ragged_dot",
+    "ragged_dot_implementation",
 ]

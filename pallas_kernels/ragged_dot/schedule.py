@@ -1,0 +1,47 @@
+"""Which rows of which group stand in each tile: small tables, made on the device from the sizes of the groups."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Tiles(NamedTuple):
+    """A tile holds rows of one group, so one that starts in the middle of a block of rows is no special case.
+
+    Tiles stand in the order of their rows. The rows after the last group count as one more group, number G.
+    """
+
+    table: jax.Array  # [T, 4] int32: group; first row, a multiple of `align`; the group's rows in the tile [begin, end)
+    count: jax.Array  # [1] int32: tiles in use; the others have no rows, and the number and place of the last row
+
+
+def bounded_ends(group_sizes: jax.Array, M: int) -> jax.Array:
+    """int32 [G]: where each group ends, never past row M, whatever the caller wrote."""
+    sizes = jnp.clip(group_sizes, 0, M).astype(jnp.int32)
+    # A sum that would not fit in int32 needs more than 2**31 rows in groups: saturate at M step by step.
+    return jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, M), sizes)
+
+
+def make_tiles(group_sizes: jax.Array, M: int, block: int, align: int = 1) -> Tiles:
+    """Tiles of `block` rows that cover all M rows, each row once; `align` divides `block`."""
+    ends = jnp.append(bounded_ends(group_sizes, M), jnp.int32(M))
+    begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    first = begins // align * align
+    counts = jnp.where(ends > begins, -(-(ends - first) // block), 0)
+    upto = jnp.cumsum(counts, dtype=jnp.int32)
+    index = jnp.arange(most_tiles(M, group_sizes.shape[0], block, align), dtype=jnp.int32)
+    group = jnp.searchsorted(upto, index, side="right", method="compare_all").astype(jnp.int32)
+    used = index < upto[-1]
+    group = jnp.where(used, group, ends.shape[0] - 1)
+    start = first[group] + (index - (upto - counts)[group]) * block
+    start = jnp.where(used, start, M)
+    begin = jnp.where(used, jnp.maximum(begins[group], start), M)
+    end = jnp.where(used, jnp.minimum(ends[group], start + block), M)
+    return Tiles(jnp.stack([group, start, begin, end], axis=1), upto[-1:])
+
+
+def most_tiles(M: int, G: int, block: int, align: int = 1) -> int:
+    """How many tiles there can be: each of the G + 1 groups ends in a tile that need not be full."""
+    groups = min(G + 1, M)
+    return (M + groups * (block - 1 + align - 1)) // block

@@ -1,0 +1,219 @@
+"""Grouped matmul: every backend against a loop over groups in float64 numpy, values and both gradients.
+
+Mosaic kernels run in JAX's interpreters here; benchmarks/moe/bench.py repeats the comparison on the device.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import ragged_dot, ragged_dot_implementation
+from pallas_kernels.ragged_dot import schedule, xla
+
+PLAIN = ["xla", "xla loop", "reference"]
+
+
+def oracle(lhs, rhs, sizes, grad):
+    """The output, and the gradients of sum(output * grad)."""
+    lhs, rhs, grad = (np.asarray(x, np.float64) for x in (lhs, rhs, grad))
+    out, d_lhs, d_rhs = np.zeros(grad.shape), np.zeros(lhs.shape), np.zeros(rhs.shape)
+    begin = 0
+    for g, size in enumerate(sizes):
+        rows = slice(begin, min(begin + size, len(lhs)))
+        out[rows], d_lhs[rows] = lhs[rows] @ rhs[g], grad[rows] @ rhs[g].T
+        d_rhs[g] = lhs[rows].T @ grad[rows]
+        begin = rows.stop
+    return out, d_lhs, d_rhs
+
+
+@contextlib.contextmanager
+def running(name):
+    """What the name means: "xla loop" is xla.py with its loop over tiles at any size."""
+    if name == "xla loop":
+        before, xla._DENSE_ROWS = xla._DENSE_ROWS, 0
+        try:
+            yield "xla"
+        finally:
+            xla._DENSE_ROWS = before
+    else:
+        yield name
+
+
+def random_sizes(rng, M, G, *, empty=0.3, total=None):
+    """G sizes that add up to `total`, some of them 0."""
+    weights = rng.exponential(size=G) * (rng.random(G) > empty)
+    weights[rng.integers(G)] += 0.1
+    total = M if total is None else total
+    sizes = np.floor(weights / weights.sum() * total).astype(int)
+    sizes[np.argmax(sizes)] += total - sizes.sum()
+    return [int(x) for x in sizes]
+
+
+def check(rng, name, sizes, *, M, K, N, dtype=jnp.float32, out=None, run=None, bound=None):
+    """Values and gradients of one backend against the oracle, as a part of the largest number."""
+    G = len(sizes)
+    new = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
+    lhs, rhs, grad = new(M, K), new(G, K, N), new(M, N)
+    with running(name) as implementation:
+        f = run or functools.partial(ragged_dot, preferred_element_type=out, implementation=implementation)
+
+        @jax.jit
+        def both(lhs, rhs, sizes, grad):
+            y, vjp = jax.vjp(lambda lhs, rhs: f(lhs, rhs, sizes), lhs, rhs)
+            return y, *vjp(grad.astype(y.dtype))
+
+        got = both(lhs, rhs, jnp.asarray(sizes, jnp.int32), grad)
+    assert [x.dtype for x in got] == [out or dtype, dtype, dtype]
+    bound = bound or (1e-5 if dtype == jnp.float32 else 1e-2)
+    for what, x, want in zip(("out", "d_lhs", "d_rhs"), got, oracle(lhs, rhs, sizes, grad), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), want, rtol=0, atol=bound * np.abs(want).max() + 1e-30, err_msg=f"{what} {sizes}"
+        )
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_values_and_gradients(rng, name, dtype):
+    check(rng, name, random_sizes(rng, 70, 5), M=70, K=12, N=20, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    ("M", "sizes"),
+    [
+        (33, [0, 33, 0]),  # all to one
+        (33, [0, 0, 0]),  # none at all
+        (40, [7, 0, 13]),  # rows past the groups
+        (20, [9, 30, 5]),  # more than there are rows
+        (1, [0, 1]),
+        (64, [1] * 64),
+    ],
+    ids=str,
+)
+def test_sizes(rng, name, M, sizes):
+    check(rng, name, sizes, M=M, K=6, N=9)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_output_dtype(rng, name):
+    check(rng, name, [3, 0, 9], M=14, K=8, N=4, dtype=jnp.bfloat16, out=jnp.float32)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_rows_past_the_groups_may_hold_anything(rng, name):
+    lhs = jnp.asarray(rng.normal(size=(40, 4)), jnp.float32).at[30:].set(jnp.nan)
+    rhs = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
+    with running(name) as implementation:
+        f = lambda lhs, rhs: ragged_dot(lhs, rhs, jnp.asarray([20, 10], jnp.int32), implementation=implementation)
+        y, vjp = jax.vjp(f, lhs, rhs)
+        grads = vjp(jnp.ones_like(y).at[30:].set(jnp.nan))
+    assert not np.any(np.asarray(y)[30:]) and not np.any(np.asarray(grads[0])[30:])
+    assert all(np.all(np.isfinite(x)) for x in (y, *grads))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_scan_and_remat(rng, name):
+    """Two layers of one scan, recomputed in the backward pass."""
+    sizes = jnp.asarray(random_sizes(rng, 24, 3), jnp.int32)
+    rhs = jnp.asarray(rng.normal(size=(2, 3, 8, 8)), jnp.float32)
+    lhs = jnp.asarray(rng.normal(size=(24, 8)), jnp.float32)
+
+    def loss(dot, lhs, rhs):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(dot(x, w, sizes)), None))
+        return jnp.sum(jax.lax.scan(layer, lhs, rhs)[0] ** 2)
+
+    with running(name) as implementation:
+        got = jax.grad(functools.partial(loss, functools.partial(ragged_dot, implementation=implementation)), (0, 1))
+        got = got(lhs, rhs)
+    want = jax.grad(functools.partial(loss, jax.lax.ragged_dot), (0, 1))(lhs, rhs)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", PLAIN)
+def test_shard_map(rng, name, check_vma):
+    """Rows split over one axis, columns of the matrices over another: gradients of what is replicated add up."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    lhs, rhs = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((40, 6), (3, 6, 8)))
+    sizes = jnp.asarray([random_sizes(rng, 20, 3) for _ in range(2)], jnp.int32)
+
+    def loss(implementation, lhs, rhs, sizes):
+        local = lambda lhs, rhs, sizes: ragged_dot(lhs, rhs, sizes[0], implementation=implementation)
+        specs = (P("dp", None), P(None, None, "tp"), P("dp", None))
+        y = jax.shard_map(local, in_specs=specs, out_specs=P("dp", "tp"), check_vma=check_vma)(lhs, rhs, sizes)
+        return jnp.sum(jnp.sin(y))
+
+    def whole(lhs, rhs):
+        return sum(jnp.sum(jnp.sin(jax.lax.ragged_dot(lhs[20 * i : 20 * i + 20], rhs, sizes[i]))) for i in range(2))
+
+    want = jax.grad(whole, (0, 1))(lhs, rhs)
+    with jax.set_mesh(mesh), running(name) as implementation:
+        put = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
+        args = put(lhs, "dp", None), put(rhs, None, None, "tp"), put(sizes, "dp", None)
+        got = jax.jit(jax.grad(functools.partial(loss, implementation), (0, 1)))(*args)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+
+@pytest.mark.parametrize(("block", "align"), [(16, 1), (16, 8), (64, 8), (128, 128)])
+def test_tiles_cover_each_row_once(rng, block, align):
+    for M, total in ((300, 300), (300, 211), (64, 64), (5, 5), (128, 0)):
+        sizes = random_sizes(rng, M, 7, total=total)
+        table, (count,) = (np.asarray(x) for x in schedule.make_tiles(jnp.asarray(sizes, jnp.int32), M, block, align))
+        owner = np.full(M, -1)
+        for group, start, begin, end in table[:count]:
+            assert start % align == 0 and start <= begin < end <= start + block
+            assert np.all(owner[begin:end] == -1)
+            owner[begin:end] = group
+        assert np.array_equal(owner, np.repeat(np.arange(8), [*sizes, M - total]))
+        assert np.all(table[count:, 2] == table[count:, 3])
+
+
+def test_no_gradient_is_dense_over_groups():
+    """The loop does the work of the rows, not of rows times groups."""
+    lhs, rhs = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4096, 16), (64, 16, 16)))
+    sizes = jax.ShapeDtypeStruct((64,), jnp.int32)
+    f = jax.grad(lambda *x: jnp.sum(ragged_dot(*x, implementation="xla")), argnums=(0, 1))
+    temporary = jax.jit(f).lower(lhs, rhs, sizes).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * 64 * 4096 * 16 / 4  # a quarter of one masked copy
+
+
+def test_which_implementation_runs():
+    lhs, rhs = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 4), (2, 4, 4)))
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
+    assert ragged_dot_implementation(lhs, rhs, sizes) == "xla"
+    assert ragged_dot_implementation(lhs, rhs, sizes, implementation="reference") == "reference"
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
+def test_nothing_to_multiply(shape):
+    M, K, N = shape
+    f = lambda lhs: ragged_dot(lhs, jnp.ones((2, K, N)), jnp.asarray([1, 2], jnp.int32))
+    y, vjp = jax.vjp(f, jnp.ones((M, K)))
+    assert y.shape == (M, N) and not np.any(y) and not np.any(vjp(y)[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (r"lhs \[M,K\], rhs \[G,K,N\]", {"lhs": jnp.zeros((2, 8, 4))}),
+        (r"K=4 of lhs is not K=5", {"rhs": jnp.zeros((3, 5, 2))}),
+        (r"3 group sizes for 2 matrices", {"rhs": jnp.zeros((2, 4, 2))}),
+        (r"at least one group", {"rhs": jnp.zeros((0, 4, 2)), "group_sizes": jnp.zeros(0, jnp.int32)}),
+        (r"one dtype.*float32 and bfloat16", {"rhs": jnp.zeros((3, 4, 2), jnp.bfloat16)}),
+        (r"must be int32. Got float32", {"group_sizes": jnp.zeros(3)}),
+        (r"preferred_element_type.*int8", {"preferred_element_type": jnp.int8}),
+        (r"'cublas' is unknown", {"implementation": "cublas"}),
+    ],
+)
+def test_bad_input(words, change):
+    arguments = {"lhs": jnp.zeros((8, 4)), "rhs": jnp.zeros((3, 4, 2)), "group_sizes": jnp.zeros(3, jnp.int32)}
+    with pytest.raises(ValueError, match=words):
+        ragged_dot(**(arguments | change))
