@@ -34,6 +34,7 @@ from jax import lax
 import pallas_kernels
 from jaxscale.config import CPLayout, CPStrategy
 from jaxscale.parallel import context_cost
+from pallas_kernels.attention.inputs import nameable
 
 type Pair = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -249,7 +250,7 @@ def _attention_fwd(call: _Call, q, k, v, rows: "_PairOfRows"):
     """Residuals: the arguments, out, the logsumexp: nothing that was gathered."""
     with jax.named_scope(f"context_{call.strategy}"):
         out, lse = _FORWARD.get(call.strategy, _ring)(call, q, k, v, rows)
-    out = out.astype(q.dtype)
+    out, lse = nameable(out.astype(q.dtype), lse)
     return (out, lse), (q, k, v, rows, out, lse)
 
 

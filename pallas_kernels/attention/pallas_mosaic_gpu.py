@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges
-from pallas_kernels.attention.inputs import Inputs, Options
+from pallas_kernels.attention.inputs import Inputs, Options, nameable
 
 _LOG2E = math.log2(math.e)
 _WG_ROWS = 64  # rows of one warpgroup: a wgmma is 64 rows high
@@ -94,7 +94,7 @@ def _attention(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Ar
 
 def _attention_fwd(inputs: Inputs, options: Options, config: Config):
     """Residuals: the inputs, o, the logsumexp [B, N, T]."""
-    o, lse = _forward(inputs, options, config)
+    o, lse = nameable(*_forward(inputs, options, config))
     return (o, lse.swapaxes(1, 2)), (inputs, o, lse)
 
 

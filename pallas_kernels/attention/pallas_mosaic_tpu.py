@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges
-from pallas_kernels.attention.inputs import Inputs, Options
+from pallas_kernels.attention.inputs import Inputs, Options, nameable
 
 _LANES = 128
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit that is not seen: finite, so that differences stay finite
@@ -73,7 +73,7 @@ def _attention(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Ar
 
 def _attention_fwd(inputs: Inputs, options: Options, config: Config):
     """Residuals: the inputs, o, the logsumexp [B, N, T]."""
-    o, lse = _forward(inputs, options, config)
+    o, lse = nameable(*_forward(inputs, options, config))
     return (o, lse.swapaxes(1, 2)), (inputs, o, lse)
 
 

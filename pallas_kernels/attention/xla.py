@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.inputs import Inputs, Options, visible
+from pallas_kernels.attention.inputs import Inputs, Options, nameable, visible
 
 # Logits of one block, in elements: 64 MiB in float32. At most this many, and at most 1024 x 1024 a head: one block.
 _BLOCK_LOGITS = 2**24
@@ -134,7 +134,7 @@ def _chunked_fwd(inputs: Inputs, options: Options):
         return None, (o.astype(inputs.q.dtype), _finite(top) + jnp.log(total))
 
     _, (o, lse) = jax.lax.scan(query_chunk, None, queries)
-    o, lse = _join(o, 3, T), _join(lse, 3, T)
+    o, lse = nameable(_join(o, 3, T), _join(lse, 3, T))
     return (_ungroup(o), _ungroup(lse)), (inputs, o, lse)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import _dispatch, attention, attention_implementation
 from pallas_kernels.attention.blocks import key_ranges, query_ranges
-from pallas_kernels.attention.inputs import Inputs, Options, visible
+from pallas_kernels.attention.inputs import ATTENTION, Inputs, Options, visible
 
 # importlib: the package's attribute `attention` is the function.
 xla = importlib.import_module("pallas_kernels.attention.xla")
@@ -397,6 +397,20 @@ def test_mosaic_types_under_shard_map(name, check_vma):
         args = [jax.ShapeDtypeStruct(*x, sharding=jax.NamedSharding(mesh, s)) for x, s in zip(shapes, specs)]
         grads = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2, 3)), *args)
     assert [(x.shape, x.dtype) for x in grads] == shapes[:4]
+
+
+def test_a_named_output_spares_the_second_forward_pass():
+    """Only traced: the forward passes (each takes one logarithm) in a gradient, by what jax.checkpoint's policy keeps."""
+    q = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+
+    def forwards(policy):
+        layer = jax.checkpoint(functools.partial(attention, causal=True, implementation="xla"), policy=policy)
+        loss = lambda q: jnp.sum(jnp.square(layer(jnp.sin(q), q, q).astype(jnp.float32)))
+        return str(jax.make_jaxpr(jax.grad(loss))(q)).count(" log ")
+
+    with chunks(2**12):
+        assert forwards(jax.checkpoint_policies.nothing_saveable) == 2
+        assert forwards(jax.checkpoint_policies.save_only_these_names(ATTENTION)) == 1
 
 
 def test_blocks_merge_by_logsumexp(rng):
