@@ -13,6 +13,7 @@ from pallas_kernels.attention.inputs import unify_vma
 # In the order of preference. Each module has supported(lhs, rhs, dtype) -> None | reason, and the functions
 # grouped(lhs, rhs, group_sizes, dtype, transposed=) and contraction(lhs, grad, group_sizes, dtype).
 BACKENDS = {
+    "mosaic_gpu": "pallas_kernels.ragged_dot.pallas_mosaic_gpu",
     "xla": "pallas_kernels.ragged_dot.xla",
     "reference": "pallas_kernels.ragged_dot.reference",
 }
@@ -30,10 +31,10 @@ def ragged_dot(
 ) -> jax.Array:
     """Rows in groups, each group times a matrix of its own: `jax.lax.ragged_dot`, faster where there is a kernel.
 
-    Group g holds the `group_sizes[g]` rows after those of the groups before it, none to all of them. Rows after the last
-    group give zeros, whatever they hold; sizes that add up to more than M end at row M, and negative ones count as none.
-    Sums are float32. The gradient to lhs reads rhs in place, transposed; that to rhs sums over the rows of each group,
-    with zeros for an empty one; both take the cotangent in the dtype of lhs.
+    Group g holds the `group_sizes[g]` rows after those of the groups before it, none to all of them. Rows after the
+    last group give zeros, whatever they hold; sizes that add up to more than M end at row M, negative ones count as
+    none. Sums are float32. The gradient to lhs reads rhs in place, transposed; that to rhs sums over the rows of each
+    group, with zeros for an empty one; both take the cotangent in the dtype of lhs.
 
     Args:
       lhs: [M, K], float32, bfloat16 or float16.
@@ -104,7 +105,7 @@ def _check(lhs, rhs, group_sizes, preferred_element_type):
         raise ValueError(f"ragged_dot: K={lhs.shape[1]} of lhs is not K={rhs.shape[1]} of rhs [G,K,N]. Got {shapes}")
     if rhs.shape[0] != group_sizes.shape[0]:
         raise ValueError(
-            f"ragged_dot: {group_sizes.shape[0]} group sizes for {rhs.shape[0]} matrices; give one for each. Got {shapes}"
+            f"ragged_dot: {group_sizes.shape[0]} group sizes for {rhs.shape[0]} matrices; give as many. Got {shapes}"
         )
     if rhs.shape[0] == 0:
         raise ValueError(f"ragged_dot needs at least one group. Got {shapes}")

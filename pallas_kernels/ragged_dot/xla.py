@@ -1,8 +1,8 @@
 """Grouped matmul in plain XLA: what runs where no kernel does.
 
-On a TPU XLA has an instruction for jax.lax.ragged_dot. Elsewhere it lowers to one dense matmul over all groups, with the
-rows of the others masked: G times the work, and a copy of lhs for each group (9 TFLOP/s on an H200 with 64 groups). That
-is taken only while it is small. Above, a loop over tiles, each with rows of one group, multiplies what there is to
+On a TPU XLA has an instruction for jax.lax.ragged_dot. Elsewhere it lowers to one dense matmul over all groups, with
+the rows of the others masked: G times the work, and a copy of lhs for each group (9 TFLOP/s on an H200 with 64 groups).
+That is taken only while it is small. Above, a loop over tiles, each with rows of one group, multiplies what there is to
 multiply and no more than one tile of rows for each group beside it.
 """
 
@@ -32,7 +32,7 @@ def grouped(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, *, tr
         numbers = lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(([1], [contract]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
         )
-        out = lax.ragged_dot_general(lhs, rhs, group_sizes, numbers, preferred_element_type=jnp.float32)
+        out = lax.ragged_dot_general(lhs, rhs, _bounded(group_sizes, M), numbers, preferred_element_type=jnp.float32)
         return out.astype(dtype)
     block = _block(M, G)
     tiles = make_tiles(group_sizes, M, block)
@@ -57,7 +57,8 @@ def contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype) 
     """[G, K, N]: lhs.T @ grad over the rows of each group."""
     M, G = lhs.shape[0], group_sizes.shape[0]
     if _dense(M, G):
-        out = lax.ragged_dot_general(lhs, grad, group_sizes, _CONTRACTION, preferred_element_type=jnp.float32)
+        sizes = _bounded(group_sizes, M)
+        out = lax.ragged_dot_general(lhs, grad, sizes, _CONTRACTION, preferred_element_type=jnp.float32)
         return out.astype(dtype)
     block = _block(M, G)
     tiles = make_tiles(group_sizes, M, block)
@@ -75,6 +76,11 @@ def contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype) 
 
     sums = jnp.zeros_like(lhs, dtype=jnp.float32, shape=(G + 1, lhs.shape[1], grad.shape[1]))
     return lax.scan(step, sums, tiles.table)[0][:G].astype(dtype)
+
+
+def _bounded(group_sizes: jax.Array, M: int) -> jax.Array:
+    ends = bounded_ends(group_sizes, M)
+    return jnp.concatenate([ends[:1], ends[1:] - ends[:-1]])
 
 
 def _dense(M: int, G: int) -> bool:

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import ragged_dot, ragged_dot_implementation
-from pallas_kernels.ragged_dot import schedule, xla
+from pallas_kernels.ragged_dot import pallas_mosaic_gpu, schedule, xla
 
 PLAIN = ["xla", "xla loop", "reference"]
 
@@ -25,7 +26,7 @@ def oracle(lhs, rhs, sizes, grad):
     out, d_lhs, d_rhs = np.zeros(grad.shape), np.zeros(lhs.shape), np.zeros(rhs.shape)
     begin = 0
     for g, size in enumerate(sizes):
-        rows = slice(begin, min(begin + size, len(lhs)))
+        rows = slice(begin, min(begin + max(size, 0), len(lhs)))
         out[rows], d_lhs[rows] = lhs[rows] @ rhs[g], grad[rows] @ rhs[g].T
         d_rhs[g] = lhs[rows].T @ grad[rows]
         begin = rows.stop
@@ -34,8 +35,11 @@ def oracle(lhs, rhs, sizes, grad):
 
 @contextlib.contextmanager
 def running(name):
-    """What the name means: "xla loop" is xla.py with its loop over tiles at any size."""
-    if name == "xla loop":
+    """What the name means: "xla loop" is xla.py with its loop over tiles at any size; kernels run interpreted."""
+    if name == "mosaic_gpu":
+        with plgpu.force_gpu_interpret_mode():
+            yield name
+    elif name == "xla loop":
         before, xla._DENSE_ROWS = xla._DENSE_ROWS, 0
         try:
             yield "xla"
@@ -91,8 +95,9 @@ def test_values_and_gradients(rng, name, dtype):
         (33, [0, 0, 0]),  # none at all
         (40, [7, 0, 13]),  # rows past the groups
         (20, [9, 30, 5]),  # more than there are rows
+        (20, [9, -4, 5, 2**31 - 1, 2**31 - 1]),
         (1, [0, 1]),
-        (64, [1] * 64),
+        (12, [1] * 12),
     ],
     ids=str,
 )
@@ -162,6 +167,26 @@ def test_shard_map(rng, name, check_vma):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
 
+# The Mosaic kernels, in the interpreters: two blocks that walk over tiles of a few steps.
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "M", "K", "N", "sizes"),
+    [
+        # Two warpgroups; ends in the middle of units of 8 rows; columns past the end; rows past the groups.
+        ({"stages": 2, "wide": 1}, jnp.bfloat16, 150, 64, 192, [71, 0, 60, 3]),
+        # Tiles of 128 rows for each warpgroup; full pieces of 64; the second warpgroup has no rows of a tile.
+        ({"rows": 128}, jnp.float16, 264, 128, 128, [136, 128]),
+        ({"warpgroups": 1}, jnp.bfloat16, 20, 128, 128, [0, 7, 0, 5]),  # decode
+    ],
+    ids=["ragged", "tall", "short"],
+)
+def test_mosaic_gpu(rng, monkeypatch, config, dtype, M, K, N, sizes):
+    config = pallas_mosaic_gpu.Config(**({"blocks": 2, "columns": 128, "stages": 3} | config))
+    monkeypatch.setattr(pallas_mosaic_gpu, "tuned", lambda height, width: config)
+    check(rng, "mosaic_gpu", sizes, M=M, K=K, N=N, dtype=dtype)
+
+
 @pytest.mark.parametrize(("block", "align"), [(16, 1), (16, 8), (64, 8), (128, 128)])
 def test_tiles_cover_each_row_once(rng, block, align):
     for M, total in ((300, 300), (300, 211), (64, 64), (5, 5), (128, 0)):
@@ -181,8 +206,8 @@ def test_no_gradient_is_dense_over_groups():
     lhs, rhs = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4096, 16), (64, 16, 16)))
     sizes = jax.ShapeDtypeStruct((64,), jnp.int32)
     f = jax.grad(lambda *x: jnp.sum(ragged_dot(*x, implementation="xla")), argnums=(0, 1))
-    temporary = jax.jit(f).lower(lhs, rhs, sizes).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 4 * 64 * 4096 * 16 / 4  # a quarter of one masked copy
+    memory = jax.jit(f).lower(lhs, rhs, sizes).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 4 * 64 * 4096 * 16 / 4  # a quarter of one masked copy
 
 
 def test_which_implementation_runs():
@@ -190,6 +215,11 @@ def test_which_implementation_runs():
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
     assert ragged_dot_implementation(lhs, rhs, sizes) == "xla"
     assert ragged_dot_implementation(lhs, rhs, sizes, implementation="reference") == "reference"
+    with plgpu.force_gpu_interpret_mode():
+        half = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+        assert ragged_dot_implementation(half(8, 64), half(2, 64, 64), sizes) == "mosaic_gpu"
+        assert ragged_dot_implementation(half(8, 64), half(2, 64, 96), sizes) == "xla"
+        assert ragged_dot_implementation(lhs, rhs, sizes) == "xla"
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (5, 0, 3), (5, 4, 0)])

@@ -1,0 +1,390 @@
+"""Grouped matmul for Hopper GPUs (sm90), written in Pallas Mosaic GPU: bfloat16 and float16.
+
+Three products, two kernels: rows times their group's matrix, read in place as it is or transposed, and the sum over the
+rows of each group. Both are persistent: one block for each multiprocessor walks over tiles of the output, one or two
+warpgroups multiply, and one more feeds them through TMA and is at the next tile while they store this one.
+
+Which group a tile of rows belongs to stands in a table made before the kernel (schedule.py). A tile starts at its
+group's first row, rounded down to 8 rows (the unit in which TMA fills swizzled memory), so neighbouring groups may both
+load the rows where they meet; each stores its own. A full piece of 64 rows leaves by one TMA store, the others by one
+for each power of two that their number of rows is made of. Each output has one writer and one order of summation:
+results repeat bit by bit.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _dispatch
+from pallas_kernels.ragged_dot.schedule import bounded_ends, make_tiles
+
+_UNIT = 64  # rows of a wgmma, columns of a swizzled tile, and numbers summed in one step
+_ALIGN = 8  # rows of a swizzled tile
+_SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A block's tile of the output is (warpgroups * rows) x columns."""
+
+    warpgroups: int = 2  # that compute
+    rows: int = _UNIT  # of each
+    columns: int = 256
+    stages: int = 4  # steps in flight
+    wide: int = 8  # tiles side by side that blocks work on at a time: what they read together stays in L2
+    blocks: int = _SM_COUNT
+
+
+def tuned(height: int, width: int) -> Config:
+    """For tiles in groups of `height` rows on the average, and `width` columns."""
+    if height <= _UNIT:  # bound by reading the matrices
+        return Config(warpgroups=1, columns=128, stages=8)
+    if -(-width // 256) * 256 <= 1.05 * width:
+        return Config()
+    return Config(rows=128 if height >= 256 else 64, columns=128, stages=4 if height >= 256 else 6, wide=16)
+
+
+def supported(lhs, rhs, dtype) -> str | None:
+    """None, or the reason why these kernels cannot run this call."""
+    kind = _dispatch.device_kind()
+    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
+        return f"needs a Hopper GPU; this is {kind}"
+    if lhs.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16. Got {lhs.dtype}"
+    _, K, N = rhs.shape
+    if K % _UNIT or N % _UNIT or 0 in (*lhs.shape, *rhs.shape):
+        return f"takes K and N that are multiples of {_UNIT}, and at least one row. Got M={lhs.shape[0]}, K={K}, N={N}"
+    return None
+
+
+def grouped(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    dtype,
+    *,
+    transposed: bool = False,
+    config: Config | None = None,
+) -> jax.Array:
+    """[M, N]: rows of group g times rhs[g] [K, N], or times the transpose of rhs[g] [N, K]; zeros past the groups."""
+    (M, K), G = lhs.shape, rhs.shape[0]
+    N = rhs.shape[1 if transposed else 2]
+    c = config or tuned(-(-M // G), N)
+    lhs = jnp.pad(lhs, ((0, -M % _ALIGN), (0, 0)))  # TMA takes whole units of 8 rows
+    tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, _ALIGN)
+    across = -(-N // c.columns)
+
+    def kernel(lhs_ref, rhs_ref, table_ref, count_ref, out_ref, a_smem, b_smem, store_smem, full, free):
+        wg = lax.axis_index("wg")
+        count = count_ref[0] + 0
+
+        def tile(i):
+            """Of the i-th tile: group, first row, first column, its group's rows [begin, end), steps."""
+            t, n = _walk(i, count, across, c.wide)
+            group, start, begin, end = (table_ref[t, x] + 0 for x in range(4))
+            steps = jnp.where(group < G, K // _UNIT, 0)  # past the groups: zeros
+            return jnp.minimum(group, G - 1), start, n * c.columns, begin, end, steps
+
+        @pl.when(wg < c.warpgroups)
+        def _compute():
+            _set_registers(c, 240)
+
+            def one_tile(i, done):
+                start, column, begin, end, steps = tile(i)[1:]
+                start += wg * c.rows
+                mine = (begin < start + c.rows) & (end > start)
+
+                @pl.when(mine)
+                def _():
+                    def step(slot, acc_ref):
+                        b = b_smem.at[slot]
+                        plgpu.wgmma(acc_ref, a_smem.at[slot, wg], b.transpose((1, 0)) if transposed else b)
+
+                    acc = _multiply(c, step, steps, done, full, free)
+                    _store(c, acc, store_smem, out_ref, dtype, start, column, begin, end)
+
+                @pl.when(jnp.logical_not(mine))  # a short group: the other warpgroup has the tensor cores alone
+                def _():
+                    @pl.loop(0, steps)
+                    def _(k):
+                        slot = _slot(done + k, c)
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_arrive(free.at[slot])
+
+                return done + steps
+
+            _for_each_tile(c, count * across, one_tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == c.warpgroups)
+        def _feed():
+            _set_registers(c, 24)
+
+            def one_tile(i, done):
+                group, start, column, _, _, steps = tile(i)
+
+                def copy(k, slot):
+                    step = pl.ds(pl.multiple_of(k * _UNIT, _UNIT), _UNIT)
+                    columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
+                    for w in range(c.warpgroups):
+                        rows = pl.ds(pl.multiple_of(start + w * c.rows, _ALIGN), c.rows)
+                        plgpu.copy_gmem_to_smem(lhs_ref.at[rows, step], a_smem.at[slot, w], full.at[slot])
+                    b = rhs_ref.at[group, columns, step] if transposed else rhs_ref.at[group, step, columns]
+                    plgpu.copy_gmem_to_smem(b, b_smem.at[slot], full.at[slot])
+
+                return _fill(c, copy, steps, done, free)
+
+            _drain(c, _for_each_tile(c, count * across, one_tile), free)
+
+    b_shape = (c.columns, _UNIT) if transposed else (_UNIT, c.columns)
+    scratch = (
+        _tiled((c.stages, c.warpgroups, c.rows, _UNIT), lhs.dtype),
+        _tiled((c.stages, *b_shape), lhs.dtype),
+        _store_buffer(c, dtype),
+        plgpu.Barrier(num_arrivals=c.warpgroups + 1, num_barriers=c.stages),
+        plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
+    )
+    out = jax.ShapeDtypeStruct((lhs.shape[0], N), dtype)
+    name = "ragged_dot_transposed" if transposed else "ragged_dot"
+    return _call(c, kernel, name, out, scratch, (lhs, rhs, *tiles))[:M]
+
+
+def contraction(
+    lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype, *, config: Config | None = None
+) -> jax.Array:
+    """[G, K, N]: lhs.T @ grad over the rows of each group."""
+    (M, K), N, G = lhs.shape, grad.shape[1], group_sizes.shape[0]
+    c = config or tuned(K, N)
+    lhs, grad = (jnp.pad(x, ((0, -M % _ALIGN), (0, 0))) for x in (lhs, grad))
+    ends = bounded_ends(group_sizes, M)
+    begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    ranges = jnp.stack([begins, ends], axis=1)
+    down, across = -(-K // (c.warpgroups * c.rows)), -(-N // c.columns)
+    share = c.columns // c.warpgroups  # columns of grad that a warpgroup masks
+
+    def kernel(lhs_ref, grad_ref, ranges_ref, out_ref, a_smem, b_smem, store_smem, full, free, masked):
+        wg = lax.axis_index("wg")
+
+        def tile(i):
+            """Of the i-th tile: group, first row and column of the output, its group's rows [begin, end), steps."""
+            group = lax.div(i, jnp.int32(down * across))
+            m, n = _walk(lax.rem(i, jnp.int32(down * across)), jnp.int32(down), across, c.wide)
+            begin, end = (ranges_ref[group, x] + 0 for x in range(2))
+            first = lax.div(begin, jnp.int32(_ALIGN)) * _ALIGN
+            steps = jnp.where(end > begin, lax.div(end - first + _UNIT - 1, jnp.int32(_UNIT)), 0)
+            return group, m * (c.warpgroups * c.rows), n * c.columns, first, begin, end, steps
+
+        @pl.when(wg < c.warpgroups)
+        def _compute():
+            _set_registers(c, 240)
+
+            def one_tile(i, done):
+                group, row, column, first, begin, end, steps = tile(i)
+
+                def mask(slot, k):
+                    """Zeros for the rows of other groups in the first and the last step."""
+                    at = first + k * _UNIT
+
+                    @pl.when((at < begin) | (at + _UNIT > end))
+                    def _():
+                        # Both sides: what stands there may be nan.
+                        mine = [a_smem.at[slot, wg, :, pl.ds(x, _UNIT)] for x in range(0, c.rows, _UNIT)]
+                        for x in range(0, share, _UNIT):
+                            where = pl.multiple_of(wg * share + x, _UNIT)
+                            mine.append(b_smem.at[slot, :, pl.ds(where, _UNIT)])
+                        index = plgpu.broadcasted_iota(jnp.int32, (_UNIT, _UNIT), 0, layout=plgpu.Layout.WGMMA) + at
+                        for ref in mine:
+                            values = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+                            own = (index >= begin) & (index < end)
+                            ref[...] = jnp.where(own, values, jnp.zeros((), values.dtype))
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(masked)
+                        plgpu.barrier_wait(masked)
+
+                def step(slot, acc_ref):
+                    plgpu.wgmma(acc_ref, a_smem.at[slot, wg].transpose((1, 0)), b_smem.at[slot])
+
+                acc = _multiply(c, step, steps, done, full, free, mask)
+                row += wg * c.rows
+                _store(c, acc, store_smem, out_ref.at[group], dtype, row, column, 0, K)
+                return done + steps
+
+            _for_each_tile(c, jnp.int32(G * down * across), one_tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == c.warpgroups)
+        def _feed():
+            _set_registers(c, 24)
+
+            def one_tile(i, done):
+                _, row, column, first, _, _, steps = tile(i)
+
+                def copy(k, slot):
+                    step = pl.ds(pl.multiple_of(first + k * _UNIT, _ALIGN), _UNIT)
+                    for w in range(c.warpgroups):
+                        rows = pl.ds(pl.multiple_of(row + w * c.rows, _UNIT), c.rows)
+                        plgpu.copy_gmem_to_smem(lhs_ref.at[step, rows], a_smem.at[slot, w], full.at[slot])
+                    columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
+                    plgpu.copy_gmem_to_smem(grad_ref.at[step, columns], b_smem.at[slot], full.at[slot])
+
+                return _fill(c, copy, steps, done, free)
+
+            _drain(c, _for_each_tile(c, jnp.int32(G * down * across), one_tile), free)
+
+    scratch = (
+        _tiled((c.stages, c.warpgroups, _UNIT, c.rows), lhs.dtype),
+        _tiled((c.stages, _UNIT, c.columns), lhs.dtype),
+        _store_buffer(c, dtype),
+        plgpu.Barrier(num_arrivals=c.warpgroups + 1, num_barriers=c.stages),
+        plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
+        plgpu.Barrier(num_arrivals=c.warpgroups),
+    )
+    out = jax.ShapeDtypeStruct((G, K, N), dtype)
+    return _call(c, kernel, "ragged_contraction", out, scratch, (lhs, grad, ranges))
+
+
+# Pieces.
+
+
+def _multiply(c: Config, step, steps, done, full, free, prepare=None) -> jax.Array:
+    """The sum of step(slot, acc_ref) over a tile's steps, of which `done` came before; prepare(slot, k) comes first."""
+
+    def scope(acc_ref):
+        @pl.loop(0, steps)
+        def _(k):
+            slot = _slot(done + k, c)
+            plgpu.barrier_wait(full.at[slot])
+            if prepare is not None:
+                prepare(slot, k)
+            step(slot, acc_ref)
+            plgpu.wgmma_wait(1)  # the step before has been read
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[_slot(done + k - 1, c)]))
+
+        acc = acc_ref[...]
+        pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[_slot(done + steps - 1, c)]))
+        return acc
+
+    return pl.run_scoped(scope, plgpu.ACC((c.rows, c.columns), jnp.float32))
+
+
+def _store(c: Config, acc, store_smem, out_ref, dtype, start, column, begin, end) -> None:
+    """Rows [begin, end) of what starts at (start, column) in the output, in pieces of 64 rows and 128 bytes."""
+    wg = lax.axis_index("wg")
+    swizzled, plain = store_smem
+    width = 128 // jnp.dtype(dtype).itemsize
+    assert c.columns % (2 * width) == 0  # each row of pieces uses both slots
+    for r in range(0, c.rows, _UNIT):
+        first = start + r
+        lo = jnp.clip(begin - first, 0, _UNIT)
+        rows = jnp.clip(end - first, 0, _UNIT) - lo
+        for x in range(0, c.columns, width):
+            slot = x // width % 2
+            piece = acc[r : r + _UNIT, x : x + width].astype(dtype)
+            columns = pl.ds(pl.multiple_of(column + x, width), width)
+            inside = column + x < out_ref.shape[1]
+
+            @pl.when(inside & (rows == _UNIT))
+            def _(piece=piece, slot=slot, columns=columns, first=first):
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                swizzled[wg, slot] = piece
+                plgpu.commit_smem()
+                place = out_ref.at[pl.ds(pl.multiple_of(first, _ALIGN), _UNIT), columns]
+                plgpu.copy_smem_to_gmem(swizzled.at[wg, slot], place)
+
+            @pl.when(inside & (rows > 0) & (rows < _UNIT))
+            def _(piece=piece, slot=slot, columns=columns, first=first, lo=lo, rows=rows):
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                plain[wg, slot] = piece
+                plgpu.commit_smem()
+                at, size = lo, _UNIT // 2
+                while size:  # a store's size is static: one of each power of two
+                    has = (rows & size) != 0
+
+                    @pl.when(has)
+                    def _(at=at, size=size):
+                        source = plain.at[wg, slot, pl.ds(at, size)]
+                        place = out_ref.at[pl.ds(first + at, size), columns]
+                        plgpu.copy_smem_to_gmem(source, place, commit_group=False)
+
+                    at, size = at + (rows & size), size // 2
+                plgpu.commit_smem_to_gmem_group()
+
+
+def _fill(c: Config, copy, steps, done, free):
+    """copy(step, slot) for the steps of a tile, each once its slot is free; how many steps are done then."""
+
+    @pl.loop(0, steps)
+    def _(k):
+        slot = _slot(done + k, c)
+        pl.when(done + k >= c.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+        copy(k, slot)
+
+    return done + steps
+
+
+def _drain(c: Config, done, free) -> None:
+    """Waits until all slots are free."""
+
+    @pl.loop(0, c.stages)
+    def _(k):
+        pl.when(done + k >= c.stages)(lambda: plgpu.barrier_wait(free.at[_slot(done + k, c)]))
+
+
+def _for_each_tile(c: Config, count, one_tile):
+    """one_tile(i, carry) for the tiles of this block, from a carry of 0; the last carry."""
+    block = lax.axis_index("block")
+    turns = lax.div(jnp.maximum(count - block, 0) + c.blocks - 1, jnp.int32(c.blocks))
+    return lax.fori_loop(0, turns, lambda j, carry: one_tile(block + j * c.blocks, carry), jnp.int32(0))
+
+
+def _walk(i, down, across: int, wide: int):
+    """(row, column) of tile i of down x across: in strips `wide` tiles wide, row by row."""
+    strip = lax.div(i, down * wide)
+    width = jnp.minimum(wide, across - strip * wide)
+    i -= strip * down * wide
+    return lax.div(i, width), strip * wide + lax.rem(i, width)
+
+
+def _slot(i, c: Config):
+    return lax.rem(i, jnp.int32(c.stages))
+
+
+def _tiled(shape: tuple[int, ...], dtype) -> Any:
+    """Shared memory that TMA fills and wgmma reads; or that it empties, in rows of 128 bytes."""
+    transforms: Any = plgpu  # pyright takes these two for abstract classes
+    tiling = transforms.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, transforms.SwizzleTransform(128)))
+
+
+def _store_buffer(c: Config, dtype) -> Any:
+    """Two pieces for each warpgroup, swizzled, or plain where rows are counted one by one."""
+    shape = (c.warpgroups, 2, _UNIT, 128 // jnp.dtype(dtype).itemsize)
+    return plgpu.RefUnion(_tiled(shape, dtype), plgpu.SMEM(shape, dtype))
+
+
+def _set_registers(c: Config, count: int) -> None:
+    """Registers go from the warpgroup that feeds to the two that compute; one alone starts with all it can use."""
+    if c.warpgroups > 1:
+        plgpu.set_max_registers(count, action="increase" if count > 168 else "decrease")
+
+
+def _call(c: Config, kernel, name: str, out, scratch, operands) -> jax.Array:
+    result = plgpu.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=scratch,
+        grid=(c.blocks,),
+        grid_names=("block",),
+        num_threads=c.warpgroups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=512),
+        kernel_name=name,
+    )(*operands)
+    axes = tuple(sorted(jax.typeof(operands[0]).mat.varying))
+    return jax.lax.pcast(result, axes, to="varying") if axes else result
