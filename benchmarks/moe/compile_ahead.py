@@ -37,6 +37,7 @@ CALLS = {
     "Qwen3-MoE": (262144, 2048, 768, 128, jnp.bfloat16),
     "decode": (512, 2048, 768, 128, jnp.bfloat16),
     "decode down": (512, 768, 2048, 128, jnp.bfloat16),
+    "GPT-OSS": (16384, 2880, 2880, 32, jnp.bfloat16),
     "ragged": (1001, 192, 320, 5, jnp.bfloat16),
 }
 
@@ -78,7 +79,7 @@ def main() -> int:
     print(f"{'target':8}{'call':16}{'kernel':24}{'registers':>10}{'spilled B':>10}{'most SMEM B':>13}")
     for target in args.targets:
         for name, sizes in CALLS.items():
-            if args.only not in name:
+            if args.only not in name or (target != "h200" and sizes[-1] == jnp.float16):
                 continue
             started = time.perf_counter()
             try:

@@ -14,6 +14,7 @@ from pallas_kernels.attention.inputs import unify_vma
 # grouped(lhs, rhs, group_sizes, dtype, transposed=) and contraction(lhs, grad, group_sizes, dtype).
 BACKENDS = {
     "mosaic_gpu": "pallas_kernels.ragged_dot.pallas_mosaic_gpu",
+    "mosaic_tpu": "pallas_kernels.ragged_dot.pallas_mosaic_tpu",
     "xla": "pallas_kernels.ragged_dot.xla",
     "reference": "pallas_kernels.ragged_dot.reference",
 }

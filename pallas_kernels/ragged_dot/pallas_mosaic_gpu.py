@@ -278,28 +278,27 @@ def _store(c: Config, acc, store_smem, out_ref, dtype, start, column, begin, end
     wg = lax.axis_index("wg")
     swizzled, plain = store_smem
     width = 128 // jnp.dtype(dtype).itemsize
-    assert c.columns % (2 * width) == 0  # each row of pieces uses both slots
+    assert c.rows * c.columns % (2 * _UNIT * width) == 0  # the next tile begins with the first slot, as this one
     for r in range(0, c.rows, _UNIT):
         first = start + r
         lo = jnp.clip(begin - first, 0, _UNIT)
         rows = jnp.clip(end - first, 0, _UNIT) - lo
         for x in range(0, c.columns, width):
-            slot = x // width % 2
+            slot = (r // _UNIT * (c.columns // width) + x // width) % 2
             piece = acc[r : r + _UNIT, x : x + width].astype(dtype)
             columns = pl.ds(pl.multiple_of(column + x, width), width)
             inside = column + x < out_ref.shape[1]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the piece before the last one has left this slot
 
             @pl.when(inside & (rows == _UNIT))
             def _(piece=piece, slot=slot, columns=columns, first=first):
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 swizzled[wg, slot] = piece
                 plgpu.commit_smem()
                 place = out_ref.at[pl.ds(pl.multiple_of(first, _ALIGN), _UNIT), columns]
-                plgpu.copy_smem_to_gmem(swizzled.at[wg, slot], place)
+                plgpu.copy_smem_to_gmem(swizzled.at[wg, slot], place, commit_group=False)
 
             @pl.when(inside & (rows > 0) & (rows < _UNIT))
             def _(piece=piece, slot=slot, columns=columns, first=first, lo=lo, rows=rows):
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 plain[wg, slot] = piece
                 plgpu.commit_smem()
                 at, size = lo, _UNIT // 2
@@ -313,7 +312,8 @@ def _store(c: Config, acc, store_smem, out_ref, dtype, start, column, begin, end
                         plgpu.copy_smem_to_gmem(source, place, commit_group=False)
 
                     at, size = at + (rows & size), size // 2
-                plgpu.commit_smem_to_gmem_group()
+
+            plgpu.commit_smem_to_gmem_group()
 
 
 def _fill(c: Config, copy, steps, done, free):
@@ -363,7 +363,10 @@ def _tiled(shape: tuple[int, ...], dtype) -> Any:
 
 
 def _store_buffer(c: Config, dtype) -> Any:
-    """Two pieces for each warpgroup, swizzled, or plain where rows are counted one by one."""
+    """Two pieces for each warpgroup, swizzled, or plain where rows are counted one by one.
+
+    Both views begin at the same place and tile the last two dims alone: a piece is the same bytes in both.
+    """
     shape = (c.warpgroups, 2, _UNIT, 128 // jnp.dtype(dtype).itemsize)
     return plgpu.RefUnion(_tiled(shape, dtype), plgpu.SMEM(shape, dtype))
 

@@ -23,14 +23,19 @@ def bounded_ends(group_sizes: jax.Array, M: int) -> jax.Array:
     return jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, M), sizes)
 
 
-def make_tiles(group_sizes: jax.Array, M: int, block: int, align: int = 1) -> Tiles:
-    """Tiles of `block` rows that cover all M rows, each row once; `align` divides `block`."""
+def make_tiles(group_sizes: jax.Array, M: int, block: int, align: int = 1, *, empty: bool = False) -> Tiles:
+    """Tiles of `block` rows that cover all M rows, each row once; `align` divides `block`.
+
+    empty: a group without rows has a tile too.
+    """
     ends = jnp.append(bounded_ends(group_sizes, M), jnp.int32(M))
     begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     first = begins // align * align
     counts = jnp.where(ends > begins, -(-(ends - first) // block), 0)
+    if empty:
+        counts = jnp.append(jnp.maximum(counts[:-1], 1), counts[-1:])
     upto = jnp.cumsum(counts, dtype=jnp.int32)
-    index = jnp.arange(most_tiles(M, group_sizes.shape[0], block, align), dtype=jnp.int32)
+    index = jnp.arange(_most_tiles(M, group_sizes.shape[0], block, align), dtype=jnp.int32)
     group = jnp.searchsorted(upto, index, side="right", method="compare_all").astype(jnp.int32)
     used = index < upto[-1]
     group = jnp.where(used, group, ends.shape[0] - 1)
@@ -41,7 +46,8 @@ def make_tiles(group_sizes: jax.Array, M: int, block: int, align: int = 1) -> Ti
     return Tiles(jnp.stack([group, start, begin, end], axis=1), upto[-1:])
 
 
-def most_tiles(M: int, G: int, block: int, align: int = 1) -> int:
-    """How many tiles there can be: each of the G + 1 groups ends in a tile that need not be full."""
-    groups = min(G + 1, M)
-    return (M + groups * (block - 1 + align - 1)) // block
+def _most_tiles(M: int, G: int, block: int, align: int) -> int:
+    """How many tiles there can be: each of the G + 1 groups begins and ends in a tile that need not be full."""
+    if align == block:
+        return -(-M // block) + G
+    return (M + (G + 1) * (block - 1 + align - 1)) // block

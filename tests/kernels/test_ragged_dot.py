@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import ragged_dot, ragged_dot_implementation
-from pallas_kernels.ragged_dot import pallas_mosaic_gpu, schedule, xla
+from pallas_kernels.ragged_dot import pallas_mosaic_gpu, pallas_mosaic_tpu, schedule, xla
 
 PLAIN = ["xla", "xla loop", "reference"]
 
@@ -38,6 +39,9 @@ def running(name):
     """What the name means: "xla loop" is xla.py with its loop over tiles at any size; kernels run interpreted."""
     if name == "mosaic_gpu":
         with plgpu.force_gpu_interpret_mode():
+            yield name
+    elif name == "mosaic_tpu":
+        with pltpu.force_tpu_interpret_mode():
             yield name
     elif name == "xla loop":
         before, xla._DENSE_ROWS = xla._DENSE_ROWS, 0
@@ -167,6 +171,24 @@ def test_shard_map(rng, name, check_vma):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "shape", "dtype"),
+    [
+        ("mosaic_gpu", "multiples of 64.*K=96", (8, 96, 64), jnp.bfloat16),
+        ("mosaic_gpu", "bfloat16 and float16. Got float32", (8, 64, 64), jnp.float32),
+        ("mosaic_tpu", "multiples of 128 or at most 3072. Got K=128, N=3080", (8, 128, 3080), jnp.bfloat16),
+        ("mosaic_tpu", "float32 and bfloat16. Got float16", (8, 128, 128), jnp.float16),
+    ],
+)
+def test_mosaic_says_what_it_cannot_do(name, words, shape, dtype):
+    M, K, N = shape
+    arrays = jnp.zeros((M, K), dtype), jnp.zeros((2, K, N), dtype), jnp.zeros(2, jnp.int32)
+    with running(name), pytest.raises(NotImplementedError, match=words):
+        ragged_dot(*arrays, implementation=name)
+    with pytest.raises(NotImplementedError, match="this is cpu"):
+        ragged_dot(*arrays, implementation=name)
+
+
 # The Mosaic kernels, in the interpreters: two blocks that walk over tiles of a few steps.
 
 
@@ -187,6 +209,19 @@ def test_mosaic_gpu(rng, monkeypatch, config, dtype, M, K, N, sizes):
     check(rng, "mosaic_gpu", sizes, M=M, K=K, N=N, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "M", "K", "N", "sizes"),
+    [
+        (jnp.float32, 140, 256, 384, [0, 37, 0, 60, 3, 0]),  # rows past the groups, empty groups at both ends
+        (jnp.bfloat16, 96, 192, 320, [32, 64]),
+    ],
+    ids=["ragged", "even"],
+)
+def test_mosaic_tpu(rng, monkeypatch, dtype, M, K, N, sizes):
+    monkeypatch.setattr(pallas_mosaic_tpu, "TUNED", pallas_mosaic_tpu.Config(rows=32, depth=128, columns=256))
+    check(rng, "mosaic_tpu", sizes, M=M, K=K, N=N, dtype=dtype)
+
+
 @pytest.mark.parametrize(("block", "align"), [(16, 1), (16, 8), (64, 8), (128, 128)])
 def test_tiles_cover_each_row_once(rng, block, align):
     for M, total in ((300, 300), (300, 211), (64, 64), (5, 5), (128, 0)):
@@ -197,6 +232,8 @@ def test_tiles_cover_each_row_once(rng, block, align):
             assert start % align == 0 and start <= begin < end <= start + block
             assert np.all(owner[begin:end] == -1)
             owner[begin:end] = group
+        groups = np.asarray(schedule.make_tiles(jnp.asarray(sizes, jnp.int32), M, block, align, empty=True).table)[:, 0]
+        assert set(range(7)) <= set(groups.tolist()) and np.all(np.diff(groups) >= 0)
         assert np.array_equal(owner, np.repeat(np.arange(8), [*sizes, M - total]))
         assert np.all(table[count:, 2] == table[count:, 3])
 
