@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxscale.layers import act
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
+from pallas_kernels import ragged_dot
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -247,7 +248,7 @@ def _expert_mlp(call: _Call, h, sizes, group, p):
 
 
 def _grouped(lhs: Array, rhs: Array, sizes: Array) -> Array:
-    return lax.ragged_dot(lhs, rhs, sizes)
+    return ragged_dot(lhs, rhs, sizes)
 
 
 def _max_everywhere(x):
