@@ -19,6 +19,7 @@ from jaxscale.parallel.context import compiler_options
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import fallback_notes, init_params, num_params
+from jaxscale.plan.check import check_config
 from jaxscale.train import (
     Callback,
     TrainState,
@@ -50,7 +51,7 @@ def run(
     console = console or Console(quiet=jax.process_index() > 0)
     out = Path(cfg.out)
     mesh = make_mesh(cfg.mesh)
-    cfg.mesh.fill(mesh.size).check_model(cfg.model)
+    check_config(cfg, mesh.size)
     index, count = share = batch_share(mesh, cfg.data.batch_size, rules)
     where = {"process_index": index, "process_count": count}
     first = jax.process_index() == 0

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxscale.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
 from jaxscale.plan.buffers import Held, held_at_peak
-from jaxscale.plan.estimate import Estimate
+from jaxscale.plan.estimate import Estimate, check_mesh, context_of
 from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.plan.hlo import Census, Finding, census, compile_with_findings
 from jaxscale.table import Table, human_bytes
@@ -107,12 +107,13 @@ def compile_step(
     """
     pod = find_pod(pod) if isinstance(pod, str) else pod
     mesh = mesh.fill(pod.num_devices)
-    mesh.check_model(model)
+    check_mesh(model, mesh)
     devices = make_mesh(mesh, pod_devices(pod))
     start = time.perf_counter()
     tx = make_optimizer(optimizer or OptimizerConfig(), STEPS)
     state = abstract_train_state(decoder.param_specs(model), tx, devices, rules)
-    loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, chunk=loss_chunk, rules=rules)
+    context = context_of(model, mesh, pod, batch_size=batch_size, seq_len=seq_len)
+    loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, chunk=loss_chunk, rules=rules, context=context)
     step = make_train_step(loss_fn, tx, accum_steps=accum_steps)
     with jax.set_mesh(devices):
         traced = step.trace(state, abstract_batch(devices, batch_size, seq_len, rules))
@@ -132,7 +133,9 @@ def compile_step(
     )
 
 
-def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int, rules: Rules = MEGATRON_FSDP) -> dict[str, Any]:
+def abstract_batch(
+    mesh: Mesh | AbstractMesh, batch_size: int, seq_len: int, rules: Rules = MEGATRON_FSDP
+) -> dict[str, Any]:
     """A global batch [batch_size, seq_len] as ShapeDtypeStructs on `mesh`."""
     shape = (batch_size, seq_len)
     spec = resolve_spec(shape, ("batch", "seq"), rules.compute, dict(mesh.shape)).spec

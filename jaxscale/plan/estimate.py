@@ -11,16 +11,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxscale.config import MeshConfig, ModelConfig
+from jaxscale.config import CPStrategy, MeshConfig, ModelConfig
 from jaxscale.mesh import make_abstract_mesh
 from jaxscale.models import decoder
-from jaxscale.params import resolve_param
+from jaxscale.parallel import context_cost
+from jaxscale.parallel.context_cost import Context
+from jaxscale.params import path_name, resolve_param
+from jaxscale.plan.experts import place_experts
 from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.sharding import axes_of
 from jaxscale.table import Table, human_bytes
 from sharding_rules.hlo import wire_bytes
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, MESH_AXES, Rules
+
+# What strategies other than the partitioner's gather send beside attention (jaxscale.parallel.context).
+BESIDE_ATTENTION = ("collective-permute", "all-to-all")
 
 ATTENTION_RATE = 0.65  # of the matmul rate: 461 of 706 TFLOP/s, cuDNN forward and backward on one H200 (docs/LOG.md)
 
@@ -120,7 +126,8 @@ def estimate(
     pod = find_pod(pod) if isinstance(pod, str) else pod
     mesh = mesh.fill(pod.num_devices)
     check(model, mesh, batch_size=batch_size, seq_len=seq_len, accum_steps=accum_steps)
-    part = _Step(model, mesh, batch_size // accum_steps, seq_len, remat, loss_chunk, rules)
+    context = context_of(model, mesh, pod, batch_size=batch_size // accum_steps, seq_len=seq_len)
+    part = _Step(model, mesh, batch_size // accum_steps, seq_len, remat, loss_chunk, rules, context)
     memory = part.memory(pod, accum_steps)
     shape = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     transfers = tuple(
@@ -135,14 +142,17 @@ def estimate(
     )
     matmul, attention = part.flops()
     hw = pod.hardware
-    compute = accum_steps * (matmul + attention / ATTENTION_RATE) / hw.flops
+    over_cp = part.over_cp(pod)
+    compute = accum_steps * (matmul + attention * over_cp.uneven / ATTENTION_RATE) / hw.flops
     # Every activation of a layer is written once and read twice; AdamW reads four arrays and writes three.
     state = memory.params + memory.optimizer
     moved = accum_steps * 3 * model.num_layers * part.residuals("none") + 2 * state + memory.gradients
     # Nothing is hidden on two H200s (measured), nor on v5e and v5p (compiled steps hold synchronous collectives alone).
     # Steps compiled for tpu7x start them early: those of parameters are taken to be hidden, the best case.
-    resting = [t for t in transfers if "tp" not in t.axes.split("+")]
-    others = sum(t.seconds for t in transfers) - sum(t.seconds for t in resting)
+    beside = [] if over_cp.exposed is None else [t for t in transfers if t.axes == "cp" and t.kind in BESIDE_ATTENTION]
+    resting = [t for t in transfers if "tp" not in t.axes.split("+") and t not in beside]
+    others = sum(t.seconds for t in transfers if t not in resting and t not in beside)
+    others += accum_steps * (over_cp.exposed or 0.0)
     hidden = compute if pod.kind == "tpu7x" else 0.0
     return Estimate(
         mesh=mesh,
@@ -170,22 +180,45 @@ def cache_bytes(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, max_le
 
 def check(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, seq_len: int, accum_steps: int = 1) -> None:
     """Refuses, in one line, what would not divide or what the decoder does not use."""
-    if mesh.ep > 1 or mesh.pp > 1:
-        raise NotImplementedError(f"mesh {mesh}: the dense decoder uses dp, fsdp, cp and tp; set ep=1 and pp=1")
-    if mesh.cp > 1 and mesh.cp_strategy not in ("all_gather", "auto"):
-        raise NotImplementedError(f"cp_strategy={mesh.cp_strategy} is not estimated; use all_gather")
-    mesh.check_model(model)
+    check_mesh(model, mesh)
+    if mesh.ep > 1 and model.moe is None:
+        raise ValueError(f"mesh {mesh}: {model.name} has no experts to split over ep; set ep=1 and use dp or fsdp")
     if mesh.tp > 1 and model.num_heads % mesh.tp:
         raise ValueError(f"num_heads={model.num_heads} is not divisible by tp={mesh.tp}: attention would not be split")
-    rows = mesh.dp * mesh.fsdp * accum_steps
+    rows = mesh.dp * mesh.fsdp * mesh.ep * accum_steps
     if batch_size % rows:
         below, above = batch_size // rows * rows, -(-batch_size // rows) * rows
         raise ValueError(
-            f"batch_size={batch_size} rows are not divisible by dp*fsdp*accum_steps={rows}; "
+            f"batch_size={batch_size} rows are not divisible by dp*fsdp*ep*accum_steps={rows}; "
             f"use {' or '.join(str(n) for n in (below, above) if n)} rows, or a larger tp or cp"
         )
     if seq_len % (mesh.cp * mesh.tp):
         raise ValueError(f"seq_len={seq_len} is not divisible by cp*tp={mesh.cp * mesh.tp}; pad the rows")
+
+
+def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Refuses axes that no program of the library uses, and what MeshConfig.check_model refuses."""
+    if mesh.pp > 1:
+        raise NotImplementedError(f"mesh {mesh}: pipelines (pp) are not built; set pp=1 and use fsdp or tp")
+    mesh.check_model(model)
+
+
+def context_of(model: ModelConfig, mesh: MeshConfig, pod: Pod, *, batch_size: int, seq_len: int) -> Context | None:
+    """How attention runs over a split sequence (decoder.loss_fn's context); None: the partitioner gathers keys.
+
+    Raises:
+      ValueError: the mesh's cp_strategy cannot run on these rows.
+    """
+    if mesh.cp == 1 or (mesh.cp_strategy, mesh.cp_layout) == Context():
+        return None
+    return context_cost.plan(mesh, model, batch_size, seq_len, rates=_context_rates(pod, mesh))[0]
+
+
+def _context_rates(pod: Pod, mesh: MeshConfig) -> context_cost.Rates:
+    """The rates that strategies are weighed by, on this pod. A TPU's link counts both directions of an axis."""
+    hw, tpu = pod.hardware, pod.platform == "tpu"
+    link = hw.link("cp", {axis: getattr(mesh, axis) for axis in MESH_AXES}) / (2 if tpu else 1)
+    return context_cost.Rates(flops=ATTENTION_RATE * hw.flops, link=link, both_ways=tpu, memory=hw.memory_bandwidth)
 
 
 def _seconds(pod: Pod, shape: dict[str, int], kind: str, axes: tuple[str, ...], count: int, size: float) -> float:
@@ -195,10 +228,11 @@ def _seconds(pod: Pod, shape: dict[str, int], kind: str, axes: tuple[str, ...], 
 
 
 class _Leaf(NamedTuple):
-    """One parameter: is it of the layers, is it a matrix, bytes at rest and in computation, axes gathered over."""
+    """One parameter: in how many layers it is, what it is, bytes at rest and in computation, axes gathered over."""
 
-    layers: bool
+    depth: int  # 0: not of the layers
     matrix: bool
+    experts: bool
     held: float
     used: float
     gathered: tuple[str, ...]
@@ -209,38 +243,50 @@ def _leaves(model: ModelConfig, mesh: MeshConfig, rules: Rules) -> tuple[_Leaf, 
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     abstract = make_abstract_mesh(mesh)
     leaves = []
-    for spec in jax.tree.leaves(decoder.param_specs(model)):
+    for path, spec in jax.tree.leaves_with_path(decoder.param_specs(model)):
         rest = axes_of(resolve_param(spec, abstract, rules).spec)
         used = axes_of(resolve_spec(spec.shape, spec.axes, rules.compute, sizes).spec)
         numbers = math.prod(spec.shape)
+        dtype = "float32" if "router" in path_name(path) else model.dtype
         leaves.append(
             _Leaf(
-                layers=spec.axes[0] == "layers",
+                depth=spec.shape[0] if spec.axes[0] == "layers" else 0,
                 matrix="embed" in spec.axes and len(set(spec.axes) - {"layers"}) > 1,
+                experts="experts" in spec.axes,
                 held=numbers / math.prod(sizes[a] for a in rest) * jnp.dtype(spec.dtype).itemsize,
-                used=numbers / math.prod(sizes[a] for a in used) * jnp.dtype(model.dtype).itemsize,
+                used=numbers / math.prod(sizes[a] for a in used) * jnp.dtype(dtype).itemsize,
                 gathered=tuple(a for a in MESH_AXES if a in rest - used),
             )
         )
     return tuple(leaves)
 
 
+class _OverCp(NamedTuple):
+    """uneven: the busiest device's attention over the mean; exposed: seconds of transfers, None: the partitioner's."""
+
+    uneven: float
+    exposed: float | None
+
+
 class _Step:
     """One micro-batch on one device. Sizes are bytes."""
 
-    def __init__(self, model, mesh, batch_size, seq_len, remat, loss_chunk, rules):
-        self.model, self.mesh, self.remat, self.rules = model, mesh, remat, rules
+    def __init__(self, model, mesh, batch_size, seq_len, remat, loss_chunk, rules, context=None):
+        self.model, self.mesh, self.remat, self.rules, self.context = model, mesh, remat, rules, context
         self.sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
         self.item = jnp.dtype(model.dtype).itemsize
-        self.rows = batch_size // (mesh.dp * mesh.fsdp)
+        self.rows = batch_size // (mesh.dp * mesh.fsdp * mesh.ep)
         self.tokens = self.rows * seq_len // mesh.cp  # between the tp collectives
-        self.keys = self.rows * seq_len  # that a device attends to: gathered over cp
+        gathered = context is None or context.strategy == "all_gather"
+        self.keys = self.rows * seq_len if gathered else self.tokens  # that a device holds at once
         self.seq_len, self.loss_rows = seq_len, min(loss_chunk, self.tokens)
         self.looped_loss = self.tokens > loss_chunk
         whole = lambda n: n // mesh.tp if n % mesh.tp == 0 else n
         self.heads, self.kv_heads = whole(model.num_heads), whole(model.num_kv_heads)
         self.mlp, self.vocab = whole(model.mlp_dim), whole(model.vocab_size)
         self.leaves = _leaves(model, mesh, rules)
+        self.depth = max(leaf.depth for leaf in self.leaves)  # layers that are alike: all, or those with experts
+        self.experts = None if model.moe is None else place_experts(model.moe, mesh, self.tokens)
 
     def residuals(self, remat: str) -> float:
         """What one layer keeps for its backward pass."""
@@ -249,20 +295,29 @@ class _Step:
         if remat == "full":
             return carry
         q, kv = t * self.heads * H * self.item, self.keys * self.kv_heads * H * self.item
-        if remat == "dots":  # q, k, v, gate, up as the matmuls gave them; both sums scattered; the carry
+        if remat == "dots":  # q, k, v, gate, up as the matmuls gave them, attention's output and logsumexp; both
+            # sums scattered; the carry
             own_kv = t * self.kv_heads * H * self.item
-            return 2 * carry + q + 2 * own_kv + 2 * t * self.mlp * self.item
+            return 2 * carry + 2 * q + 4 * t * self.heads + 2 * own_kv + 2 * t * self.mlp * self.item
         # Both norms keep two float32 arrays; the gated MLP six; attention q, k, v, its output and its logsumexp.
         norms = (8 if self.model.post_norms else 4) * t / self.mesh.tp * D * 4
         if self.model.qk_norm:
             norms += 2 * t * (self.heads + self.kv_heads) * H * 4
-        return norms + 2 * carry + 6 * t * self.mlp * self.item + 2 * q + 2 * kv + 4 * t * self.heads
+        kept = norms + 2 * carry + 2 * q + 2 * kv + 4 * t * self.heads
+        if self.experts is None:
+            return kept + 6 * t * self.mlp * self.item
+        # The router's input and five arrays of its logits' size in float32; of each pair of token and expert two masks,
+        # the input, the output in float32, and six arrays of the hidden layer.
+        routed = 4 * t * (D + 5 * self.model.moe.num_routed)
+        pair = D * (2 + self.item + 4) + 6 * self.experts.width * self.item
+        weights = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.experts and leaf.matrix)
+        return kept + weights + routed + self.experts.kept * pair + 6 * t * self.experts.shared * self.item
 
     def memory(self, pod: Pod, accum_steps: int) -> Memory:
         D, L = self.model.embed_dim, self.model.num_layers
-        params = sum(held for _, _, held, _, _ in self.leaves)
-        stacked = sum(held for layers, _, held, _, _ in self.leaves if layers)
-        layer = sum(used for layers, matrix, _, used, _ in self.leaves if layers and matrix) / L
+        params = sum(leaf.held for leaf in self.leaves)
+        stacked = sum(leaf.held for leaf in self.leaves if leaf.depth)
+        layer = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.depth == self.depth and leaf.matrix)
         halves = stacked * self.item / jnp.dtype(self.model.param_dtype).itemsize
         # XLA on TPU casts all layers before the loop; with remat none the casts are kept as residuals besides.
         weights = halves * ((pod.platform == "tpu") + (self.remat == "none"))
@@ -281,7 +336,12 @@ class _Step:
             # four arrays of the MLP live at once, weights are gathered one matrix at a time, the zeros for the
             # embedding's gradient come after the layers, the gradient of the logits is bfloat16.
             q, kv = (n * self.model.head_dim * self.item for n in (self.tokens * self.heads, self.keys * self.kv_heads))
-            kept = 2 * rows / self.mesh.tp + 4 * self.tokens * self.mlp * self.item + 2 * q + 2 * kv
+            kept = 2 * rows / self.mesh.tp + 2 * q + 2 * kv
+            if self.experts is None:
+                kept += 4 * self.tokens * self.mlp * self.item
+            else:
+                kept += self.experts.kept * (D * (self.item + 4) + 4 * self.experts.width * self.item)
+                kept += 4 * self.tokens * self.experts.shared * self.item
             backward = kept + 4 * rows + layer + head
             loss = 2 * head + self.loss_rows * self.vocab * (4 + self.item) + 3 * rows
         return Memory(
@@ -299,42 +359,127 @@ class _Step:
         L, mesh = self.model.num_layers, self.mesh
         found: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
         scatter = "reduce-scatter" if pod.hardware.scatters else "all-reduce"
-        rows_over = tuple(a for a in ("dp", "fsdp", "cp") if self.sizes[a] > 1)
+        rows_over = tuple(a for a in ("dp", "fsdp", "ep", "cp") if self.sizes[a] > 1)
 
         def add(kind, axes, count, size):
             if math.prod(self.sizes[a] for a in axes) > 1 and count:
                 old = found.get((kind, axes), (0, 0.0))
                 found[kind, axes] = old[0] + count, old[1] + size
 
-        for layers, matrix, _, used, gathered in self.leaves:
+        for depth, matrix, experts, _, used, gathered in self.leaves:
             # A layer's weights are gathered again in the backward pass; norm scales are kept where all is kept.
-            times = (2 if matrix or self.remat != "none" else 1) if layers else 1
-            count = L if layers else 1
+            # Where all is kept, so are the experts' gathered weights: they pass a cast of types on the way.
+            times = (2 if (matrix and not experts) or self.remat != "none" else 1) if depth else 1
+            count = depth or 1
             add("all-gather", gathered, times * count, times * used)
-            rest = tuple(a for a in rows_over if a not in gathered)
-            if matrix and layers and rest:
+            over = tuple(
+                a for a in rows_over if not (experts and a == "ep")
+            )  # each device of ep has experts of its own
+            rest = tuple(a for a in over if a not in gathered)
+            if matrix and depth and rest:
                 # With replicas the partitioner does not scatter a layer's gradient: it is summed whole on all devices.
-                add("all-reduce", rows_over, count, used)
+                add("all-reduce", over, count, used)
             elif matrix:
                 add(scatter, gathered, count, used)
                 add("all-reduce", rest, count, used / math.prod(self.sizes[a] for a in gathered))
             else:
-                add("all-reduce", (*rows_over, *(("tp",) if mesh.tp > 1 else ())), count, used)
+                add("all-reduce", (*over, *(("tp",) if mesh.tp > 1 else ())), count, used)
         rows = self.tokens * self.model.embed_dim * self.item
         add("all-gather", ("tp",), 6 * L + 2, (6 * L + 2) * rows)
         sums = 5 if self.remat == "full" else 4  # a layer computed again scatters what attention put out once more
         add("reduce-scatter", ("tp",), 1, rows)  # the embedding's, explicit in its shard_map
         add(scatter, ("tp",), sums * L + 1, (sums * L + 1) * rows)
+        if self.experts is not None:
+            for kind, count, size in self.experts.transfers(self.model.embed_dim * self.item, self.remat):
+                add(kind, ("ep",), self.depth * count, self.depth * size)
         keys = self.keys * self.kv_heads * self.model.head_dim * self.item
-        again = 1 if self.remat == "none" else 2
-        add("all-gather", ("cp",), 2 * L * again, 2 * L * again * keys)
-        add(scatter, ("cp",), 2 * L, 2 * L * keys)
+        if self.context is None:
+            again = 1 if self.remat == "none" else 2
+            add("all-gather", ("cp",), 2 * L * again, 2 * L * again * keys)
+            add(scatter, ("cp",), 2 * L, 2 * L * keys)
+            return found
+        for strategy, window, count in self.strategies(pod):
+            for kind, times, size in self.context_transfers(strategy, window):
+                add(kind, ("cp",), count * times, count * size)
+        return found
+
+    def shape(self, window: int | None) -> context_cost.Shape:
+        """One layer's attention on this device's place of the other axes."""
+        return context_cost.Shape(
+            batch=self.rows,
+            seq_len=self.seq_len,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.model.head_dim,
+            itemsize=self.item,
+            window=None if window is None else window - 1,
+            packed=True,
+        )
+
+    def strategies(self, pod: Pod) -> list[tuple[CPStrategy, int | None, int]]:
+        """(strategy, window, how many layers) of each kind of layer."""
+        local = sum(self.model.local_layers)
+        kinds = [(self.model.window, local), (None, self.model.num_layers - local)]
+        strategy, layout = self.context or Context()
+        found = []
+        for window, count in kinds:
+            if count:
+                chosen = strategy
+                if strategy == "auto":
+                    rates = _context_rates(pod, self.mesh)
+                    chosen = context_cost.choose(self.shape(window), self.mesh.cp, layouts=(layout,), rates=rates)[0]
+                found.append((chosen, window, count))
+        return found
+
+    def over_cp(self, pod: Pod) -> "_OverCp":
+        """What splitting the sequence costs by context_cost's arithmetic."""
+        if self.mesh.cp == 1:
+            return _OverCp(1.0, None)
+        rates, layout = _context_rates(pod, self.mesh), (self.context or Context()).layout
+        attention = even = exposed = 0.0
+        for strategy, window, count in self.strategies(pod):
+            cost = context_cost.estimate(self.shape(window), self.mesh.cp, strategy, layout, rates)
+            if cost is None:
+                raise ValueError(f"cp_strategy={strategy} cannot run layers with window={window} on {layout} rows")
+            attention += count * cost.attention
+            even += count * (cost.attention - cost.unbalanced)
+            exposed += count * (cost.overhead + (cost.exposed if strategy != "all_gather" else 0.0))
+        # With remat full the forward pass, a third of the transfers at most, runs twice.
+        return _OverCp(attention / even, exposed * (4 / 3 if self.remat == "full" else 1) if self.context else None)
+
+    def context_transfers(self, strategy: CPStrategy, window: int | None) -> list[tuple[str, int, float]]:
+        """(kind, count, payload) of one layer's attention, forward and backward: jaxscale.parallel.context."""
+        cp, H, layout = self.mesh.cp, self.model.head_dim, (self.context or Context()).layout
+        queries = self.tokens * self.heads * H * self.item
+        keys, sums = (2 * self.tokens * self.kv_heads * H * size for size in (self.item, 4))
+        forward = 2 if self.remat == "full" else 1  # what attention returned is kept by remat dots
+        if strategy == "all_gather":
+            return [("all-gather", 2 * (forward + 1), (forward + 1) * cp * keys), ("reduce-scatter", 2, cp * sums)]
+        group = {"ulysses": cp, "usp": math.gcd(self.kv_heads, cp)}.get(strategy, 1)
+        copies = math.lcm(self.kv_heads, group) // self.kv_heads
+        found = []
+        if group > 1:
+            size = forward * (2 * queries + copies * keys) + 3 * queries + 2 * copies * keys
+            found.append(("all-to-all", 4 * forward + 9, size))
+        hops = cp // group - 1
+        reach = None if window is None else (window - 1) * cp / self.seq_len  # in devices
+        if reach is not None and layout == "contiguous":
+            hops = min(hops, math.ceil(reach))
+        if strategy == "bidirectional" and 2 * queries <= keys:  # queries go around instead
+            found.append(("collective-permute", 4 * hops, hops * (forward + 2) * queries))
+        elif hops:
+            part = min(1.0, reach) if strategy == "halo" and hops == 1 and reach is not None else 1.0
+            size = part * copies * hops * ((forward + 1) * keys + sums)
+            found.append(("collective-permute", hops * (2 * forward + 4), size))
         return found
 
     def flops(self) -> tuple[float, float]:
         """Of matmuls with weights, and of attention; what is computed again included."""
         model, t = self.model, self.tokens
-        layer = sum(used for layers, matrix, _, used, _ in self.leaves if layers and matrix) / self.item
+        # Of the experts, those that a token meets: their share of all, which the devices of ep have in parts.
+        met = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_routed * self.mesh.ep
+        weights = [leaf for leaf in self.leaves if leaf.depth and leaf.matrix]
+        layer = sum(leaf.used * (met if leaf.experts else 1.0) for leaf in weights) / self.item
         again = self.remat == "full"
         matmul = 2 * t * layer * (4 if again else 3)
         matmul += 2 * t * self.vocab * model.embed_dim * (4 if self.looped_loss else 3)

@@ -1,5 +1,6 @@
 """Every valid mesh, remat policy and micro-batch by the estimate: the best, the runner-up and why it lost."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -7,7 +8,8 @@ from typing import NamedTuple, get_args
 
 from jaxscale.config import MeshConfig, ModelConfig
 from jaxscale.models.decoder import Remat
-from jaxscale.plan.estimate import HEADROOM, Estimate, check, estimate
+from jaxscale.parallel.context_cost import Context
+from jaxscale.plan.estimate import HEADROOM, Estimate, check, context_of, estimate
 from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.table import Table, human_bytes
 
@@ -98,7 +100,7 @@ def search(
         )
     found = []
     for shape, remat in itertools.product(shapes, remats):
-        rows = batch_size // (shape.dp * shape.fsdp)
+        rows = batch_size // (shape.dp * shape.fsdp * shape.ep)
         for accum_steps in (n for n in range(1, min(rows, MAX_MICRO_BATCHES) + 1) if rows % n == 0):
             found.append(
                 estimate(
@@ -133,19 +135,31 @@ def search(
 
 
 def meshes(model: ModelConfig, pod: Pod, *, batch_size: int, seq_len: int) -> Iterator[MeshConfig]:
-    """Every mesh of the pod's devices that this model and batch divide over; tp stays within a host of GPUs."""
+    """Every mesh of the pod's devices that this model and batch divide over; tp stays within a host of GPUs.
+
+    ep for models with experts. Over cp the partitioner's gather, and what context_cost finds fastest beside it.
+    """
     n = pod.num_devices
     most_tp = min(pod.hardware.node, 64) if pod.platform == "cuda" else 64
     for tp, cp in itertools.product(_divisors(n), _divisors(n)):
         if tp > most_tp or n % (tp * cp):
             continue
-        for fsdp in _divisors(n // (tp * cp)):
-            mesh = MeshConfig(dp=n // (tp * cp * fsdp), fsdp=fsdp, cp=cp, tp=tp)
+        for fsdp, ep in itertools.product(
+            _divisors(n // (tp * cp)), _divisors(model.moe.num_experts if model.moe else 1)
+        ):
+            if n % (tp * cp * fsdp * ep):
+                continue
+            mesh = MeshConfig(dp=n // (tp * cp * fsdp * ep), fsdp=fsdp, ep=ep, cp=cp, tp=tp)
             try:
                 check(model, mesh, batch_size=batch_size, seq_len=seq_len)
             except ValueError:
                 continue
             yield mesh
+            if cp > 1:
+                auto = dataclasses.replace(mesh, cp_strategy="auto", cp_layout="auto")
+                context = context_of(model, auto, pod, batch_size=batch_size, seq_len=seq_len)
+                if context is not None and context != Context():
+                    yield dataclasses.replace(auto, cp_layout=context.layout)
 
 
 def pareto(found: Sequence[Estimate]) -> Iterator[Estimate]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxscale.config import MeshConfig, ModelConfig
+from jaxscale.config import MeshConfig, ModelConfig, MoEConfig
 from jaxscale.models import decoder
 from jaxscale.params import abstract_params, num_params
 from jaxscale.plan.aot import abstract_batch, compile_step
@@ -52,6 +52,54 @@ def test_traffic_and_state_are_those_of_the_compiled_step(mesh, rng):
     # The state is exact but for three counters, the key and padding.
     state = guess.memory.params + guess.memory.optimizer + guess.memory.batch
     assert 0 <= compiled.memory.arguments - state <= 64
+
+
+MOE = {"num_experts": 4, "top_k": 3, "mlp_dim": 64}  # one expert a device and three of four chosen: no second way
+
+
+@pytest.mark.parametrize(
+    ("mesh", "moe"),
+    [
+        ("ep=4", MOE | {"dispatch": "all_gather"}),
+        ("ep=2,tp=2", MOE | {"dispatch": "all_to_all"}),
+        ("cp=4,cp_strategy=ring", None),
+        ("cp=4,cp_strategy=usp,cp_layout=striped", None),
+        ("cp=4,cp_strategy=all_gather,cp_layout=zigzag", None),
+    ],
+)
+def test_dispatch_and_strategies_send_what_the_compiled_step_sends(mesh, moe, rng):
+    """Every (kind, axes) but for small ones; on CPU a scatter that no shard_map asks for is an all-reduce."""
+    changes = {"num_heads": 8, "num_kv_heads": 2, "moe": MoEConfig(**moe) if moe else None, "num_layers": 2}
+    cfg = model(rng, **changes)
+    remat = str(rng.choice(["none", "dots", "full"]))
+    sizes = {"batch_size": 8, "seq_len": 64, "remat": remat, "loss_chunk": 1024}
+    shape = MeshConfig.parse(mesh)
+    compiled = compile_step(cfg, shape, find_pod("cpu:4"), **sizes)
+    guess = estimate(cfg, shape, "cpu:4", **sizes)
+    by = {(t.kind, t.axes): t.bytes for t in guess.transfers}
+    sent = {(r.kind, r.axes): r.bytes for r in compiled.census.rows}
+    if moe:  # tp's own sums are the dense decoder's, tested above
+        by, sent = ({k: n for k, n in x.items() if k[1] == "ep"} for x in (by, sent))
+    assert sum(by.values()) == pytest.approx(sum(sent.values()), rel=0.05), (cfg, remat, compiled.census)
+    for key, size in sent.items():
+        assert by.get(key, 0) == pytest.approx(size, rel=0.05, abs=16384), (key, cfg, remat, guess.transfers)
+
+
+def test_only_the_experts_that_a_token_meets_are_computed(rng):
+    run = functools.partial(estimate, pod="h200:1x8", batch_size=32, seq_len=512, remat="none")
+    cfg = model(rng, moe=MoEConfig(num_experts=16, top_k=2, mlp_dim=64))
+    more = dataclasses.replace(cfg, moe=MoEConfig(num_experts=64, top_k=2, mlp_dim=64))
+    one, many = run(cfg, MeshConfig(fsdp=8)), run(more, MeshConfig(fsdp=8))
+    experts = 3 * 48 * cfg.embed_dim * 64 * cfg.num_layers  # 48 more of three matrices
+    router = 48 * cfg.embed_dim * cfg.num_layers
+    tokens = 4 * 512
+    assert many.flops - one.flops == pytest.approx(6 * tokens * router)
+    assert many.memory.params - one.memory.params == pytest.approx(4 * (experts + router) / 8, rel=0.01)
+    split = run(cfg, MeshConfig(fsdp=2, ep=4))
+    assert split.flops == pytest.approx(one.flops)  # the same work in all
+    held = [t for t in split.transfers if t.kind == "all-gather" and t.axes == "fsdp"]
+    whole = [t for t in one.transfers if t.kind == "all-gather" and t.axes == "fsdp"]
+    assert held[0].bytes < whole[0].bytes  # a device gathers its own experts only
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

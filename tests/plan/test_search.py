@@ -91,10 +91,11 @@ def test_the_search_finds_what_an_exhaustive_sweep_finds(rng):
         for remat, accum in itertools.product(("none", "dots", "full"), (1, 2, 4, 8, 16, 32, 64)):
             if rows % (dp * fsdp * accum):
                 continue
-            mesh = MeshConfig(dp=dp, fsdp=fsdp, cp=cp, tp=tp)
-            e = estimate(cfg, mesh, pod, batch_size=rows, seq_len=4096, remat=remat, accum_steps=accum)
-            best = min(best, e.seconds if e.fits else best)
-    assert found.best.seconds == best
+            for strategy in ("all_gather",) if cp == 1 else ("all_gather", "ring", "bidirectional", "ulysses"):
+                mesh = MeshConfig(dp=dp, fsdp=fsdp, cp=cp, tp=tp, cp_strategy=strategy)
+                e = estimate(cfg, mesh, pod, batch_size=rows, seq_len=4096, remat=remat, accum_steps=accum)
+                best = min(best, e.seconds if e.fits else best)
+    assert found.best.seconds <= best
     assert found.best.fits
     times = [(e.seconds, -e.memory.total) for e in found.pareto]
     assert times == sorted(times) and all(a[1] < b[1] for a, b in itertools.pairwise(times))

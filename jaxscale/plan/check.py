@@ -1,0 +1,196 @@
+"""Which parts work together: a run's configuration is checked before data is read, pairs of features are traced.
+
+check_config(cfg, num_devices)            # ValueError or NotImplementedError in one line, nothing is traced
+verdict(["cp=ring", "windows"], "v5p")    # a tiny training step with both, traced for that hardware: no device needed
+
+Neither holds rules of its own: `check_config` calls the checks that the parts call themselves, a verdict is what they
+say while a training step (or a decoding step, or an export) is traced on a mesh without devices.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from jaxscale import generate
+from jaxscale.checkpoint.huggingface_config import config_to_hf
+from jaxscale.config import MeshConfig, TrainConfig, from_dict
+from jaxscale.mesh import make_abstract_mesh
+from jaxscale.models import decoder
+from jaxscale.optim import make_optimizer
+from jaxscale.parallel import context_cost
+from jaxscale.parallel.context_layout import permute_batch
+from jaxscale.params import abstract_params
+from jaxscale.plan.aot import abstract_batch
+from jaxscale.plan.estimate import check_mesh
+from jaxscale.plan.features import BASE, FEATURES, Feature
+from jaxscale.train import abstract_train_state, make_train_step
+from pallas_kernels import attention_implementation
+from pallas_kernels.attention.api import BACKENDS
+from sharding_rules.rules import MEGATRON_FSDP
+
+# What JAX calls one device of a kind, which is what kernels are chosen by.
+DEVICES = {
+    "h200": "NVIDIA H200",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "b200": "NVIDIA B200",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "mi250x": "AMD Instinct MI250X",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+    "cpu": "cpu",
+}
+
+
+class Verdict(NamedTuple):
+    """What became of features used together."""
+
+    state: str  # "runs", "refused", "not built", "alternatives" (two of a kind), "apart" (never in one program)
+    why: str = ""
+
+    @property
+    def runs(self) -> bool:
+        return self.state == "runs"
+
+
+def check_config(cfg: TrainConfig, num_devices: int) -> None:
+    """Refuses a run that could not work, before its corpus is read and before anything is traced.
+
+    Raises:
+      ValueError: sizes that do not fit together, with what would.
+      NotImplementedError: a part that is not built.
+    """
+    mesh = cfg.mesh.fill(num_devices)
+    check_mesh(cfg.model, mesh)
+    if mesh.cp > 1 and (mesh.cp_strategy, mesh.cp_layout) != context_cost.Context():
+        rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
+        # Whether any choice can run does not depend on the rates; the devices' own would start a backend here.
+        found, _ = context_cost.plan(mesh, cfg.model, rows, seq_len, rates=context_cost.UNKNOWN)
+        one_row = {name: np.zeros((1, seq_len), np.int32) for name in ("positions", "segment_ids")}
+        permute_batch(one_row, found.layout, mesh.cp)
+
+
+def verdict(names: Sequence[str], hardware: str) -> Verdict:
+    """Whether the features `names` run together on `hardware` (a key of DEVICES), and why not.
+
+    A model of two layers is trained for one step with all of them (or takes one decoding step, or is exported), as
+    shapes on a mesh without devices: every check of the library's own code is met, kernels are traced for that
+    hardware, nothing is compiled.
+    """
+    features = [FEATURES[name] for name in names]
+    for a, b in itertools.combinations(features, 2):
+        if a.kind == b.kind:
+            return Verdict("alternatives")
+        if a.use and b.use and a.use != b.use:
+            return Verdict("apart")
+    use = next((f.use for f in features if f.use), "train")
+    try:
+        cfg, packed = configure(features)
+    except ValueError as error:
+        if "has no field" in str(error):
+            return Verdict("not built", _line(error).partition(";")[0])
+        return Verdict("refused", _line(error))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a cast that a layer warns of is not a refusal
+            trace(cfg, hardware, use=use, packed=packed)
+    except NotImplementedError as error:
+        return Verdict("not built" if "not built" in str(error) else "refused", _line(error))
+    except Exception as error:  # whatever a part says: the table shows it
+        return Verdict("refused", _line(error))
+    return Verdict("runs")
+
+
+def configure(features: Sequence[Feature]) -> tuple[TrainConfig, bool]:
+    """The tiny run with these features in it, and whether its rows are packed.
+
+    Raises:
+      ValueError: the configuration refuses them.
+    """
+    values: dict[str, Any] = {}
+    for changes in (BASE, *(f.changes for f in features)):
+        values = _merge(values, changes)
+    packed = values.pop("packed", False)
+    return from_dict(TrainConfig, values), packed
+
+
+def trace(cfg: TrainConfig, hardware: str, *, use: str = "train", packed: bool = False) -> None:
+    """Traces one step of a run for devices that are not here; raises what the library raises."""
+    if use == "export":
+        config_to_hf(cfg.model)
+        return
+    sizes = cfg.mesh
+    check_config(cfg, sizes.num_devices or 1)
+    mesh = abstract_devices(sizes, hardware)
+    rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
+    specs = decoder.param_specs(cfg.model)
+    with jax.sharding.use_abstract_mesh(mesh):
+        if use == "decode":
+            params = abstract_params(specs, mesh, MEGATRON_FSDP)
+            one = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+            def decode(params, tokens, positions):
+                cache = decoder.init_cache(cfg.model, rows, seq_len)
+                return generate.decode_step(params, cache, tokens, positions, cfg.model)
+
+            jax.eval_shape(decode, params, one, one)
+            return
+        context = None
+        if sizes.cp > 1:
+            context, _ = context_cost.plan(sizes, cfg.model, rows, seq_len, rates=context_cost.UNKNOWN)
+        batch = abstract_batch(mesh, rows, seq_len)
+        if not packed:
+            batch = {name: x for name, x in batch.items() if name in ("tokens", "labels")}
+        if context is not None and context.layout != "contiguous":  # dealt rows carry their positions
+            batch["positions"] = batch["tokens"]
+        loss_fn = functools.partial(
+            decoder.loss_fn, cfg=cfg.model, remat=cfg.remat, z_loss=cfg.z_loss, chunk=cfg.loss_chunk, context=context
+        )
+        optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+        state = abstract_train_state(specs, optimizer, mesh)
+        jax.eval_shape(make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps), state, batch)
+
+
+def abstract_devices(mesh: MeshConfig, hardware: str) -> AbstractMesh:
+    """A mesh of devices of this kind, none of which is here."""
+    platform = "cpu" if hardware == "cpu" else "tpu" if DEVICES[hardware].startswith("TPU") else "gpu"
+    device = jax.sharding.AbstractDevice(device_kind=DEVICES[hardware], num_cores=None, platform=platform)
+    return make_abstract_mesh(mesh).update(abstract_device=device)
+
+
+def attention_backend(hardware: str, head_dim: int, dtype: str) -> tuple[str, str]:
+    """(the kernel that attention runs there, why the kernels before it in the order of preference do not)."""
+    shape = jax.ShapeDtypeStruct((1, 128, 1, head_dim), dtype)
+    with jax.sharding.use_abstract_mesh(abstract_devices(MeshConfig(), hardware)):
+        chosen = attention_implementation(shape, shape, shape, causal=True)
+        reasons = []
+        for name in itertools.takewhile(lambda name: name != chosen, BACKENDS):
+            try:
+                attention_implementation(shape, shape, shape, causal=True, implementation=name)
+            except NotImplementedError as error:
+                reasons.append(f"{name} {str(error).rpartition('cannot run this call: ')[2]}")
+    return chosen, "; ".join(reasons)
+
+
+def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts laid over each other; the later one wins."""
+    out = dict(values)
+    for name, value in changes.items():
+        old = out.get(name)
+        out[name] = _merge(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+    return out
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    name = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
+    return name + (text if len(text) <= 300 else text[:297] + "...")
