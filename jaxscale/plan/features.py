@@ -34,7 +34,7 @@ def _model(kind: str, **fields: Any) -> Feature:
 
 
 def _experts(kind: str, **fields: Any) -> Feature:
-    return _model(kind, moe={"num_experts": 8, "top_k": 2, "mlp_dim": 64} | fields)
+    return _model(kind, moe={"num_experts": 8, "top_k": 2, "mlp_dim": 128} | fields)
 
 
 def _split(strategy: str, **model: Any) -> Feature:
