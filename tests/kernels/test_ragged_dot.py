@@ -225,6 +225,25 @@ def test_mosaic_tpu(rng, monkeypatch, dtype, M, K, N, sizes):
     check(rng, "mosaic_tpu", sizes, M=M, K=K, N=N, dtype=dtype)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_mosaic_types_under_shard_map(name, check_vma):
+    """Only traced: what differs from outside of shard_map is which mesh axes a value varies over."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    specs = P("dp", None), P(None, None, "tp"), P("dp", None)
+    shapes = [((80, 128), jnp.bfloat16), ((3, 128, 256), jnp.bfloat16), ((2, 3), jnp.int32)]
+
+    def loss(*args):
+        local = lambda lhs, rhs, sizes: ragged_dot(lhs, rhs, sizes[0], implementation=name)
+        y = jax.shard_map(local, in_specs=specs, out_specs=P("dp", "tp"), check_vma=check_vma)(*args)
+        return jnp.sum(y.astype(jnp.float32))
+
+    with jax.set_mesh(mesh), running(name):
+        args = [jax.ShapeDtypeStruct(*x, sharding=jax.NamedSharding(mesh, s)) for x, s in zip(shapes, specs)]
+        grads = jax.eval_shape(jax.grad(loss, argnums=(0, 1)), *args)
+    assert [(x.shape, x.dtype) for x in grads] == shapes[:2]
+
+
 @pytest.mark.parametrize(("block", "align"), [(16, 1), (16, 8), (64, 8), (128, 128)])
 def test_tiles_cover_each_row_once(rng, block, align):
     for M, total in ((300, 300), (300, 211), (64, 64), (5, 5), (128, 0)):
