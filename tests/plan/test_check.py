@@ -28,11 +28,11 @@ from sharding_rules.rules import MEGATRON_FSDP
 ROOT = Path(__file__).parents[2]
 
 
-def config(model=None, data=None, **mesh) -> TrainConfig:
+def config(model=None, seq_len=64, source="stdlib", **mesh) -> TrainConfig:
     return TrainConfig(
         model=dataclasses.replace(preset("tiny"), **(model or {})),
         mesh=MeshConfig(**mesh),
-        data=DataConfig(**({"batch_size": 8, "seq_len": 64} | (data or {}))),
+        data=DataConfig(batch_size=8, seq_len=seq_len, source=source),
     )
 
 
@@ -43,8 +43,8 @@ def config(model=None, data=None, **mesh) -> TrainConfig:
         (config(cp=8, cp_strategy="halo"), "none of halo runs"),
         (config(cp=2, fsdp=4, cp_strategy="usp"), "none of usp runs"),
         (config(cp=8, cp_strategy="ulysses"), "none of ulysses runs"),
-        (config(data={"seq_len": 60}, cp=8, cp_strategy="ring"), "seq_len=60 is not divisible by cp=8"),
-        (config(data={"seq_len": 72}, cp=8, cp_layout="zigzag"), "zigzag rows of 72 tokens"),
+        (config(seq_len=60, cp=8, cp_strategy="ring"), "seq_len=60 is not divisible by cp=8"),
+        (config(seq_len=72, cp=8, cp_layout="zigzag"), "zigzag rows of 72 tokens"),
         (config(tp=8, fsdp=2), "needs 16 devices but 8"),
         (config({"moe": MoEConfig(num_experts=6, top_k=2, mlp_dim=64)}, ep=4, fsdp=2), "not divisible by ep=4"),
     ],
@@ -58,7 +58,7 @@ def test_what_cannot_work_is_refused_before_anything_is_traced(cfg, says, monkey
 
 
 def test_a_run_is_refused_before_its_corpus_is_read(tmp_path):
-    cfg = config(cp=8, cp_strategy="halo", data={"source": str(tmp_path / "no corpus")})
+    cfg = config(cp=8, cp_strategy="halo", source=str(tmp_path / "no corpus"))
     with pytest.raises(ValueError, match="none of halo runs"):
         run(dataclasses.replace(cfg, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
