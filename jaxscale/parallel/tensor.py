@@ -145,7 +145,7 @@ def _token_losses_local(x, head, labels, chunk, logit_soft_cap, axis_name):
     x, labels = x.reshape(rows, x.shape[-1]), labels.reshape(rows)
 
     def losses(x, labels):
-        logits = soft_cap(matmul("rD,DV->rV", x, head, preferred_element_type=jnp.float32), logit_soft_cap)
+        logits = soft_cap(_head_logits(x, head), logit_soft_cap)
         top = jax.lax.stop_gradient(logits).max(axis=-1)
         local = labels
         if axis_name is not None:
@@ -166,6 +166,26 @@ def _token_losses_local(x, head, labels, chunk, logit_soft_cap, axis_name):
     labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)
     nll, lse = jax.lax.map(lambda args: jax.checkpoint(losses)(*args), (x, labels))
     return nll.reshape(-1)[:rows].reshape(shape), lse.reshape(-1)[:rows].reshape(shape)
+
+
+@jax.custom_vjp
+def _head_logits(x: Array, head: Array) -> Array:
+    """Float32 [r, V] of x [r, D] and head [D, V]. In the backward pass the logits' cotangent meets both in their own
+    dtype: left in float32 it would make two of the three matmuls of the vocabulary float32 ones."""
+    return matmul("rD,DV->rV", x, head, preferred_element_type=jnp.float32)
+
+
+def _head_logits_fwd(x, head):
+    return _head_logits(x, head), (x, head)
+
+
+def _head_logits_bwd(residuals, dlogits):
+    x, head = residuals
+    dlogits = dlogits.astype(x.dtype)
+    return jnp.einsum("rV,DV->rD", dlogits, head), jnp.einsum("rD,rV->DV", x, dlogits)
+
+
+_head_logits.defvjp(_head_logits_fwd, _head_logits_bwd)
 
 
 def _own_kv_heads(x: Array, num_local: int, group: int) -> Array:

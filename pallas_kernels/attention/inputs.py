@@ -38,7 +38,7 @@ class Options:
 def nameable(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same arrays under the name `ATTENTION`: a jax.checkpoint policy that keeps what has this name
     (`jax.checkpoint_policies.save_only_these_names`) spares the backward pass a second forward kernel."""
-    # Without the barrier XLA clones a kernel whose output a scan stacks: one call for the stack, one for its other users.
+    # Without the barrier XLA runs a kernel twice whose output a scan stacks: for the stack, and for its other users.
     o, lse = jax.lax.optimization_barrier((o, lse))
     return checkpoint_name(o, ATTENTION), checkpoint_name(lse, ATTENTION)
 

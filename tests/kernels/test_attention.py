@@ -400,7 +400,7 @@ def test_mosaic_types_under_shard_map(name, check_vma):
 
 
 def test_a_named_output_spares_the_second_forward_pass():
-    """Only traced: the forward passes (each takes one logarithm) in a gradient, by what jax.checkpoint's policy keeps."""
+    """Only traced: the forward passes in a gradient (each takes one logarithm), by what the policy keeps."""
     q = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
 
     def forwards(policy):
