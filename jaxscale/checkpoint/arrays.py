@@ -1,4 +1,4 @@
-"""Named arrays on disk: Orbax writes and reads the shards, TensorStore reads single arrays without a mesh."""
+"""Named arrays on disk: Orbax writes the shards, TensorStore reads them."""
 
 import concurrent.futures
 import functools
@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxscale.checkpoint.checksum import crc32_share, crc32_whole
 
-# Orbax 0.12 keeps the id of its current operation per process: a load beside a save makes the save's threads wait for
-# the wrong directory. One operation at a time, then, from its start to its end.
+# Orbax 0.12 keeps the id of its current operation per process: a second save makes the first one's threads wait for the
+# wrong directory. One at a time, then, from its start to its end.
 ONE_OPERATION = threading.Lock()
 
 ITEM = "state"  # the folder of a step that holds the arrays
@@ -35,19 +35,6 @@ def start_save(path: str, arrays: Mapping[str, Any]) -> Any:
     context.memory.deepcopy_host_arrays = False  # the snapshot is a copy already
     with context:
         return ocp.save_async(path, dict(arrays), checkpointable_name=ITEM, overwrite=True, custom_metadata=OWNER)
-
-
-def load(path: str, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads the named arrays into the shards of `targets`; each process reads what its devices hold.
-
-    The caller has compared names, shapes and dtypes: Orbax would skip a name that is absent and cast in silence.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with ONE_OPERATION, context:
-        return ocp.load(path, dict(targets), checkpointable_name=ITEM)
 
 
 def open_array(path: Any, name: str) -> Any:

@@ -3,8 +3,7 @@
 import fnmatch
 import functools
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,10 +13,11 @@ import numpy as np
 from jaxscale.checkpoint import arrays, files
 from jaxscale.checkpoint.background import one_line
 from jaxscale.checkpoint.checksum import crc32_whole
+from jaxscale.checkpoint.fill import Bounds, bounds, fill
 from jaxscale.checkpoint.layout import Layout, apply_layout
 from jaxscale.checkpoint.maps import Lazy
 from jaxscale.checkpoint.snapshot import rests_on_host
-from jaxscale.checkpoint.tree import Record, describe, named_leaves, num_bytes, tree_problem
+from jaxscale.checkpoint.tree import Record, describe, named_leaves, num_bytes, show_record, tree_problem
 
 FORMAT = 1  # of commit.json; raised when an older reader could not understand it
 
@@ -126,25 +126,42 @@ def read_arrays(step: Any, commit: dict[str, Any], targets: Mapping[str, Any]) -
     if problems:  # Orbax would find most of it too, and fail halfway with threads and coroutines left behind
         raise _damaged(step, problems)
     full = {name: target for name, target in targets.items() if target is not None and num_bytes(saved[name])}
+    data: dict[str, Any] = {}
+    shares: dict[str, int] = {}
+    failure = None
     try:
         arrays.check_index(step)
-        if hasattr(step, "spec"):  # an object store, which Orbax does not reach
-            data: dict[str, Any] = {n: _place(_open_lazily(step, n, saved[n]), target) for n, target in full.items()}
-        else:
-            data = arrays.load(os.fspath(step), full) if full else {}
+        for name, array, share in fill(full, functools.partial(_open_checked, step, saved)):
+            data[name], shares[name] = array, share
         for name in targets.keys() - full.keys():
             record = saved[name]
             if num_bytes(record):
                 data[name] = arrays.open_array(step, name).read().result()
+                shares[name] = arrays.local_share(data[name])
             else:
                 empty = np.zeros(record["shape"], record["dtype"])
                 data[name] = empty if targets[name] is None else jax.device_put(empty, targets[name].sharding)
-    except Exception as error:  # Orbax and TensorStore raise many kinds, bare Exception among them
-        raise _damaged(step, find_problems(step, commit) or [one_line(error)]) from error
-    differ = _mismatches(saved, data)
+    except Exception as error:  # TensorStore raises many kinds
+        failure = error
+    differ = _mismatches(saved, targets, shares, failed=failure is not None)
+    if failure is not None or differ is None:
+        problems = find_problems(step, commit) or [
+            one_line(failure) if failure else "another process could not read it"
+        ]
+        raise _damaged(step, problems) from failure
     if differ:
         raise _damaged(step, [f"the checksum of {name} differs" for name in differ])
     return data
+
+
+def _open_checked(step: Any, saved: Mapping[str, Record], name: str) -> Any:
+    """The stored array, which has the shape and dtype that were written down."""
+    store = arrays.open_array(step, name)
+    found = {"shape": list(store.shape), "dtype": store.dtype.numpy_dtype.name}
+    wanted = {key: saved[name][key] for key in found}
+    if found != wanted:
+        raise ValueError(f"{name} is {show_record(found)} on disk, {show_record(wanted)} was saved")
+    return store
 
 
 def check_arrays(step: Any, commit: dict[str, Any], names: Sequence[str]) -> None:
@@ -200,7 +217,7 @@ def choose(leaves: Mapping[str, Any], only: str | Sequence[str] | None) -> list[
 
 
 def _target(record: Record, leaf: Any) -> jax.ShapeDtypeStruct | None:
-    """What Orbax reads for a leaf as it is; PRNG keys' data takes the keys' sharding, its last dim whole."""
+    """What is read for a leaf as it is; PRNG keys' data takes the keys' sharding, its last dim whole."""
     if rests_on_host(leaf):
         return None
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -222,7 +239,7 @@ def _place(array: Lazy, leaf: Any) -> Any:
         whole = array.whole()
         return whole if rests_on_host(leaf) else jax.device_put(whole)
 
-    boxes = {_bounds(index, array.shape) for index in sharding.addressable_devices_indices_map(array.shape).values()}
+    boxes = {bounds(index, array.shape) for index in sharding.addressable_devices_indices_map(array.shape).values()}
     if not boxes:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: np.empty(0), dtype=array.dtype)
     corner = [min(box[dim][0] for box in boxes) for dim in range(len(array.shape))]
@@ -230,19 +247,15 @@ def _place(array: Lazy, leaf: Any) -> Any:
     tiled = math.prod(s.stop - s.start for s in hull) == sum(math.prod(b - a for a, b in box) for box in boxes)
 
     @functools.cache
-    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    def read(box: Bounds) -> np.ndarray:
         if tiled:  # what lies under several shards is read, and dequantized, once
-            return read_hull()[tuple(slice(a - first, b - first) for (a, b), first in zip(bounds, corner))]
-        return array.read(tuple(slice(*bound) for bound in bounds))
+            return read_hull()[tuple(slice(a - first, b - first) for (a, b), first in zip(box, corner))]
+        return array.read(tuple(slice(*part) for part in box))
 
     read_hull = functools.cache(lambda: array.read(hull))
     return jax.make_array_from_callback(
-        array.shape, sharding, lambda index: read(_bounds(index, array.shape)), dtype=array.dtype
+        array.shape, sharding, lambda index: read(bounds(index, array.shape)), dtype=array.dtype
     )
-
-
-def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
 
 
 def _as_leaf(data: Any, leaf: Any, record: Record) -> Any:
@@ -256,16 +269,22 @@ def _as_leaf(data: Any, leaf: Any, record: Record) -> Any:
     return jax.random.wrap_key_data(data, impl=record["key"]) if "key" in record else data
 
 
-def _mismatches(saved: Mapping[str, Record], data: Mapping[str, Any]) -> list[str]:
-    """Names of arrays whose bytes in memory, over all processes, are not those that were saved."""
-    names = sorted(data)
-    shares = np.array([arrays.local_share(data[name]) for name in names], np.uint32)
-    if jax.process_count() > 1:
+def _mismatches(
+    saved: Mapping[str, Record], names: Iterable[str], local: Mapping[str, int], *, failed: bool
+) -> list[str] | None:
+    """Names of arrays whose bytes in memory, over all processes, are not those saved; None if a process failed."""
+    names = sorted(name for name in names if num_bytes(saved[name]))
+    shares = np.array([*(local.get(name, 0) for name in names), failed], np.uint32)
+    if jax.process_count() > 1:  # also after a failure, for which the others would wait
         from jax.experimental import multihost_utils
 
-        shares = np.bitwise_xor.reduce(np.asarray(multihost_utils.process_allgather(shares)), axis=0)
+        gathered = np.asarray(multihost_utils.process_allgather(shares))
+        shares = np.bitwise_xor.reduce(gathered, axis=0)
+        failed = bool(gathered[:, -1].any())
+    if failed:
+        return None
     return [
         name
-        for name, share in zip(names, shares)
+        for name, share in zip(names, shares[:-1])
         if crc32_whole(int(share), num_bytes(saved[name])) != saved[name]["crc32"]
     ]
