@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.ragged_dot.schedule import bounded_ends, make_tiles
+from pallas_kernels.ragged_dot.schedule import bounds, make_tiles
 
 _UNIT = 64  # rows of a wgmma, columns of a swizzled tile, and numbers summed in one step
 _ALIGN = 8  # rows of a swizzled tile
@@ -162,9 +162,7 @@ def contraction(
     (M, K), N, G = lhs.shape, grad.shape[1], group_sizes.shape[0]
     c = config or tuned(K, N)
     lhs, grad = (jnp.pad(x, ((0, -M % _ALIGN), (0, 0))) for x in (lhs, grad))
-    ends = bounded_ends(group_sizes, M)
-    begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    ranges = jnp.stack([begins, ends], axis=1)
+    ranges = jnp.stack(bounds(group_sizes, M), axis=1)
     down, across = -(-K // (c.warpgroups * c.rows)), -(-N // c.columns)
     share = c.columns // c.warpgroups  # columns of grad that a warpgroup masks
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_dot.schedule import bounded_ends
+from pallas_kernels.ragged_dot.schedule import bounds
 
 
 def grouped(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, *, transposed: bool = False) -> jax.Array:
@@ -24,12 +24,9 @@ def contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype) 
 
 def _rows(group_sizes: jax.Array, M: int) -> list[jax.Array]:
     """bool [M] of each group: its rows."""
-    row, ends, begin = jnp.arange(M, dtype=jnp.int32), bounded_ends(group_sizes, M), jnp.int32(0)
-    out = []
-    for g in range(group_sizes.shape[0]):
-        out.append((row >= begin) & (row < ends[g]))
-        begin = ends[g]
-    return out
+    row = jnp.arange(M, dtype=jnp.int32)
+    begins, ends = bounds(group_sizes, M)
+    return [(row >= begins[g]) & (row < ends[g]) for g in range(group_sizes.shape[0])]
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:

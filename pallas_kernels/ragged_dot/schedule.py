@@ -16,11 +16,11 @@ class Tiles(NamedTuple):
     count: jax.Array  # [1] int32: tiles in use; the others have no rows, and the number and place of the last row
 
 
-def bounded_ends(group_sizes: jax.Array, M: int) -> jax.Array:
-    """int32 [G]: where each group ends, never past row M, whatever the caller wrote."""
+def bounds(group_sizes: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
+    """int32 [G], [G]: where each group begins and ends, never past row M, whatever the caller wrote."""
     sizes = jnp.clip(group_sizes, 0, M).astype(jnp.int32)
-    # A sum that would not fit in int32 needs more than 2**31 rows in groups: saturate at M step by step.
-    return jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, M), sizes)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    return jnp.clip(ends - sizes, 0, M), jnp.clip(ends, 0, M)
 
 
 def make_tiles(group_sizes: jax.Array, M: int, block: int, align: int = 1, *, empty: bool = False) -> Tiles:
@@ -28,8 +28,8 @@ def make_tiles(group_sizes: jax.Array, M: int, block: int, align: int = 1, *, em
 
     empty: a group without rows has a tile too.
     """
-    ends = jnp.append(bounded_ends(group_sizes, M), jnp.int32(M))
-    begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    begins, ends = bounds(group_sizes, M)
+    begins, ends = jnp.append(begins, ends[-1:]), jnp.append(ends, jnp.int32(M))
     first = begins // align * align
     counts = jnp.where(ends > begins, -(-(ends - first) // block), 0)
     if empty:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _dispatch
-from pallas_kernels.ragged_dot.schedule import bounded_ends, make_tiles
+from pallas_kernels.ragged_dot.schedule import bounds, make_tiles
 
 _DENSE_ROWS = 1 << 16  # rows of all groups' masked copies of lhs; a step of the loop costs a GPU some 10 us
 _SMALLEST, _LARGEST = 16, 512  # rows of a tile
@@ -49,7 +49,7 @@ def grouped(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, *, tr
 
     out = jnp.zeros_like(lhs, dtype=dtype, shape=(M + block, N))
     out = lax.scan(step, out, tiles.table)[0][:M]
-    used = jnp.arange(M, dtype=jnp.int32) < bounded_ends(group_sizes, M)[-1]
+    used = jnp.arange(M, dtype=jnp.int32) < bounds(group_sizes, M)[1][-1]
     return jnp.where(used[:, None], out, jnp.zeros((), dtype))
 
 
@@ -79,8 +79,8 @@ def contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype) 
 
 
 def _bounded(group_sizes: jax.Array, M: int) -> jax.Array:
-    ends = bounded_ends(group_sizes, M)
-    return jnp.concatenate([ends[:1], ends[1:] - ends[:-1]])
+    begins, ends = bounds(group_sizes, M)
+    return ends - begins
 
 
 def _dense(M: int, G: int) -> bool:
