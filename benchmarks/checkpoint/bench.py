@@ -55,6 +55,7 @@ def main() -> None:
         figures = [1e3 * r["blocked"], 1e3 * r["step"], 1e3 * r["during"], r["save"], size / r["save"], r["restore"]]
         figures += [size / r["restore"], r["disk"], r["extra"]]
         print(f"{row:12}" + "".join(f"{x:11.2f}" for x in figures), flush=True)
+        print(f"{'':12} ms of each step during: " + " ".join(f"{1e3 * x:.1f}" for x in r["each"]))
         print(f"{'':12} {r['machine']}", flush=True)
 
 
@@ -95,6 +96,7 @@ def timings(args, directory, update, save, wait, restore, close, machine) -> dic
         "blocked": blocked,
         "step": step,
         "during": sum(during) / len(during),
+        "each": during,  # one long wait and ten slow steps have the same mean
         "save": total,
         "restore": restored,
         "disk": disk,
