@@ -37,6 +37,9 @@ def fill(
 
     Args:
       open_array: name -> a TensorStore.
+
+    Raises:
+      ValueError: an array is stored in another dtype than its target's, or cannot be read.
     """
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         under_way: collections.deque[_Filling] = collections.deque()
@@ -65,6 +68,8 @@ class _Filling:
 
 
 def _start(pool: concurrent.futures.Executor, name: str, target: jax.ShapeDtypeStruct, store: Any) -> _Filling:
+    if store.dtype.numpy_dtype != target.dtype:  # TensorStore would cast in silence
+        raise ValueError(f"{name} is stored as {store.dtype.numpy_dtype} but its target is {target.dtype}")
     counted = _boxes(target)
     boxes = {box: _empty(box, target.dtype) for box in counted}
     chunk = store.chunk_layout.read_chunk.shape or ()
