@@ -13,9 +13,12 @@ from jax.sharding import PartitionSpec as P
 from jaxscale.params import path_name, resolve_param
 from jaxscale.table import Table, human_bytes
 from pallas_kernels.attention.inputs import ATTENTION
+from pallas_kernels.ragged_dot.api import RAGGED_DOT
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
+# Changes of a type alone: to keep what they return would keep their operand.
+CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
 RESTING = MEGATRON_FSDP.spill  # mesh axes that say where a parameter rests, not how it is computed with
 
 
@@ -122,19 +125,21 @@ def gather_params(
 def saveable(remat: str, prim: Any, *args: Any, **params: Any) -> bool:
     """A jax.checkpoint policy for layers that gather: whether the backward pass keeps what `prim` returns.
 
-    "none" keeps everything that was computed, "dots" the matmuls with weights and what attention returns (over cp, a
-    second forward pass would send all keys around again), "full" nothing. What was gathered is gathered again in every
-    case: kept, each layer's whole weights would undo FSDP and the sequence-parallel norms. What was summed and
-    scattered is kept instead of its partial sums, which are tp times as large.
+    "none" keeps everything that was computed, "dots" the matmuls with weights, those of experts too, and what
+    attention returns (over cp, a second forward pass would send all keys around again), "full" nothing. What was
+    gathered is gathered again in every case: kept, each layer's whole weights would undo FSDP and the sequence-parallel
+    norms. What was summed and scattered is kept instead of its partial sums, which are tp times as large.
     """
     if remat == "full":
         return False
     if prim.name == "reshard":
         return bool(args[0].sharding.spec.unreduced)
+    if prim.name in CASTS:  # of gathered weights, on their way into a shard_map body
+        return False
     if remat == "none":
         return True
     if prim.name == "name":
-        return params["name"] == ATTENTION
+        return params["name"] in (ATTENTION, RAGGED_DOT)
     out = params.get("out_sharding")
     partial = out is not None and bool(out.spec.unreduced)
     return not partial and bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params))

@@ -191,8 +191,26 @@ def _all_to_all(call: _Call, x, experts, weights, p):
     return lax.cond(fits, exchange, lambda x: _in_parts(call, x, experts, weights, p), x)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_parts(call: _Call, x, experts, weights, p):
-    """The all-gather way for any routing, 1/ep of the tokens at a time."""
+    """The all-gather way for any routing, 1/ep of the tokens at a time. The backward pass computes it again: a
+    custom_vjp and no jax.checkpoint, because a policy outside of it that keeps everything would keep this too."""
+    return _part_by_part(call, x, experts, weights, p)
+
+
+def _in_parts_fwd(call: _Call, *args):
+    """Residuals: the inputs."""
+    return _part_by_part(call, *args), args
+
+
+def _in_parts_bwd(call: _Call, args, grad):
+    return jax.vjp(functools.partial(_part_by_part, call), *args)[1](grad)
+
+
+_in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
+
+
+def _part_by_part(call: _Call, x, experts, weights, p):
     ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
     first = lax.axis_index(EP) * mine
     n = x.shape[0]

@@ -298,7 +298,12 @@ class _Step:
         if remat == "dots":  # q, k, v, gate, up as the matmuls gave them, attention's output and logsumexp; both
             # sums scattered; the carry
             own_kv = t * self.kv_heads * H * self.item
-            return 2 * carry + 2 * q + 4 * t * self.heads + 2 * own_kv + 2 * t * self.mlp * self.item
+            kept = 2 * carry + 2 * q + 4 * t * self.heads + 2 * own_kv
+            if self.experts is None:
+                return kept + 2 * t * self.mlp * self.item
+            # The router's logits; what each of the three grouped matmuls gave; of shared experts gate and up.
+            pairs = self.experts.rows * (2 * self.experts.width + D) * self.item
+            return kept + 4 * t * self.model.moe.num_routed + pairs + 2 * t * self.experts.shared * self.item
         # Both norms keep two float32 arrays; the gated MLP six; attention q, k, v, its output and its logsumexp.
         norms = (8 if self.model.post_norms else 4) * t / self.mesh.tp * D * 4
         if self.model.qk_norm:
@@ -311,7 +316,8 @@ class _Step:
         routed = 4 * t * (D + 5 * self.model.moe.num_routed)
         pair = D * (2 + self.item + 4) + 6 * self.experts.width * self.item
         weights = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.experts and leaf.matrix)
-        return kept + weights + routed + self.experts.kept * pair + 6 * t * self.experts.shared * self.item
+        pairs = self.experts.rows * pair + self.experts.travelled(D, self.item)
+        return kept + weights + routed + pairs + 6 * t * self.experts.shared * self.item
 
     def memory(self, pod: Pod, accum_steps: int) -> Memory:
         D, L = self.model.embed_dim, self.model.num_layers
@@ -321,6 +327,8 @@ class _Step:
         halves = stacked * self.item / jnp.dtype(self.model.param_dtype).itemsize
         # XLA on TPU casts all layers before the loop; with remat none the casts are kept as residuals besides.
         weights = halves * ((pod.platform == "tpu") + (self.remat == "none"))
+        if pod.platform == "cuda":  # XLA lays the stacks of experts out anew where a dim behind theirs is gathered
+            weights += sum(leaf.held for leaf in self.leaves if leaf.experts and leaf.matrix and leaf.gathered)
         rows = self.tokens * D * self.item
         # The head's gradient is whole until the backward pass ends; the zeros that the embedding's gradient will be
         # added to are whole from the loss on (one table does for both where they are tied).
@@ -340,7 +348,8 @@ class _Step:
             if self.experts is None:
                 kept += 4 * self.tokens * self.mlp * self.item
             else:
-                kept += self.experts.kept * (D * (self.item + 4) + 4 * self.experts.width * self.item)
+                kept += self.experts.rows * (D * (self.item + 4) + 4 * self.experts.width * self.item)
+                kept += self.experts.travelled(D, self.item)
                 kept += 4 * self.tokens * self.experts.shared * self.item
             backward = kept + 4 * rows + layer + head
             loss = 2 * head + self.loss_rows * self.vocab * (4 + self.item) + 3 * rows
@@ -376,7 +385,7 @@ class _Step:
                 a for a in rows_over if not (experts and a == "ep")
             )  # each device of ep has experts of its own
             rest = tuple(a for a in over if a not in gathered)
-            if matrix and depth and rest:
+            if matrix and depth and rest and rest != ("ep",):
                 # With replicas the partitioner does not scatter a layer's gradient: it is summed whole on all devices.
                 add("all-reduce", over, count, used)
             elif matrix:

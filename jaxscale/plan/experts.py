@@ -15,9 +15,13 @@ class Experts(NamedTuple):
     top_k: int
     ep: int
     rows: int  # pairs of token and expert that fit into its buffers
-    kept: int  # pairs whose arrays a layer holds: of the buffers, and of the way for routing that does not fit them
     width: int  # of an expert's hidden layer
     shared: int  # of the shared experts' hidden layer
+
+    def travelled(self, D: int, item: int) -> float:
+        """Bytes of what dispatch keeps beside each pair's own arrays: two copies of the pairs' rows, the sum of all
+        devices' tokens in float32, the tokens."""
+        return 2 * self.rows * D * item + self.tokens * D * (4 * self.ep + item) if self.ep > 1 else 0.0
 
     def transfers(self, row: int, remat: str) -> list[tuple[str, int, float]]:
         """(kind, count, payload) of a layer, forward and backward, for rows of `row` bytes. A layer that is computed
@@ -43,5 +47,4 @@ def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int) -> Experts:
     way = "" if ep == 1 else expert.choose(ep, K) if moe.dispatch == "auto" else moe.dispatch
     most, even = ep * tokens * here, expert._SLACK * tokens * K
     rows = min(most, math.ceil(even / ep) * ep if way == "all_to_all" else math.ceil(even))
-    kept = rows if rows == most else rows + most  # both ways of a cond
-    return Experts(way, tokens, K, ep, rows, kept, width, shared)
+    return Experts(way, tokens, K, ep, rows, width, shared)

@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
@@ -18,6 +19,8 @@ BACKENDS = {
     "xla": "pallas_kernels.ragged_dot.xla",
     "reference": "pallas_kernels.ragged_dot.reference",
 }
+
+RAGGED_DOT = "ragged_dot"  # the output's name for jax.checkpoint policies: kept, it is not computed twice
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -70,7 +73,9 @@ def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, b
 
 def _ragged_dot_fwd(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, backend: str):
     """Residuals: the inputs."""
-    return _ragged_dot(lhs, rhs, group_sizes, dtype, backend), (lhs, rhs, group_sizes)
+    # Without the barrier XLA may run a kernel twice whose output a scan stacks: for the stack, and for its other users.
+    out = jax.lax.optimization_barrier(_ragged_dot(lhs, rhs, group_sizes, dtype, backend))
+    return checkpoint_name(out, RAGGED_DOT), (lhs, rhs, group_sizes)
 
 
 def _ragged_dot_bwd(dtype, backend: str, residuals, grad: jax.Array):
