@@ -26,6 +26,8 @@ class PlanOptions:
     """a TOML file with measured rates; empty: the table's"""
     compile: bool = False
     """ask the real compiler about the best three meshes, or about --mesh (a minute each on a laptop)"""
+    quick: bool = False
+    """with --compile: XLA's lowest optimisation level, faster to compile for v6e and tpu7x; memory within 3 %"""
     report: str = "report.html"
     """the page with pictures that is written; empty: none"""
 
@@ -60,7 +62,7 @@ def plan_command(options: PlanOptions) -> int:
         if options.compile:
             from jaxscale.plan.confirm import confirm
 
-            confirmed = confirm(found, batch_size=batch_size, seq_len=options.seq)
+            confirmed = confirm(found, batch_size=batch_size, seq_len=options.seq, quick=options.quick)
             found, compiled = confirmed.plan, confirmed.best.compiled
             print(f"\n{confirmed}")
     finally:  # without a compiler the estimate's page still comes

@@ -64,11 +64,12 @@ class Confirmed(NamedTuple):
         return "\n\n".join(map(str, parts))
 
 
-def confirm(found: Plan, *, batch_size: int, seq_len: int, top: int = TOP) -> Confirmed:
+def confirm(found: Plan, *, batch_size: int, seq_len: int, top: int = TOP, quick: bool = False) -> Confirmed:
     """Compiles the `top` fastest meshes of a search and orders them anew by what the compiler says.
 
     Args:
       batch_size, seq_len: those of the search.
+      quick: as in `compile_step`.
 
     Raises:
       ImportError: no compiler for this hardware, with the command that installs it.
@@ -78,7 +79,7 @@ def confirm(found: Plan, *, batch_size: int, seq_len: int, top: int = TOP) -> Co
     for e in itertools.islice(found.fitting, top):
         sizes = {"batch_size": batch_size, "seq_len": seq_len, "remat": e.remat, "accum_steps": e.accum_steps}
         try:
-            compiled = compile_step(found.model, e.mesh, found.pod, **sizes)
+            compiled = compile_step(found.model, e.mesh, found.pod, quick=quick, **sizes)
         except ValueError as error:
             candidates.append(Candidate(e, None, math.inf, str(error)))
             continue

@@ -294,11 +294,10 @@ class _Step:
         carry = t / self.mesh.tp * D * self.item
         if remat == "full":
             return carry
-        q, kv = t * self.heads * H * self.item, self.keys * self.kv_heads * H * self.item
+        q, kv = t * self.heads * H * self.item, t * self.kv_heads * H * self.item
         if remat == "dots":  # q, k, v, gate, up as the matmuls gave them, attention's output and logsumexp; both
             # sums scattered; the carry
-            own_kv = t * self.kv_heads * H * self.item
-            kept = 2 * carry + 2 * q + 4 * t * self.heads + 2 * own_kv
+            kept = 2 * carry + 2 * q + 4 * t * self.heads + 2 * kv
             if self.experts is None:
                 return kept + 2 * t * self.mlp * self.item
             # The router's logits; what each of the three grouped matmuls gave; of shared experts gate and up.
@@ -334,9 +333,10 @@ class _Step:
         # added to are whole from the loss on (one table does for both where they are tied).
         head = self.vocab * D * self.item
         tables = head if self.model.tie_embeddings else 2 * head
-        # Backward: what a layer keeps (computed again, or taken out of the stack), gathered rows and their gradients,
-        # gathered weights and their gradients.
-        backward = self.residuals("none") + 4 * rows + 2 * layer + tables
+        # Backward: what a layer keeps (computed again, or taken out of the stack), keys gathered over cp, gathered rows
+        # and their gradients, gathered weights and their gradients.
+        keys = 2 * (self.keys - self.tokens) * self.kv_heads * self.model.head_dim * self.item
+        backward = self.residuals("none") + keys + 4 * rows + 2 * layer + tables
         # Loss: head, logits and their gradient in float32, the rows and their gradient.
         loss = head + tables + 2 * self.loss_rows * self.vocab * 4 + 3 * rows
         if pod.platform == "tpu":
@@ -395,7 +395,8 @@ class _Step:
                 add("all-reduce", (*over, *(("tp",) if mesh.tp > 1 else ())), count, used)
         rows = self.tokens * self.model.embed_dim * self.item
         add("all-gather", ("tp",), 6 * L + 2, (6 * L + 2) * rows)
-        sums = 5 if self.remat == "full" else 4  # a layer computed again scatters what attention put out once more
+        # A layer computed again scatters what attention put out once more; the MLP's sum only where a norm follows it.
+        sums = 4 if self.remat != "full" else 6 if self.model.post_norms else 5
         add("reduce-scatter", ("tp",), 1, rows)  # the embedding's, explicit in its shard_map
         add(scatter, ("tp",), sums * L + 1, (sums * L + 1) * rows)
         if self.experts is not None:
@@ -403,8 +404,7 @@ class _Step:
                 add(kind, ("ep",), self.depth * count, self.depth * size)
         keys = self.keys * self.kv_heads * self.model.head_dim * self.item
         if self.context is None:
-            again = 1 if self.remat == "none" else 2
-            add("all-gather", ("cp",), 2 * L * again, 2 * L * again * keys)
+            add("all-gather", ("cp",), 4 * L, 4 * L * keys)  # gathered again in the backward pass
             add(scatter, ("cp",), 2 * L, 2 * L * keys)
             return found
         for strategy, window, count in self.strategies(pod):

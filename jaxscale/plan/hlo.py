@@ -114,7 +114,9 @@ def census(program: Any, *args: Any, mesh: Any = None, **kwargs: Any) -> Census:
     return Census(tuple(sums[key] for key in sorted(sums, key=lambda k: (hlo.KINDS.index(k[0]), k[1]))))
 
 
-def compile_with_findings(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, list[Finding]]:
+def compile_with_findings(
+    lowered: jax.stages.Lowered, options: dict[str, Any] | None = None
+) -> tuple[jax.stages.Compiled, list[Finding]]:
     """Compiles, and returns what the partitioner complained about (it writes to the C++ stderr only).
 
     The compilation cache is left out, since a program that is read from it was partitioned earlier and says nothing.
@@ -123,7 +125,7 @@ def compile_with_findings(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compi
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with _captured_stderr() as said:
-            compiled = lowered.compile()
+            compiled = lowered.compile(options)
     finally:
         jax.config.update("jax_enable_compilation_cache", was)
     return compiled, parse_findings(said())

@@ -37,7 +37,7 @@ def model(rng, **changes) -> ModelConfig:
 @pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,tp=2", "fsdp=2,cp=2", "dp=2,fsdp=2"])
 def test_traffic_and_state_are_those_of_the_compiled_step(mesh, rng):
     """Bytes of every (kind, axes) within 5 %, or within the scalars and norm scales that are summed on the way."""
-    cfg = model(rng)
+    cfg = model(rng, post_norms=bool(rng.integers(2)))
     remat = str(rng.choice(["none", "dots", "full"]))
     sizes = {"batch_size": 8, "seq_len": 64, "remat": remat, "loss_chunk": 1024}
     pod = find_pod("cpu:4")
