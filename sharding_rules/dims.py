@@ -4,6 +4,10 @@ A dim of an array is a tuple of atoms, major to minor; its size is the product o
 (N, h): only its leading atom can be split contiguously. Atoms that are found to be the same are united; an atom may
 later turn out to be a product (a reshape splits it) or a concatenation of segments (a slice cuts it), and then every
 array that holds it sees that. Dims of size 1 have no atoms.
+
+Why this ends, whatever the program: parts and segments are strictly smaller than their atom (there are at least two of
+each, none of them a factor of 1), so uniting two dims of size n splits each of their atoms at most log2(n) times, cuts
+each at most n times, and otherwise only unites smaller dims.
 """
 
 import itertools
@@ -49,14 +53,14 @@ def expand(dim: Dim) -> Dim:
     out: list[Atom] = []
     for atom in dim:
         found = root(atom)
-        if found.parts is None:
-            out.append(found)
-        else:
+        if found.parts is not None:
             out.extend(expand(found.parts))
+        else:
+            out.append(found)
     return tuple(out)
 
 
-def size_of(dim: Dim) -> int:
+def size_of(dim: Sequence[Atom]) -> int:
     return math.prod(atom.size for atom in dim)
 
 
@@ -68,6 +72,8 @@ def block(dim: Dim, why: str) -> None:
 def unify(a: Dim, b: Dim) -> None:
     """Makes two dims of one size the same, splitting atoms where their factors differ; blocks what cannot match."""
     left, right = list(expand(a)), list(expand(b))
+    if size_of(left) == 0:
+        return
     while left and right:
         x, y = root(left.pop()), root(right.pop())
         if x.parts is not None or y.parts is not None:  # split by an earlier step of this very loop
@@ -88,19 +94,25 @@ def unify(a: Dim, b: Dim) -> None:
 
 def split(atom: Atom, minor: int) -> bool:
     """Refines a root into (size / minor, minor); False where its segments forbid it."""
+    assert 1 < minor < atom.size, (atom, minor)
     major, minor = atom.size // minor, int(minor)
     if atom.segments is None:
         parts = (Atom(major), Atom(minor))
     else:
-        sizes = [size_of(expand(s)) for s in atom.segments]
-        if any(n % minor for n in sizes):
-            block((atom,), f"segments of {sizes} cannot be regrouped by {minor}")
-            return False
-        heads, tails = zip(*(_cut_minor(s, minor) for s in atom.segments), strict=True)
+        heads, tails = [], []
+        for segment in atom.segments:
+            head = list(expand(segment))
+            tail = take(head, minor) if size_of(head) % minor == 0 else None
+            if tail is None:
+                sizes = [size_of(s) for s in atom.segments]
+                block((atom,), f"segments of {sizes} cannot be regrouped by {minor}")
+                return False
+            heads.append(tuple(head))
+            tails.append(tail)
         for tail in tails[1:]:
             unify(tails[0], tail)
         lead = Atom(major)
-        lead.segments = [h for h in heads if h] if all(heads) else None
+        lead.segments = heads
         parts = (lead, *expand(tails[0]))
     for part in parts:
         if part.blocked == "":
@@ -132,8 +144,8 @@ def take(atoms: list[Atom], size: int) -> Dim | None:
 
 def concatenate(pieces: Sequence[Dim]) -> Dim:
     pieces = [p for p in pieces if size_of(p) > 0]
-    if len(pieces) == 1:
-        return pieces[0]
+    if len(pieces) < 2:
+        return pieces[0] if pieces else fresh(0)
     atom = Atom(sum(size_of(p) for p in pieces))
     if not any(nearly_whole(size_of(p), atom.size) for p in pieces):
         atom.segments = list(pieces)
@@ -150,8 +162,8 @@ def cut(dim: Dim, start: int, stop: int) -> Dim | None:
     atoms = expand(dim)
     if start == 0 and stop == size_of(atoms):
         return dim
-    if not atoms:
-        return None
+    if start == stop:
+        return fresh(0)
     lead, rest = atoms[0], atoms[1:]
     inner = size_of(rest)
     if start % inner or stop % inner or nearly_whole(stop - start, inner * lead.size):
@@ -160,7 +172,7 @@ def cut(dim: Dim, start: int, stop: int) -> Dim | None:
     if start == 0 and stop == lead.size:
         return dim
     if lead.segments is None:
-        lead.segments = [fresh(n) or (Atom(1),) for n in (start, stop - start, lead.size - stop) if n]
+        lead.segments = [fresh(n) for n in (start, stop - start, lead.size - stop) if n]
     if not (_boundary(lead, start) and _boundary(lead, stop)):
         return None
     position, pieces = 0, []
@@ -168,8 +180,7 @@ def cut(dim: Dim, start: int, stop: int) -> Dim | None:
         if start <= position < stop:
             pieces.append(segment)
         position += size_of(segment)
-    whole = concatenate(pieces)
-    return (*(a for a in whole if a.size > 1), *rest)
+    return (*concatenate(pieces), *rest)
 
 
 def _boundary(atom: Atom, at: int) -> bool:
@@ -184,8 +195,7 @@ def _boundary(atom: Atom, at: int) -> bool:
             inner = expand(segment)
             if len(inner) != 1 or inner[0].segments is not None:
                 return len(inner) == 1 and _boundary(inner[0], at - position) and _flatten(atom, i)
-            parts = [fresh(n) or (Atom(1),) for n in (at - position, position + size - at)]
-            inner[0].segments = list(parts)
+            inner[0].segments = [fresh(at - position), fresh(position + size - at)]
             return _flatten(atom, i)
         position += size
     return position == at
@@ -197,13 +207,6 @@ def _flatten(atom: Atom, i: int) -> bool:
     (inner,) = expand(atom.segments[i])
     atom.segments[i : i + 1] = inner.segments or [(inner,)]
     return True
-
-
-def _cut_minor(dim: Dim, minor: int) -> tuple[Dim, Dim]:
-    atoms = list(expand(dim))
-    tail = take(atoms, minor)
-    assert tail is not None, (dim, minor)
-    return tuple(atoms), tail
 
 
 def _unite(x: Atom, y: Atom) -> None:
@@ -221,16 +224,21 @@ def _unite(x: Atom, y: Atom) -> None:
 
 
 def _unite_segments(x: Atom, others: list[Dim]) -> None:
+    """Cuts both lists of segments where the other is cut, and unites them piece by piece."""
     y = Atom(x.size)
     y.segments = list(others)
-    for atom, other in ((x, y), (y, x)):
-        position = 0
-        for segment in list(other.segments or ()):
-            position += size_of(segment)
-            if not _boundary(atom, position):
-                x.blocked = x.blocked or "it is cut into segments in two ways"
-                return
+    # One pass is not enough where they share atoms, as in [a|b] beside [b|a]: a cut in one may cut the other.
+    while (a := _boundaries(x)) != (b := _boundaries(y)):
+        for atom, missing in ((x, b - a), (y, a - b)):
+            for at in sorted(missing):
+                if not _boundary(atom, at):
+                    x.blocked = x.blocked or "it is cut into segments in two ways"
+                    return
     assert x.segments is not None
-    assert y.segments is not None
-    for a, b in zip(list(x.segments), list(y.segments), strict=False):
-        unify(a, b)
+    for one, other in zip(list(x.segments), list(y.segments), strict=True):
+        unify(one, other)
+
+
+def _boundaries(atom: Atom) -> set[int]:
+    assert atom.segments is not None
+    return set(itertools.accumulate(map(size_of, atom.segments)))

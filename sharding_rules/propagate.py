@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sharding_rules.dims import Atom, Dim, block, concatenate, cut, expand, fresh, size_of, take, unify
+from sharding_rules.dims import Dim, block, concatenate, cut, expand, fresh, size_of, take, unify
 
 Dims = tuple[Dim, ...]
 Rule = Callable[["Walker", Any, list[Dims]], Sequence[Dims]]
@@ -403,16 +403,11 @@ def concatenate_(w: Walker, eqn, ins):
         for i, (a, b) in enumerate(zip(ins[0], other, strict=True)):
             if i != axis:
                 unify(a, b)
-    joined = concatenate([dims[axis] or fresh_one() for dims in ins])
+    joined = concatenate([dims[axis] for dims in ins])
     out = (*ins[0][:axis], joined, *ins[0][axis + 1 :])
     for var, dims in zip(eqn.invars, ins, strict=True):
         _move(w, eqn, dims, out, eqn.outvars[0], var)
     return [out]
-
-
-def fresh_one() -> Dim:
-    """A segment of size 1, which counts in a concatenation."""
-    return (Atom(1),)
 
 
 def unstack(w: Walker, eqn, ins):
@@ -454,9 +449,7 @@ def pad(w: Walker, eqn, ins):
             new = size + low + high + max(size - 1, 0) * interior
             out.append(kept if kept is not None else fresh(new))
         elif low or high:
-            ends = [fresh(n) or fresh_one() for n in (low, high) if n]
-            middle = [dim or fresh_one()]
-            out.append(concatenate(ends[: bool(low)] + middle + ends[bool(low) :]))
+            out.append(concatenate([fresh(low), dim, fresh(high)]))
         else:
             out.append(dim)
     _move(w, eqn, dims, out)

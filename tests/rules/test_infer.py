@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules import evaluate, infer, search
-from sharding_rules.dims import Atom, concatenate, cut, expand, fresh, size_of, split, take, unify
+from sharding_rules.dims import Atom, concatenate, cut, expand, fresh, root, size_of, split, take, unify
 from sharding_rules.explain import permutation
 from tests.rules.models import CASES
 from tests.rules.models.case import arrays
@@ -69,8 +69,62 @@ def test_take_leaves_the_rest():
 
 def test_a_shift_is_not_a_segment():
     assert cut(fresh(64), 0, 63) is None
-    (joined,) = concatenate([fresh(63), (Atom(1),)])
+    (joined,) = concatenate([fresh(63), fresh(1)])
     assert joined.segments is None
+
+
+def test_every_union_ends_and_holds(rng):
+    """Any chain of cuts, joins, splits and unions: parts and segments are strictly smaller than their atom, which is
+    why unions end, and what was united stays the same dim."""
+
+    def sound(atom: Atom):
+        if atom.parts is not None:
+            assert size_of(atom.parts) == atom.size
+            assert all(1 < a.size < atom.size for a in atom.parts)
+        if atom.segments is not None:
+            assert sum(map(size_of, atom.segments)) == atom.size
+            assert all(0 < size_of(s) < atom.size for s in atom.segments)
+        for part in (*(atom.parts or ()), *(a for s in atom.segments or () for a in s)):
+            sound(root(part))
+
+    for _ in range(100):
+        dims = [fresh(int(rng.choice([2, 3, 4, 6, 8, 12]))) for _ in range(3)]
+        united = []
+        for _ in range(12):
+            a, b = (dims[int(i)] for i in rng.integers(len(dims), size=2))
+            size, move = size_of(a), rng.integers(4)
+            if move == 0:
+                start, stop = sorted(rng.integers(size + 1, size=2))
+                part = cut(a, int(start), int(stop))
+                dims += [] if part is None else [part]
+            elif move == 1 and size + size_of(b) <= 24:
+                dims.append(concatenate([a, b]))
+            elif move == 2:
+                same = [d for d in dims if size_of(d) == size]
+                united.append((a, same[int(rng.integers(len(same)))]))
+                unify(*united[-1])
+            elif size % 2 == 0:
+                unify(a, (*fresh(size // 2), *fresh(2)))
+            for dim in dims:
+                for atom in dim:
+                    sound(root(atom))
+        for a, b in united:
+            assert not size_of(a) or expand(a) == expand(b) or any(atom.blocked for atom in (*expand(a), *expand(b)))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 8, 17, 64])
+def test_bounds_of_groups(groups):
+    """Starts and ends are slices of one array, shifted against each other: [b|a] is united with [a|b]."""
+
+    def loss(p, x, sizes):
+        bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes)])
+        rows = bounds[1:] - bounds[:-1]
+        y = jax.lax.ragged_dot(x, p, rows)
+        return (y * y).sum()
+
+    shapes = (arrays((groups, 16, 32)), arrays((24, 16)), jax.ShapeDtypeStruct((groups,), jnp.int32))
+    model = infer(loss, *shapes)
+    assert model.leaf_axes(0)[0] == ("experts" if groups > 1 else None)
 
 
 # Structure -----------------------------------------------------------------------------------------------------------
