@@ -1,17 +1,21 @@
-"""Saving and restoring beside stock Orbax and torch.distributed.checkpoint: blocked time, bandwidth, host memory.
+"""Saving and restoring beside stock Orbax and torch.distributed.checkpoint: what a save costs, bandwidth, host memory.
 
-    python benchmarks/checkpoint/bench.py --gib 2                 # CPU: 8 simulated devices
-    python benchmarks/checkpoint/bench.py --gib 4 --out /scratch  # a GPU; 12: 1B parameters with Adam moments
+    python benchmarks/checkpoint/bench.py --gib 2                             # CPU: 8 simulated devices
+    python benchmarks/checkpoint/bench.py --gib 12 --step-ms 389 --out /scratch  # a GPU: 1B parameters, Adam moments
     python benchmarks/checkpoint/bench.py --rows jaxscale memory  # some rows; a row whose packages are missing says so
 
-Each row is a process of its own. A step updates every array and donates the old ones, so what a save costs shows in two
-places: in the call ("blocked") and in the steps that follow ("during"). One save of the same state goes before, so that
-pools are filled. "save" is of one with the machine to itself. "restore" is onto another mesh, with the page cache
-dropped; "disk" is what plain reads of the same files reach then. "extra" is the most host memory beyond that before.
+Each row is a process of its own. A step updates every array and donates the old ones; with --step-ms it multiplies
+matrices for that long as well. What a save costs training is the call ("blocked") and what the ten steps after it take
+beyond steps without a save ("waits": donated buffers that are on their way to the host, shared cores); "cost" is both,
+and its share of ten steps. One save of the same state goes before, so that pools are filled. "restore" is onto another
+mesh, with the page cache dropped; "disk" is what plain reads of the same files reach then. "extra" is the most host
+memory beyond that before; of "memory" it is the keeper's two snapshots and what was on its way to them. "device full"
+is "jaxscale" where no device memory is left for copies; nothing is restored.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -25,7 +29,8 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROWS = ("jaxscale", "memory", "orbax async", "orbax sync", "torch async", "torch sync")
+SIDE = 8192 if pathlib.Path("/dev/nvidia0").exists() else 256  # of the matrices that fill a step
+ROWS = ("jaxscale", "device full", "memory", "orbax async", "orbax sync", "torch async", "torch sync")
 
 
 def main() -> None:
@@ -33,6 +38,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--arrays", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10, help="taken while a save is under way")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="of matrix products in each step")
+    parser.add_argument("--quick", action="store_true", help="two saves, not three: save s is of the first, cold one")
     parser.add_argument("--out", default=tempfile.gettempdir())
     parser.add_argument("--rows", choices=ROWS, nargs="+", default=ROWS)
     parser.add_argument("--row", choices=ROWS, help="measure one row in this process")
@@ -41,21 +48,26 @@ def main() -> None:
     if args.row:
         print(json.dumps(measure(args)))
         return
-    heads = ("blocked ms", "step ms", "during ms", "save s", "GB/s", "restore s", "GB/s", "disk GB/s", "extra GiB")
-    print(f"{'':12}" + "".join(f"{head:>11}" for head in heads))
+    heads = ("blocked ms", "step ms", "waits ms", "cost ms", "of 10 steps", "save s", "GB/s", "restore s", "GB/s")
+    print(f"{'':12}" + "".join(f"{head:>12}" for head in (*heads, "disk GB/s", "extra GiB")))
     for row in args.rows:
         command = [sys.executable, __file__, "--row", row, "--gib", args.gib, "--arrays", args.arrays]
-        command += ["--steps", args.steps, "--out", args.out]
+        command += ["--steps", args.steps, "--step-ms", args.step_ms, "--out", args.out]
+        command += ["--quick"] if args.quick else []
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1200)
         if done.returncode:
             print(f"{row:12} did not run: {done.stderr.strip().splitlines()[-1][:160]}", flush=True)
             continue
         r = json.loads(done.stdout.splitlines()[-1])
         size = args.gib * 1.074
-        figures = [1e3 * r["blocked"], 1e3 * r["step"], 1e3 * r["during"], r["save"], size / r["save"], r["restore"]]
-        figures += [size / r["restore"], r["disk"], r["extra"]]
-        print(f"{row:12}" + "".join(f"{x:11.2f}" for x in figures), flush=True)
-        print(f"{'':12} ms of each step during: " + " ".join(f"{1e3 * x:.1f}" for x in r["each"]))
+        waits = sum(r["each"]) - len(r["each"]) * r["step"]
+        cost = r["blocked"] + waits
+        figures = [f"{1e3 * x:.2f}" for x in (r["blocked"], r["step"], waits, cost)]
+        figures += [f"{cost / (10 * r['step']):.2%}"]
+        figures += [f"{x:.2f}" for x in (r["save"], size / r["save"], r["restore"], size / r["restore"])]
+        figures += [f"{r['disk']:.2f}", f"{r['extra']:.2f}"]
+        print(f"{row:12}" + "".join(f"{x:>12}" for x in figures), flush=True)
+        print(f"{'':12} ms of each step beside the save: " + " ".join(f"{1e3 * x:.1f}" for x in r["each"]))
         print(f"{'':12} {r['machine']}", flush=True)
 
 
@@ -78,24 +90,29 @@ def timings(args, directory, update, save, wait, restore, close, machine) -> dic
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    start = time.perf_counter()
     save(0)
     wait()
-    step = sorted(timed(update) for _ in range(5))[2]
+    first = time.perf_counter() - start
+    steps = [timed(update) for _ in range(5)]
+    step = sorted(steps)[2]
     blocked = timed(lambda: save(1))
     during = [timed(update) for _ in range(args.steps)]
     wait()
-    total = timed(lambda: (save(2), wait()))  # once more with the machine to itself
+    total = first
+    if not args.quick:
+        total = timed(lambda: (save(2), wait()))  # once more with the machine to itself
+    last = 1 if args.quick else 2
     done.set()
     watcher.join()
     drop_cache(directory)
-    restored = timed(lambda: restore(2))
-    disk = read_bandwidth(directory)
+    restored = timed(lambda: restore(last)) if args.row != "device full" else float("nan")
+    disk = read_bandwidth(directory / str(last)) if args.row != "device full" else float("nan")
     close()
     machine += f", {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     return {
         "blocked": blocked,
         "step": step,
-        "during": sum(during) / len(during),
         "each": during,  # one long wait and ten slow steps have the same mean
         "save": total,
         "restore": restored,
@@ -112,6 +129,7 @@ def jax_run(args: argparse.Namespace, directory: pathlib.Path):
     import importlib.metadata
 
     import jax
+    import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     mesh = jax.make_mesh((len(jax.devices()),), ("fsdp",))
@@ -120,13 +138,23 @@ def jax_run(args: argparse.Namespace, directory: pathlib.Path):
     rows = int(args.gib * (1 << 30) / 4 / columns / args.arrays) // 8 * 8
     make = jax.jit(lambda k: jax.random.normal(k, (rows, columns)), out_shardings=where)
     held = {"state": {f"w{i}": make(jax.random.key(i)) for i in range(args.arrays)}}
-    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0.999 + 1e-3, tree), donate_argnums=0)
+    square = jnp.zeros((SIDE, SIDE), jnp.bfloat16)  # zeros: the clocks stay where they are
+    multiply = lambda a, times: jax.lax.fori_loop(0, times, lambda _, x: x @ a, a)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(tree, a, times):
+        return jax.tree.map(lambda x: x * 0.999 + 1e-3, tree), multiply(a, times)
+
+    run = jax.jit(multiply)
+    jax.block_until_ready(run(square, 2))
+    each = timed(lambda: jax.block_until_ready(run(square, 20))) / 20
+    times = jnp.int32(args.step_ms / 1e3 / each)
     other = NamedSharding(jax.make_mesh((len(jax.devices()),), ("tp",)), PartitionSpec(None, "tp"))
     target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other) for n, x in held["state"].items()}
     jax.block_until_ready(held["state"])
 
     def update():
-        held["state"] = jax.block_until_ready(step(held["state"]))
+        held["state"], _ = jax.block_until_ready(step(held["state"], square, times))
 
     update()
     save, wait, restore, close = saver(args.row, directory)
@@ -146,9 +174,11 @@ def jax_run(args: argparse.Namespace, directory: pathlib.Path):
 
 def saver(row: str, directory: pathlib.Path):
     """(save(step, state), wait(), restore(step, target), close()) of a peer."""
-    if row == "jaxscale":
-        from jaxscale.checkpoint import Checkpointer
+    if row in ("jaxscale", "device full"):
+        from jaxscale.checkpoint import Checkpointer, beside
 
+        if row == "device full":
+            beside.room_on = lambda device: 0
         ckpt = Checkpointer(directory)
         return ckpt.save, ckpt.wait, lambda step, target: ckpt.restore(target, step), ckpt.close
     if row == "memory":
@@ -182,7 +212,21 @@ def torch_run(args: argparse.Namespace, directory: pathlib.Path):
     state = {f"w{i}": torch.randn(numbers, device=device) for i in range(args.arrays)}
     pending = []
 
+    square = torch.zeros(SIDE, SIDE, device=device, dtype=torch.bfloat16)
+    spare = torch.empty_like(square)
+
+    def multiply(times):
+        for _ in range(times):
+            torch.mm(square, square, out=spare)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    multiply(2)
+    each = timed(lambda: multiply(20)) / 20
+    times = int(args.step_ms / 1e3 / each)
+
     def update():
+        multiply(times)
         for x in state.values():
             x.mul_(0.999).add_(1e-3)
         if device == "cuda":
@@ -219,9 +263,9 @@ def drop_cache(directory: pathlib.Path) -> None:
 
 
 def read_bandwidth(directory: pathlib.Path) -> float:
-    """GB/s of plain reads of the newest step's files, eight at a time; 0 where there are none."""
+    """GB/s of plain reads of a step's files, eight at a time; 0 where there are none."""
     drop_cache(directory)
-    files = [path for path in (directory / "2").rglob("*") if path.is_file()]
+    files = [path for path in directory.rglob("*") if path.is_file()]
     blocks = [(path, k) for path in files for k in range(0, path.stat().st_size, 64 << 20)]
 
     def read(block):

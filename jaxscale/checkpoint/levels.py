@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxscale.checkpoint.background import one_line
+from jaxscale.checkpoint.memory.checkpointer import MemoryCheckpointer
 from jaxscale.checkpoint.reading import CorruptCheckpointError
 from jaxscale.checkpoint.snapshot import HostPool, take_snapshot
 
@@ -62,7 +63,9 @@ class Levels:
         writers = [store for store in due if not hasattr(store, "copy")]
         json.dumps(dict(metadata or {}))
         if writers:
-            snapshot = take_snapshot(state, axes=getattr(writers[-1], "axes", None), pool=self.pool)
+            # A keeper's memory is filled straight from copies on the devices; Orbax wants all of it on the host.
+            fetch = not all(isinstance(store, MemoryCheckpointer) for store in writers)
+            snapshot = take_snapshot(state, axes=getattr(writers[-1], "axes", None), pool=self.pool, fetch=fetch)
             try:
                 for store in writers:
                     store.save_snapshot(step, snapshot.share(), metadata=metadata)

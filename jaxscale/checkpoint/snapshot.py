@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxscale.checkpoint.beside import copy_beside, fitting
 from jaxscale.checkpoint.layout import param_roots
 from jaxscale.checkpoint.tree import Record, describe, is_key, named_leaves, num_bytes
 
 
 def take_snapshot(
-    state: Any, *, axes: Mapping[str, Sequence[str | None]] | None = None, pool: "HostPool | None" = None
+    state: Any,
+    *,
+    axes: Mapping[str, Sequence[str | None]] | None = None,
+    pool: "HostPool | None" = None,
+    fetch: bool = True,
 ) -> "Snapshot":
     """Starts copying `state` and returns; the caller may donate it at once.
 
@@ -23,6 +28,7 @@ def take_snapshot(
       state: any pytree of jax arrays, PRNG keys, numpy arrays and Python numbers.
       axes: logical axes of the parameters by path; they go into the records.
       pool: waits until it has room.
+      fetch: False leaves what could be copied on its device there, for whoever writes it to fetch piece by piece.
 
     Raises:
       ValueError: there is nothing to save, or the pool is smaller than the state.
@@ -44,7 +50,7 @@ def take_snapshot(
         size = sum(map(_local_bytes, stored.values()))
         pool.reserve(size)
     try:
-        copies, held = copy_to_host(stored)
+        copies, held = copy_state(stored, fetch=fetch)
     except BaseException:
         if pool is not None:
             pool.release(size)
@@ -54,7 +60,7 @@ def take_snapshot(
 
 @dataclasses.dataclass
 class Snapshot:
-    """Arrays by name, in host memory, with their records. Whoever takes it last gives the memory back."""
+    """Arrays by name, in host memory (or, not fetched, on devices), with their records. The last user frees them."""
 
     records: dict[str, Record]
     copies: dict[str, Any]
@@ -112,21 +118,39 @@ class HostPool:
             self._changed.notify_all()
 
 
-def copy_to_host(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+def copy_state(leaves: Mapping[str, Any], *, fetch: bool = True) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Arrays that stay as they are though `leaves` be donated at once, and what must be kept alive with them.
 
     On an accelerator these are copies in pinned host memory, ordered before whatever the devices run next, so this
-    returns at once while the copying goes on. On the CPU the arrays are in host memory already: views of their buffers
-    are held, and a step that donates them writes its results elsewhere for once.
+    returns at once while the copying goes on. A step that donates the leaves waits until they have left the device;
+    so where memory is free they are copied on the device first, and only the others leave from where they are.
+
+    On the CPU the arrays are in host memory already: views of their buffers are held, and a step that donates them
+    writes its results elsewhere for once.
     """
     copies = {name: np.array(leaf) for name, leaf in leaves.items() if rests_on_host(leaf)}
     arrays = {name: leaf for name, leaf in leaves.items() if name not in copies}
     held = {name: leaf for name, leaf in arrays.items() if _can_hold(leaf)}
     views = [np.asarray(shard.data) for leaf in held.values() for shard in leaf.addressable_shards]
     moved = {name: _one_replica(leaf) for name, leaf in arrays.items() if name not in held}
-    shardings = [leaf.sharding.with_memory_kind(_host_memory(leaf)) for leaf in moved.values()]
-    copies |= held | dict(zip(moved, jax.device_put(list(moved.values()), shardings, may_alias=False)))
+    names = fitting(moved)
+    beside = dict(zip(names, copy_beside([moved.pop(name) for name in names])))
+    copies |= held | fetch_all(moved)  # these first: the next step waits for them
+    copies |= fetch_all(beside) if fetch else beside
     return {name: copies[name] for name in leaves}, views
+
+
+def fetch_all(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Starts copying arrays to pinned host memory; numpy sees them there without another copy."""
+    shardings = [array.sharding.with_memory_kind(_host_memory(array)) for array in arrays.values()]
+    return dict(zip(arrays, jax.device_put(list(arrays.values()), shardings, may_alias=False)))
+
+
+def on_host(part: Any) -> np.ndarray:
+    """A shard as numpy sees it; one that is still on its device comes through pinned memory, which is then free."""
+    if isinstance(part, jax.Array) and not _can_hold(part) and part.sharding.memory_kind != "pinned_host":
+        (part,) = fetch_all({"": part}).values()
+    return np.asarray(part)
 
 
 def _can_hold(array: jax.Array) -> bool:

@@ -1,6 +1,7 @@
 """States and meshes shared by the checkpoint tests."""
 
 import dataclasses
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxscale.checkpoint.memory import wire
 from jaxscale.mesh import make_mesh
 
 
@@ -103,3 +105,31 @@ def bits(tree):
         return np.asarray(x).dtype.name, np.shape(x), np.asarray(x).tobytes()
 
     return {jax.tree_util.keystr(path): leaf_bits(x) for path, x in jax.tree.flatten_with_path(tree)[0]}
+
+
+def free_addresses(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("localhost", 0))
+    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return addresses
+
+
+@pytest.fixture
+def hosts():
+    """hosts(n) -> addresses; their keepers are ended after the test."""
+    used = []
+
+    def make(count):
+        used.extend(free_addresses(count))
+        return used[-count:]
+
+    yield make
+    for address in used:
+        try:
+            with wire.Connection(address, "job") as keeper:
+                keeper.ask("stop")
+        except OSError:
+            pass

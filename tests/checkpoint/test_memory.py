@@ -6,7 +6,6 @@ import pathlib
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,37 +18,9 @@ from jaxscale.checkpoint import CorruptCheckpointError, MemoryCheckpointer
 from jaxscale.checkpoint import layout as lay
 from jaxscale.checkpoint.memory import wire
 
-from .conftest import abstract, bits
+from .conftest import abstract, bits, free_addresses
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def free_addresses(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("localhost", 0))
-    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
-    return addresses
-
-
-@pytest.fixture
-def hosts():
-    """hosts(n) -> addresses; their keepers are ended after the test."""
-    used = []
-
-    def make(count):
-        used.extend(free_addresses(count))
-        return used[-count:]
-
-    yield make
-    for address in used:
-        try:
-            with wire.Connection(address, "job") as keeper:
-                keeper.ask("stop")
-        except OSError:
-            pass
 
 
 def pid_of(address):

@@ -29,11 +29,12 @@ from jaxscale.checkpoint.layout import Layout
 from jaxscale.checkpoint.maps import Box, Lazy
 from jaxscale.checkpoint.memory import keeper, wire
 from jaxscale.checkpoint.reading import CorruptCheckpointError, read_into
-from jaxscale.checkpoint.snapshot import HostPool, Snapshot, rests_on_host, take_snapshot
+from jaxscale.checkpoint.snapshot import HostPool, Snapshot, on_host, rests_on_host, take_snapshot
 
 log = logging.getLogger("jaxscale.checkpoint")
 
 ALIGN = 64  # bytes; each shard starts at a multiple
+FETCH_BYTES = 1 << 30  # of copies on devices that are on their way through host memory; one shard may be larger
 RECOVER_SECONDS = 1800.0
 
 
@@ -87,7 +88,7 @@ class MemoryCheckpointer:
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts copying `state` and returns; the caller may donate it at once. All hosts call it."""
         self._background.ready()
-        return self.save_snapshot(step, take_snapshot(state, pool=self.pool), metadata=metadata)
+        return self.save_snapshot(step, take_snapshot(state, pool=self.pool, fetch=False), metadata=metadata)
 
     def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """`save` of a snapshot that was taken already, which is released when it is copied."""
@@ -207,11 +208,17 @@ class MemoryCheckpointer:
                     offset += part.nbytes
             path = self._own.ask("begin", step=step, num_bytes=offset, timeout=keeper.PROTECT_SECONDS + 60)[0]["path"]
             memory = self._map(path, offset)
+            window = HostPool(max([FETCH_BYTES, *(record["bytes"] for record, _ in parts)]))
 
-            def put(item: tuple[dict[str, Any], np.ndarray]) -> dict[str, Any]:
+            def put(item: tuple[dict[str, Any], Any]) -> dict[str, Any]:
                 record, part = item
                 place = np.frombuffer(memory, np.uint8, record["bytes"], record["offset"])
-                np.copyto(place, np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+                window.reserve(record["bytes"])
+                try:
+                    values = np.ascontiguousarray(on_host(part))
+                    np.copyto(place, values.reshape(-1).view(np.uint8))
+                finally:
+                    window.release(record["bytes"])
                 return record | {"crc32": zlib.crc32(place)}
 
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -223,8 +230,8 @@ class MemoryCheckpointer:
         self._own.ask("commit", step=step, manifest=manifest)
         self._last = step
 
-    def _parts(self, leaf: Any) -> list[tuple[list[int], np.ndarray]]:
-        """(first index, values) of the parts of a leaf that this host keeps; what its devices share counts once."""
+    def _parts(self, leaf: Any) -> list[tuple[list[int], Any]]:
+        """(first index, array) of the parts of a leaf that this host keeps; what its devices share counts once."""
         if not isinstance(leaf, jax.Array) or rests_on_host(leaf):
             return [([0] * np.ndim(leaf), np.asarray(leaf))]
         found = {}
@@ -232,7 +239,7 @@ class MemoryCheckpointer:
             if shard.device in self.devices:
                 start = tuple(index.start or 0 for index in shard.index)
                 if start not in found:
-                    found[start] = np.asarray(shard.data)
+                    found[start] = shard.data
         return [(list(start), part) for start, part in found.items()]
 
     def _explain(self, step: int, error: BaseException) -> OSError:

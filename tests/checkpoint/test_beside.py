@@ -1,0 +1,95 @@
+"""Copies on the devices: which arrays fit, and that a donated state is saved as it was whichever way its arrays go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxscale.checkpoint import Checkpointer, Level, Levels, MemoryCheckpointer, beside, snapshot
+
+from .conftest import abstract, bits
+
+GIB = 1 << 30
+
+
+class Device:
+    def __init__(self, **stats):
+        self.stats = stats
+
+    def memory_stats(self):
+        return self.stats or None
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch):
+    monkeypatch.setattr(beside, "_first_peak", {})
+    monkeypatch.setattr(beside, "_copied", {})
+
+
+def test_room_is_what_training_at_its_peak_leaves(monkeypatch):
+    """128 GiB, of which 8 stay free."""
+    stats = lambda used, peak: {
+        "bytes_limit": 128 * GIB,
+        "bytes_in_use": used * GIB,
+        "peak_bytes_in_use": peak * GIB,
+    }
+    assert beside.room_on(Device()) == 0  # the CPU says nothing
+    assert beside.room_on(Device(**stats(12, 125))) == 0
+    device = Device(**stats(12, 40))
+    assert beside.room_on(device) == 80 * GIB
+    monkeypatch.setitem(beside._copied, device, 12 * GIB)
+    device.stats = stats(12, 52)  # the copies made the peak
+    assert beside.room_on(device) == 80 * GIB
+    device.stats = stats(12, 62)  # and something else did
+    assert beside.room_on(device) == 70 * GIB
+
+
+def arrays(rng, mesh, sizes):
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    return {n: jax.device_put(rng.normal(size=(8, k)).astype(np.float32), split) for n, k in sizes.items()}
+
+
+def test_large_arrays_first_as_far_as_every_device_has_room(meshes, rng, monkeypatch):
+    mesh = meshes["fsdp8"]
+    state = arrays(rng, mesh, {"small": 10, "middle": 60, "large": 100})  # 4 bytes each on every device
+    one = {"one": jax.device_put(jnp.zeros(5), mesh.devices.flat[3])}
+    rooms = dict.fromkeys(mesh.devices.flat, 500)
+    monkeypatch.setattr(beside, "room_on", lambda d: rooms[d])
+    assert beside.fitting(state) == ["large", "small"]
+    rooms[mesh.devices.flat[3]] = 250  # one device decides for an array that lies on all
+    assert beside.fitting(state | one) == ["middle"]
+    rooms[mesh.devices.flat[3]] = 39
+    assert beside.fitting(state | one) == ["one"]
+
+
+@pytest.mark.parametrize("room", [0, 1300, 1 << 20], ids=["none", "some", "all"])
+@pytest.mark.parametrize("level", ["disk", "memory", "both"])
+def test_a_donated_state_is_saved_as_it_was(tmp_path, meshes, rng, monkeypatch, hosts, level, room):
+    """As on an accelerator with so much free memory: simulated devices, whose buffers are not held."""
+    monkeypatch.setattr(snapshot, "_can_hold", lambda array: False)
+    monkeypatch.setattr(beside, "room_on", lambda device: room)
+    copied = []
+    copy_beside = beside.copy_beside
+    monkeypatch.setattr(snapshot, "copy_beside", lambda xs: copied.append(len(xs)) or copy_beside(xs))
+    mesh = meshes["fsdp8"]
+    state = arrays(rng, mesh, {"small": 10, "middle": 60, "large": 300})
+    state["key"] = jax.device_put(jax.random.key(int(rng.integers(1 << 30))), NamedSharding(mesh, PartitionSpec()))
+    state["int4"] = jax.device_put(rng.integers(-8, 8, (16, 3)).astype(jnp.int4), NamedSharding(mesh, PartitionSpec()))
+    change = lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x * 3 + x
+    step = jax.jit(lambda tree: jax.tree.map(change, tree), donate_argnums=0)
+    state = jax.block_until_ready(step(state))
+    want = bits(jax.tree.map(jnp.copy, state))
+
+    stores = {}
+    if level != "disk":
+        stores["memory"] = MemoryCheckpointer(hosts(1), job="job", lost=0)
+    if level != "memory":
+        stores["disk"] = Checkpointer(tmp_path)
+    with Levels([Level(store, 1) for store in stores.values()]) as levels:
+        levels.save(1, state)
+        state = step(step(state))
+        levels.wait()
+        for store in stores.values():
+            assert bits(store.restore(abstract(state))) == want
+    assert copied == [{0: 0, 1300: 4, 1 << 20: 5}[room]]
