@@ -1,20 +1,35 @@
-"""Context parallelism on the GPUs of one host: is it right, and how much faster than one of them is it.
+"""Context parallelism on the GPUs of one host: is it right, how much faster than one of them is it, what overlaps.
 
-    python benchmarks/context/bench.py            # two GPUs, under nine minutes
-    python benchmarks/context/bench.py --quick    # also on simulated CPU devices: does it run
+    python benchmarks/context/bench.py            # two GPUs, about three minutes; the parts compile side by side
+    python benchmarks/context/bench.py --quick    # tiny shapes, also on simulated CPU devices: does it run
+    python benchmarks/context/bench.py --part speedup --length 65536
 
-First every strategy is compared with one device; nothing is timed if one differs. Then forward and backward of one
-layer in bfloat16, N16 H128, causal, at T = 65,536 and 131,072, whole and packed with 64 documents, beside a plain ring
-(contiguous rows, no transfers in flight) and all-gather; then `auto` against the fastest of all on twelve shapes. Times
-are medians; a speed-up is the time of one device for the same rows over the time of all.
+Parts, each in a process of its own; a lock lets one at a time use the devices:
+- check: every strategy against one device, in float32 and with the kernels.
+- speedup: forward and backward of one layer in bfloat16, N16 H128, causal, whole and packed with 64 documents, beside a
+  plain ring (contiguous rows, no transfers in flight). A speed-up is the time of one device for the same rows over the
+  time of all.
+- auto: the choice of `context_cost.choose` against the fastest of all, on twelve shapes.
+- profile: what runs beside what, from a trace of one ring.
+- options: XLA's settings for transfers, each alone in a process, for it may not work at all.
+Times are medians of calls that are waited for one by one.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import os
 import pathlib
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the devices
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +43,22 @@ from jaxscale.parallel.context_layout import layout_order, permute, restore
 
 SPEC = P(None, "cp")
 STRATEGIES = ("ring", "bidirectional", "ulysses", "all_gather")
+LOCK = pathlib.Path(tempfile.gettempdir()) / "jaxscale-context-bench.lock"
+LIMIT = {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+OPTIONS = {
+    "as it comes": {},
+    "one at a time, no scheduler": {"xla_gpu_enable_latency_hiding_scheduler": False},
+    "limit 4": LIMIT,
+    "limit 4, as early as possible": LIMIT | {"xla_gpu_experimental_collective_start_as_early_as_possible": True},
+    "limit 4, several streams": LIMIT | {"xla_gpu_experimental_enable_collective_multi_streaming": True},
+    "limit 4, 4 channels": LIMIT | {"xla_gpu_nccl_p2p_max_nchannels": 4},
+    "limit 4, 8 channels": LIMIT | {"xla_gpu_nccl_p2p_max_nchannels": 8},
+    "limit 4, no command buffers": LIMIT | {"xla_gpu_enable_command_buffer": ""},
+    "limit 4, memcpy": LIMIT | {"xla_gpu_use_memcpy_local_p2p": True},
+    "limit 4, peer memory": LIMIT | {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
+    "limit 4, symmetric memory": LIMIT | {"xla_gpu_collective_permute_mode": "COLLECTIVES_SYMMETRIC_MEMORY"},
+}
+SAFE = list(OPTIONS)[:8]  # these share a process
 
 
 def rows_of(T, documents, rng):
@@ -45,150 +76,322 @@ def value_and_grads(attend):
     return run
 
 
-def split_attention(strategy, layout, **masks):
+def mapped(attend, **options):
+    """An attention of a device's own tokens, over the devices of the mesh in context."""
+
     def body(q, k, v, *rows):
-        extra = dict(zip(("positions", "segment_ids"), rows))
-        return context.attention(q, k, v, strategy=strategy, layout=layout, **masks, **extra)
+        return attend(q, k, v, **options, **dict(zip(("positions", "segment_ids"), rows)))
 
     return lambda *args: jax.shard_map(body, out_specs=SPEC)(*args)
 
 
-def single_attention(**masks):
-    def attend(q, k, v, *rows):
-        return pallas_kernels.attention(q, k, v, **masks, **dict(zip(("positions", "segment_ids"), rows)))
-
-    return attend
-
-
-def arrays(T, N, K, H, dtype, rng):
-    return [rng.normal(size=(1, T, n, H)).astype("f").astype(dtype) for n in (N, K, K, N)]
-
-
-def median_seconds(fn, args, reps):
-    out = jax.block_until_ready(fn(*args))
-    jax.block_until_ready(fn(*args))
-    times = []
-    for _ in range(reps):
-        start = time.perf_counter()
-        jax.block_until_ready(fn(*args))
-        times.append(time.perf_counter() - start)
-    del out
-    return float(np.median(times))
+@contextlib.contextmanager
+def alone(seconds):
+    """The devices for this process alone; it dies if it has not let go of them after so many seconds."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        signal.alarm(seconds)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
 
 
 class Bench:
-    def __init__(self, reps):
+    def __init__(self, quick, reps):
         self.devices = jax.devices()
-        self.cp, self.reps = len(self.devices), reps
+        self.cp, self.quick, self.reps = len(self.devices), quick, 1 if quick else reps
         self.mesh = Mesh(np.array(self.devices), ("cp",), axis_types=(AxisType.Explicit,))
+        self.one = Mesh(np.array(self.devices[:1]), ("cp",), axis_types=(AxisType.Explicit,))
         self.rng = np.random.default_rng(0)
+        self.gpu = jax.default_backend() == "gpu"
 
-    def alone(self, given, **masks):
-        given = jax.device_put(given, self.devices[0])
-        return jax.jit(value_and_grads(single_attention(**masks))), given
+    def shapes(self, T, N, K, H, dtype, rows, mesh):
+        where = NamedSharding(mesh, SPEC)
+        found = [jax.ShapeDtypeStruct((1, T, n, H), dtype, sharding=where) for n in (N, K, K, N)]
+        return found + [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in rows]
 
-    def split(self, given, strategy, layout, overlap=True, rows=None, **masks):
-        order = layout_order(layout, given[0].shape[1], self.cp, *(rows or ()))
-        where = NamedSharding(self.mesh, SPEC)
-        dealt = [jax.device_put(permute(np.asarray(x), order), where) for x in given]
-        options = context.compiler_options(jax.default_backend()) if overlap else {}
-        if not overlap and jax.default_backend() == "gpu":
-            options = {"xla_gpu_enable_latency_hiding_scheduler": False}
-        run = jax.jit(value_and_grads(split_attention(strategy, layout, **masks)), compiler_options=options)
+    def compile(self, fn, shapes, options=None):
+        with jax.set_mesh(shapes[0].sharding.mesh):
+            return jax.jit(fn).lower(*shapes).compile(compiler_options=options if self.gpu else None)
 
-        def call(*args):
-            with jax.set_mesh(self.mesh):
-                return run(*args)
+    def single(self, shapes, **masks):
+        return self.compile(value_and_grads(mapped(pallas_kernels.attention, **masks)), shapes)
 
-        return call, dealt, order
+    def split(self, shapes, strategy, layout, options=None, **masks):
+        options = context.compiler_options(jax.default_backend()) if options is None else options
+        attend = mapped(context.attention, strategy=strategy, layout=layout, **masks)
+        return self.compile(value_and_grads(attend), shapes, options)
 
-    def check(self, T):
-        """Every strategy against one device in float32, packed and not."""
-        worst = 0.0
-        for packed in (False, True):
-            rows = rows_of(T, 8, self.rng) if packed else None
-            given = arrays(T, 8, 4, 128, jnp.float32, self.rng) + list(rows or ())
-            fn, args = self.alone(given, causal=True, implementation="xla")
-            expected = jax.device_get(fn(*args))
-            for strategy in STRATEGIES:
-                layout = "packed" if packed else "zigzag"
-                fn, args, order = self.split(given, strategy, layout, rows=rows, causal=True, implementation="xla")
-                for a, b in zip(expected, jax.device_get(fn(*args))):
-                    error = float(np.abs(restore(b, order) - a).max() / np.abs(a).max())
-                    worst = max(worst, error)
-                    assert error < 1e-5, f"{strategy}, packed={packed}: {error:.1e} off"
-        return worst
+    def compile_all(self, tasks):
+        """The results of {name: (function, *arguments)}, compiled programs, several at a time."""
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            futures = {name: pool.submit(*task) for name, task in tasks.items()}
+            return {name: future.result() for name, future in futures.items()}
 
-    def speedups(self, T, N, H, documents):
-        rows = rows_of(T, documents, self.rng) if documents else None
-        given = arrays(T, N, N, H, jnp.bfloat16, self.rng) + list(rows or ())
-        base = median_seconds(*self.alone(given, causal=True), self.reps)
-        balanced = "packed" if documents else "zigzag"
-        cases = [("plain ring", "ring", "contiguous", False)]
-        cases += [(s, s, balanced, True) for s in STRATEGIES]
-        yield T, documents, "one device", base, 1.0
-        for name, strategy, layout, overlap in cases:
-            fn, args, _ = self.split(given, strategy, layout, overlap, rows=rows, causal=True)
-            seconds = median_seconds(fn, args, self.reps)
-            yield T, documents, f"{name} ({layout})", seconds, base / seconds
+    def put(self, arrays, mesh):
+        return [jax.device_put(x, NamedSharding(mesh, SPEC)) for x in arrays]
 
-    def auto(self, T, N, K, window):
-        """The seconds of auto's choice over the best."""
-        given = arrays(T, N, K, 128, jnp.bfloat16, self.rng)
-        shape = context_cost.Shape(
-            batch=1, seq_len=T, num_heads=N, num_kv_heads=K, head_dim=128, window=None if window is None else window - 1
-        )
-        choice = context_cost.choose(shape, self.cp)
-        layouts = dict.fromkeys(STRATEGIES, "zigzag") | ({"halo": "contiguous"} if window else {})
-        layouts[choice.strategy] = choice.layout
-        seconds = {}
-        for strategy, layout in layouts.items():
-            fn, args, _ = self.split(given, strategy, layout, causal=True, window=window)
-            seconds[strategy] = median_seconds(fn, args, self.reps)
-        best = min(seconds, key=lambda s: seconds[s])
-        return (
-            choice.strategy,
-            best,
-            seconds[choice.strategy] / seconds[best],
-            choice.seconds / seconds[choice.strategy],
-        )
+    def random(self, shapes):
+        """Normal numbers, made where they belong."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        with jax.set_mesh(shapes[0].sharding.mesh):
+            make = jax.jit(
+                lambda keys: [jax.random.normal(k, x.shape, x.dtype, out_sharding=SPEC) for k, x in zip(keys, shapes)]
+            )
+            return make(keys)
+
+    def seconds(self, fn, args, mesh):
+        times = []
+        with jax.set_mesh(mesh):
+            for _ in range(2 + self.reps):
+                start = time.perf_counter()
+                jax.block_until_ready(fn(*args))
+                times.append(time.perf_counter() - start)
+        return float(np.median(times[2:]))
+
+    def check(self):
+        """Every strategy against one device, packed and not: in float32, and with the kernels in bfloat16."""
+        kinds = [(jnp.float32, "xla", 512 if self.quick else 2048, 1e-5)]
+        if self.gpu:
+            kinds.append((jnp.bfloat16, None, 8192, 2e-2))
+        for dtype, implementation, T, tolerance in kinds:
+            tasks, rows = {}, rows_of(T, 8, self.rng)
+            masks = {"causal": True, "implementation": implementation}
+            cases = [(s, "packed" if p else "zigzag", p, None) for p in (False, True) for s in STRATEGIES]
+            cases += [("halo", "contiguous", p, T // 5) for p in (False, True)]
+            for case in cases:
+                strategy, layout, packed, window = case
+                given = rows if packed else ()
+                base = (packed, window)
+                masks = {"causal": True, "implementation": implementation, "window": window}
+                if base not in tasks:
+                    shapes = self.shapes(T, 8, 4, 128, dtype, given, self.one)
+                    tasks[base] = (functools.partial(self.single, **masks), shapes)
+                shapes = self.shapes(T, 8, 4, 128, dtype, given, self.mesh)
+                tasks[case] = (functools.partial(self.split, **masks), shapes, strategy, layout)
+            with jax.default_matmul_precision("highest"):
+                compiled = self.compile_all(tasks)
+            arrays = [np.asarray(self.rng.normal(size=(1, T, n, 128)), dtype) for n in (8, 4, 4, 8)]
+            worst, expected = {}, {}
+            with alone(120):
+                for case in cases:
+                    strategy, layout, packed, window = case
+                    given = arrays + list(rows if packed else ())
+                    if (base := (packed, window)) not in expected:
+                        expected[base] = jax.device_get(compiled[base](*self.put(given, self.one)))
+                    order = layout_order(layout, T, self.cp, *rows)
+                    with jax.set_mesh(self.mesh):
+                        found = jax.device_get(compiled[case](*self.put([permute(x, order) for x in given], self.mesh)))
+                    for a, b in zip(expected[base], found):
+                        a, b = (np.asarray(x, np.float32) for x in (a, restore(b, order)))
+                        error = float(np.abs(a - b).max() / np.abs(a).max())
+                        worst[strategy] = max(worst.get(strategy, 0.0), error)
+                        assert error < tolerance, f"{case} in {dtype.__name__}: {error:.1e} off"
+            text = ", ".join(f"{s} {e:.1e}" for s, e in worst.items())
+            print(f"agrees with one device, {dtype.__name__}, {implementation or 'kernels'}, T {T}: {text}", flush=True)
+
+    def speedup(self, T, documents):
+        N, H = (4, 64) if self.quick else (16, 128)
+        rows = rows_of(T, documents, self.rng) if documents else ()
+        layout = "packed" if documents else "zigzag"
+        plain = {"xla_gpu_enable_latency_hiding_scheduler": False}
+        shapes = {mesh: self.shapes(T, N, N, H, jnp.bfloat16, rows, mesh) for mesh in (self.one, self.mesh)}
+        split = functools.partial(self.split, causal=True)
+        tasks = {"one device": (functools.partial(self.single, causal=True), shapes[self.one])}
+        tasks["plain ring (contiguous)"] = (split, shapes[self.mesh], "ring", "contiguous", plain)
+        tasks |= {f"{s} ({layout})": (split, shapes[self.mesh], s, layout) for s in STRATEGIES}
+        if documents:
+            tasks |= {f"{s} (striped)": (split, shapes[self.mesh], s, "striped") for s in ("ring", "ulysses")}
+        compiled = self.compile_all(tasks)
+        base = None
+        with alone(120):
+            for mesh in (self.one, self.mesh):
+                arrays = self.random(shapes[mesh][:4])
+                for name in tasks:
+                    if (name == "one device") != (mesh is self.one):
+                        continue
+                    placed = []
+                    if documents:
+                        dealt = name.rpartition("(")[2][:-1] if mesh is self.mesh else "contiguous"
+                        order = layout_order(dealt, T, self.cp, *rows)
+                        placed = self.put([permute(x, order) for x in rows], mesh)
+                    seconds = self.seconds(compiled[name], [*arrays, *placed], mesh)
+                    base = base or seconds
+                    print(
+                        f"| {T:,} | {documents or 1} | {name} | {seconds * 1e3:.2f} | {base / seconds:.3f} |",
+                        flush=True,
+                    )
+                del arrays
+
+    def auto(self, shapes):
+        """The seconds of auto's choice over the best, and every strategy's, measured and estimated."""
+        tasks = {}
+        for shape in shapes:
+            T, N, K, window = shape
+            given = self.shapes(T, N, K, 128, jnp.bfloat16, (), self.mesh)
+            choice = self.choice(*shape)
+            layouts = dict.fromkeys(STRATEGIES, "zigzag") | ({"halo": "contiguous"} if window else {})
+            if K < N:
+                del layouts["bidirectional"]  # on two devices: the same program as ring
+            layouts[choice.strategy] = choice.layout
+            for strategy, layout in layouts.items():
+                task = functools.partial(self.split, causal=True, window=window), given, strategy, layout
+                tasks[shape, strategy, layout] = task
+        compiled = self.compile_all(tasks)
+        with alone(120):
+            for shape in shapes:
+                arrays = self.random(self.shapes(*shape[:3], 128, jnp.bfloat16, (), self.mesh))
+                found = {
+                    (s, layout): self.seconds(fn, arrays, self.mesh)
+                    for (other, s, layout), fn in compiled.items()
+                    if other == shape
+                }
+                choice, best = self.choice(*shape), min(found, key=lambda x: found[x])
+                ratio = found[choice.strategy, choice.layout] / found[best]
+                each = ", ".join(
+                    f"{s} {x * 1e3:.2f} ({self.estimate(shape, s, layout) * 1e3:.2f})"
+                    for (s, layout), x in found.items()
+                )
+                print(f"| {shape} | {choice.strategy} | {best[0]} | {ratio:.3f} | {each} |", flush=True)
+                del arrays
+
+    def shape_of(self, T, N, K, window):
+        window = None if window is None else window - 1
+        return context_cost.Shape(batch=1, seq_len=T, num_heads=N, num_kv_heads=K, head_dim=128, window=window)
+
+    def choice(self, *shape):
+        return context_cost.choose(self.shape_of(*shape), self.cp)
+
+    def estimate(self, shape, strategy, layout):
+        cost = context_cost.estimate(self.shape_of(*shape), self.cp, strategy, layout, context_cost.device_rates())
+        return cost.seconds if cost else float("nan")
+
+    def options(self, names, T):
+        N, H = (4, 64) if self.quick else (16, 128)
+        shapes = self.shapes(T, N, N, H, jnp.bfloat16, (), self.mesh)
+        attend = mapped(context.attention, strategy="ring", layout="zigzag", causal=True)
+        with jax.set_mesh(self.mesh):
+            lowered = jax.jit(value_and_grads(attend)).lower(*shapes)
+        compiled = self.compile_all({name: (lowered.compile, OPTIONS[name] if self.gpu else None) for name in names})
+        with alone(40):
+            arrays, first = self.random(shapes), None
+            for name in names:
+                with jax.set_mesh(self.mesh):
+                    found = compiled[name](*arrays)
+                found = [np.asarray(x.addressable_shards[0].data[0, ::997], np.float32) for x in found]
+                first = first or found
+                off = max(np.abs(x - y).max() for x, y in zip(found, first))
+                seconds = self.seconds(compiled[name], arrays, self.mesh)
+                print(f"| ring, zigzag, T {T:,}: {name} | {seconds * 1e3:.2f} ms | differs by {off:.1e} |", flush=True)
+
+    def profile(self, T, options):
+        N, H = (4, 64) if self.quick else (16, 128)
+        shapes = self.shapes(T, N, N, H, jnp.bfloat16, (), self.mesh)
+        run = self.split(shapes, "ring", "zigzag", OPTIONS[options] if options else None, causal=True)
+        with alone(60), tempfile.TemporaryDirectory() as where:
+            arrays = self.random(shapes)
+            self.seconds(run, arrays, self.mesh)
+            with jax.set_mesh(self.mesh), jax.profiler.trace(where):
+                jax.block_until_ready(run(*arrays))
+            (path,) = pathlib.Path(where).rglob("*.xplane.pb")
+            print(timeline(path), flush=True)
+
+
+def timeline(path, shortest=20e-6):
+    """What the first device did, from a trace: events of `shortest` seconds and more, by stream, and how much of the
+    transfers ran beside attention."""
+    planes = [
+        p for p in jax.profiler.ProfileData.from_file(str(path)).planes if "device:GPU:0" in p.name.replace("/", "")
+    ]
+    events = []
+    for plane in planes:
+        for line in plane.lines:
+            if "Stream" in line.name:
+                events += [(e.start_ns, e.start_ns + e.duration_ns, line.name, e.name) for e in line.events]
+    if not events:
+        return "the trace holds no streams of a GPU"
+    origin = min(start for start, *_ in events)
+    moves = [e for e in events if any(word in e[3].lower() for word in ("nccl", "sendrecv", "memcpyp2p", "p2p"))]
+    attends = [e for e in events if "attention" in e[3].lower()]
+    lines = ["start ms | end ms | stream | what"]
+    for start, end, stream, name in sorted(events):
+        if end - start >= shortest * 1e9:
+            lines.append(f"{(start - origin) / 1e6:.3f} | {(end - origin) / 1e6:.3f} | {stream} | {name[:70]}")
+    both = sum(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a in moves for b in attends)
+    moved, attended = (sum(end - start for start, end, *_ in x) for x in (moves, attends))
+    lines.append(
+        f"attention {attended / 1e6:.2f} ms, transfers {moved / 1e6:.2f}, of these beside attention {both / 1e6:.2f}; "
+        f"first to last event {(max(e[1] for e in events) - origin) / 1e6:.2f} ms"
+    )
+    return "\n".join(lines)
+
+
+GRID = [(T, N, K, w) for T in (8192, 32768) for N, K in ((16, 16), (32, 8), (32, 2)) for w in (None, 1024)]
+
+
+def parts_of(quick):
+    """The arguments of each process, in two waves: the second may hang or die."""
+    lengths, documents = ((512,), 8) if quick else ((65536, 131072), 64)
+    grid = range(1) if quick else range(0, len(GRID), 2)
+    first = [["check"]]
+    first += [["speedup", "--length", str(T), "--documents", str(d)] for T in lengths for d in (0, documents)]
+    first += [["auto", "--shapes", str(i), str(i + 2)] for i in grid]
+    first += [["profile", "--length", str(lengths[0])], ["options", "--length", str(lengths[0])]]
+    risky = [["options", "--length", str(lengths[0]), "--option", name] for name in OPTIONS if name not in SAFE]
+    return first, [] if quick else risky
+
+
+def orchestrate(args):
+    """Runs all parts; prints the output of each as it is complete."""
+    start = time.perf_counter()
+
+    def run(part):
+        command = [sys.executable, __file__, "--reps", str(args.reps), "--part", *part, *["--quick"] * args.quick]
+        left = max(1.0, start + args.budget - time.perf_counter())
+        try:
+            done = subprocess.run(command, text=True, timeout=left, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except subprocess.TimeoutExpired as late:
+            return f"out of time: {late.output!r}"[-2000:]
+        return done.stdout if done.returncode == 0 else f"failed, {done.returncode}: {done.stdout[-2000:]}"
+
+    for wave in parts_of(args.quick):
+        with concurrent.futures.ThreadPoolExecutor(len(wave) or 1) as pool:
+            running = {pool.submit(run, part): part for part in wave}
+            for future in concurrent.futures.as_completed(running):
+                print(f"\n## {' '.join(running[future])}, at {time.perf_counter() - start:.0f} s")
+                print(future.result(), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one repetition")
     parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--part", choices=("check", "speedup", "auto", "profile", "options"))
+    parser.add_argument("--length", type=int, default=65536)
+    parser.add_argument("--documents", type=int, default=0)
+    parser.add_argument(
+        "--shapes", type=int, nargs=2, default=(0, len(GRID)), help="first and last of the grid of auto"
+    )
+    parser.add_argument("--option", choices=OPTIONS)
+    parser.add_argument("--budget", type=float, default=230, help="seconds for all parts together")
     args = parser.parse_args()
-    start = time.perf_counter()
-    bench = Bench(1 if args.quick else args.reps)
-    print(f"jax {jax.__version__}, {bench.cp} x {bench.devices[0].device_kind}", flush=True)
+    if args.part is None:
+        return orchestrate(args)
+    bench = Bench(args.quick, args.reps)
     if bench.cp < 2:
         sys.exit("context parallelism needs two devices; on CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2")
-    print(f"all strategies agree with one device, float32: {bench.check(256 if args.quick else 4096):.1e}", flush=True)
-
-    lengths, N, H = ((512,), 4, 64) if args.quick else ((65536, 131072), 16, 128)
-    table = []
-    for T in lengths:
-        for documents in (0, 8 if args.quick else 64):
-            for row in bench.speedups(T, N, H, documents):
-                table.append(row)
-                print(row, flush=True)
-    shapes = [(T, N, K, w) for T in (8192, 32768) for N, K in ((16, 16), (32, 8), (32, 2)) for w in (None, 1024)]
-    grid = []
-    for shape in [(512, 4, 2, None)] if args.quick else shapes:
-        if time.perf_counter() - start > 480:
-            print("out of time: the rest of the grid is left out", flush=True)
-            break
-        grid.append((shape, *bench.auto(*shape)))
-        print(grid[-1], flush=True)
-
-    print(f"\n{time.perf_counter() - start:.0f} s in all\n")
-    print("| T | documents | | ms | times one device |\n|---|---|---|---|---|")
-    for T, documents, name, seconds, speedup in table:
-        print(f"| {T:,} | {documents or 1} | {name} | {seconds * 1e3:.2f} | {speedup:.2f} |")
-    print("\n| T, N, K, window | auto | fastest | auto / fastest | estimate / measured |\n|---|---|---|---|---|")
-    for shape, chosen, best, ratio, estimate in grid:
-        print(f"| {shape} | {chosen} | {best} | {ratio:.3f} | {estimate:.2f} |")
+    if args.part == "check":
+        print(f"jax {jax.__version__}, {bench.cp} x {bench.devices[0].device_kind}", flush=True)
+        bench.check()
+    elif args.part == "speedup":
+        bench.speedup(args.length, args.documents)
+    elif args.part == "auto":
+        bench.auto([(512, 4, 2, None)] if args.quick else GRID[slice(*args.shapes)])
+    elif args.part == "profile":
+        bench.profile(args.length, args.option)
+    else:
+        bench.options([args.option] if args.option else SAFE[:1] if args.quick else SAFE, args.length)
 
 
 if __name__ == "__main__":
