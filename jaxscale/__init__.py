@@ -42,12 +42,12 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_HOME_OF, "plan"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME_OF, "plan", "quantize"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plan":  # a package that can be called: jaxscale.plan(loss_fn, params, batch, topology=...)
-        return importlib.import_module("jaxscale.plan")
+    if name in ("plan", "quantize"):  # packages that can be called: jaxscale.plan(loss_fn, params, batch, topology=...)
+        return importlib.import_module(f"jaxscale.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'jaxscale' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxscale.config import ModelConfig
 from jaxscale.models import decoder
-from jaxscale.params import param_shardings
-from jaxscale.sharding import active_mesh, constrain
+from jaxscale.sharding import active_mesh, constrain, place
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 # Prompts are padded to a multiple of the first, caches to a multiple of the second: few lengths are compiled.
@@ -62,7 +61,7 @@ def generate(
     top_k = _check_sampling(cfg, temperature, top_k, top_p, key)
     mesh = _mesh_of(params) if mesh is None else mesh
     if mesh is not None:
-        params = jax.device_put(params, param_shardings(decoder.param_specs(cfg), mesh, rules))
+        params = jax.device_put(params, place(params, decoder.param_specs(cfg), mesh, rules))
     # Rows without a prompt fill the batch up, so that it divides over the mesh.
     split = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rules.compute.get("batch", ()))
     tokens, lengths = _pad(rows, _round_up(len(rows), split))

@@ -1,5 +1,6 @@
 """Shardings of activations, said by logical axes. Without a mesh in context every function here is the identity."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxscale.params import path_name, resolve_param
 from jaxscale.table import Table, human_bytes
 from pallas_kernels.attention.inputs import ATTENTION
+from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 from pallas_kernels.ragged_dot.api import RAGGED_DOT
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
@@ -64,7 +67,7 @@ def enter(
     if mesh is None:
         return [x] * len(weights)
     spec = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
-    split = [axes_of(partitions(w)[1:]) for w in weights]
+    split = [axes_of(partitions(w)[1:]) if isinstance(w, jax.Array) else frozenset() for w in weights]
     # Not a set: its order, and the program's with it, would be another in each process of a job.
     made = {s: jax.reshard(x, P(*spec, reduced=s)) for s in dict.fromkeys(split)}
     return [made[s] for s in split]
@@ -90,9 +93,130 @@ def einsum(
     return jax.reshard(matmul(subscripts, x, w, out_sharding=kept), spec)
 
 
-def matmul(subscripts: str, x: jax.Array, w: jax.Array, **options: Any) -> jax.Array:
-    """jnp.einsum of activations with a weight: the one place where models multiply by what they have learned."""
+def matmul(subscripts: str, x: jax.Array, w: Any, **options: Any) -> jax.Array:
+    """jnp.einsum of activations with a weight: the one place where models multiply by what they have learned.
+
+    Args:
+      w: an array, a QuantizedArray that contracts the dims which the subscripts contract, or a `Weight`.
+    """
+    if isinstance(w, Weight):
+        return w.matmul(subscripts, x, **options)
+    if isinstance(w, QuantizedArray):
+        return _quantized(subscripts, x, w, **options)
     return jnp.einsum(subscripts, x, w, **options)
+
+
+class Weight:
+    """A node in the place of a weight (a registered dataclass whose first field is `value`) that multiplies in its own
+    way: it counts what passes, or rounds it first. What else it holds is small, and whole on every device."""
+
+    value: jax.Array
+
+    def matmul(self, subscripts: str, x: jax.Array, **options: Any) -> jax.Array:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
+
+
+def _quantized(subscripts: str, x: jax.Array, w: QuantizedArray, preferred_element_type=None, out_sharding=None):
+    inputs, output = subscripts.split("->")
+    x_names, w_names = inputs.split(",")
+    contracted = [n for n in w_names if n not in output]
+    if [w_names[d] for d in w.contraction] != contracted or any(n in x_names for n in w_names if n in output):
+        raise ValueError(
+            f"a weight quantized along dims {w.contraction} meets {subscripts!r}, which contracts "
+            f"{tuple(w_names.index(n) - len(w_names) for n in contracted)}; quantize it along these"
+        )
+    rows = [n for n in x_names if n in output]
+    x = x.transpose([x_names.index(n) for n in (*rows, *contracted)])
+    if active_mesh() is None:
+        out = quantized_matmul(x, w, preferred_element_type=preferred_element_type)
+    else:
+        # Each device multiplies by what it holds of the weight: sums over split dims stay partial.
+        layout = dict(zip(w_names, partitions(w)))
+        split = axes_of(layout[n] for n in contracted)
+        x_rows = partitions(x)[: len(rows)]
+        x = jax.reshard(x, P(*x_rows, *(layout[n] for n in contracted)))
+        outputs = (layout[n] for n in w_names if n in output)
+        spec = P(*x_rows, *outputs, unreduced=split)
+
+        def local(x, w):
+            out = quantized_matmul(x, w, preferred_element_type=preferred_element_type)
+            return jax.lax.pcast(out, tuple(sorted(split)), to="unreduced") if split else out
+
+        out = jax.shard_map(local, out_specs=spec)(x, w)
+    made = [*rows, *(n for n in w_names if n in output)]
+    if "".join(made) != output:
+        out = out.transpose([made.index(n) for n in output])
+    return out if out_sharding is None else jax.reshard(out, out_sharding)
+
+
+def place_quantized(w: QuantizedArray, spec: P, sizes: Any, *, rest: bool = False) -> QuantizedArray:
+    """The PartitionSpecs of a QuantizedArray's parts, where the dense array that it stands for has `spec`.
+
+    Scales go with their values: a shard of values finds its own groups' scales beside it. A group that has values on
+    several shards is held by each of them.
+
+    Args:
+      sizes: of the mesh axes.
+      rest: it is not computed with so: where shards begin inside of a group, every device holds all scales.
+
+    Raises:
+      ValueError: shards that begin inside of a group.
+    """
+    entries = (*spec.partitions, *[None] * (w.ndim - len(spec.partitions)))
+    stored = [entries[d] for d in w.order]
+    count = w.ndim - len(w.contraction)
+    outputs, first, others = stored[:count], stored[count], stored[count + 1 :]
+    size = lambda entry: math.prod(sizes[a] for a in axes_of([entry]))
+    parts, G = size(first), w.scales.shape[-1]
+    K = math.prod(w.values.shape[count:])
+    aligned = all(size(e) == 1 for e in others) and (G == 1 or G % parts == 0)
+    if not aligned and not rest:
+        fits = [g for g in (16, 32, 64, 128) if K % (parts * g) == 0]
+        raise ValueError(
+            f"shape {w.shape} is contracted over K={K}, split {parts} ways into {K // parts}, inside of groups of "
+            f"{w.group}; quantize in groups of {fits or 'fewer'}, one scale per channel, or use fewer devices along it"
+        )
+    along = first if aligned and G > 1 else None
+    scales = P(*(e if n == m else None for e, n, m in zip(outputs, w.values.shape, w.scales.shape)), along)
+    lead = 0 if w.inputs is None else w.inputs.ndim - 1
+    return dataclasses.replace(
+        w,
+        values=P(*stored),
+        scales=scales,
+        offsets=None if w.offsets is None else scales,
+        inputs=None if w.inputs is None else P(*outputs[:lead], first if aligned else None),
+    )
+
+
+def place(params: Any, specs: Any, mesh: Mesh | AbstractMesh, rules: Rules = MEGATRON_FSDP) -> Any:
+    """The shardings of parameters at rest, quantized ones too: a tree of NamedSharding like params.
+
+    Args:
+      specs: a tree of ParamSpec.
+    """
+    sizes = dict(mesh.shape)
+
+    def shardings(spec, w):
+        where = resolve_param(spec, mesh, rules).spec
+        if isinstance(w, Weight):
+            rest = jax.tree.leaves(w)[1:]
+            return jax.tree.unflatten(
+                jax.tree.structure(w), [NamedSharding(mesh, where), *[NamedSharding(mesh, P())] * len(rest)]
+            )
+        if not isinstance(w, QuantizedArray):
+            return NamedSharding(mesh, where)
+        parts = place_quantized(w, where, sizes, rest=True)
+        return jax.tree.map(lambda p: NamedSharding(mesh, p), parts, is_leaf=lambda p: isinstance(p, P))
+
+    return jax.tree.map(shardings, specs, params)
 
 
 def gather_params(
@@ -109,17 +233,26 @@ def gather_params(
         (Vectors, which are broadcast over rows and not contracted with them, cannot be.)
     """
     mesh = active_mesh()
-    if mesh is None:
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-    shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, dict(mesh.shape)).spec if rows else ())
+    sizes = {} if mesh is None else dict(mesh.shape)
+    shared = frozenset()
+    if mesh is not None and rows:
+        shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, sizes).spec)
 
-    def gather(x, spec):
+    def gather(spec, x):
+        if isinstance(x, Weight):
+            value, *rest = jax.tree.leaves(x)
+            return jax.tree.unflatten(jax.tree.structure(x), [gather(spec, value), *rest])
+        whole = x if isinstance(x, QuantizedArray) else x.astype(dtype)
+        if mesh is None:
+            return whole
         axes = spec.axes[len(spec.axes) - x.ndim :]
-        where = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
+        where = resolve_spec(x.shape, axes, rules.compute, sizes).spec
+        if isinstance(x, QuantizedArray):  # gathered as it is: a quarter of the bytes
+            return jax.tree.map(jax.reshard, x, place_quantized(x, where, sizes))
         matrix = "embed" in axes and len(axes) > 1
-        return jax.reshard(x.astype(dtype), P(*where, reduced=shared if matrix else frozenset()))
+        return jax.reshard(whole, P(*where, reduced=shared if matrix else frozenset()))
 
-    return jax.tree.map(gather, params, specs)
+    return jax.tree.map(gather, specs, params)
 
 
 def saveable(remat: str, prim: Any, *args: Any, **params: Any) -> bool:
@@ -231,9 +364,12 @@ def _without(spec: P, axes: Sequence[str]) -> P:
     return P(*(e[0] if len(e) == 1 else tuple(e) or None for e in entries))
 
 
-def partitions(x: jax.Array) -> tuple[Any, ...]:
-    """How each dim of a traced array is split: a mesh axis, several, or None."""
-    return jax.typeof(x).sharding.spec.partitions
+def partitions(x: Any) -> tuple[Any, ...]:
+    """How each dim of a traced array is split: a mesh axis, several, or None; of a weight, each of its dense dims."""
+    if isinstance(x, QuantizedArray):
+        stored = dict(zip(x.order, partitions(x.values)))
+        return tuple(stored[d] for d in range(x.ndim))
+    return jax.typeof(x.value if isinstance(x, Weight) else x).sharding.spec.partitions
 
 
 def axes_of(entries: Any) -> frozenset[str]:

@@ -2,14 +2,20 @@
 
 from pallas_kernels.attention.api import attention, attention_backward, attention_implementation
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
+from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
+from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation
 
 __all__ = [
+    "QuantizedArray",
     "attention",
     "attention_backward",
     "attention_implementation",
     "decode_attention",
     "decode_attention_implementation",
+    "quantize_array",
+    "quantized_matmul",
+    "quantized_matmul_implementation",
     "ragged_dot",
     "ragged_dot_implementation",
 ]

@@ -178,7 +178,7 @@ def _hidden(
 
     with jax.named_scope("embed"):
         table = _gather(params["embed"], specs["embed"], cfg, tokens.shape, rules)
-        x = tensor.embed(table, tokens, rules)
+        x = tensor.embed(table, tokens, jnp.dtype(cfg.dtype), rules)
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.embed_dim**0.5, x.dtype)
 

@@ -1,8 +1,10 @@
 """Tensor-parallel ops whose communication must not be left to the partitioner: attention over heads, the vocabulary-
 parallel embedding and loss (Megatron-LM, arXiv 1909.08053). Without a mesh each is its single-device twin."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,13 @@ from jaxtyping import Array, Float, Int
 from jaxscale.layers import soft_cap
 from jaxscale.parallel.context import attention as context_attention
 from jaxscale.parallel.context_cost import Context
-from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, matmul, partitions
+from jaxscale.sharding import Weight, active_mesh, axes_of, compute_spec, constrain, enter, matmul, partitions
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 TP = "tp"
 CP = "cp"
+_FLOAT32: Any = {"preferred_element_type": jnp.float32}
 
 
 def attention(
@@ -81,16 +85,16 @@ def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: 
     return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids)
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], rules: Rules = MEGATRON_FSDP) -> Float[Array, "B T D"]:
-    """Rows of the table. Split over the vocabulary, each shard looks up what it holds and the parts are summed: the
-    gradient then moves V/tp x D numbers, where a plain gather makes the partitioner replicate the table."""
+def embed(table: Any, tokens: Int[Array, "B T"], dtype: Any, rules: Rules = MEGATRON_FSDP) -> Float[Array, "B T D"]:
+    """Rows of the table [V, D] in `dtype`; of a quantized one they are dequantized.
+
+    Split over the vocabulary, each shard looks up what it holds and the parts are summed: the gradient then moves
+    V/tp x D numbers, where a plain gather makes the partitioner replicate the table.
+    """
     out_axes = ("batch", "norm_seq", "embed")
     vocab_split = active_mesh() is not None and partitions(table)[0] is not None
     if not vocab_split:
-        spec = compute_spec(tokens.shape + table.shape[1:], ("batch", "seq", "embed"), rules)
-        return constrain(
-            table.at[tokens].get(out_sharding=spec) if spec is not None else table[tokens], out_axes, rules
-        )
+        return constrain(_rows(table, tokens, dtype, rules), out_axes, rules)
     tokens = constrain(tokens, ("batch", "seq"), rules)
     out_spec = compute_spec(tokens.shape + table.shape[1:], out_axes, rules) or P()
     scatter = TP in axes_of(out_spec[1:2])
@@ -98,10 +102,25 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], rules: Rules = 
     def embed_local(table, tokens):
         local = tokens - jax.lax.axis_index(TP) * table.shape[0]
         mine = (local >= 0) & (local < table.shape[0])
-        rows = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
+        rows = jnp.where(mine[..., None], _rows(table, jnp.where(mine, local, 0), dtype, rules), jnp.zeros((), dtype))
         return jax.lax.psum_scatter(rows, TP, scatter_dimension=1, tiled=True) if scatter else jax.lax.psum(rows, TP)
 
     return jax.shard_map(embed_local, out_specs=out_spec)(table, tokens)
+
+
+def _rows(table, tokens, dtype, rules) -> Array:
+    def take(x):
+        spec = compute_spec(tokens.shape + x.shape[1:], ("batch", "seq", None), rules)
+        return x[tokens] if spec is None else x.at[tokens].get(out_sharding=spec)
+
+    if isinstance(table, Weight):
+        table = table.value
+    if not isinstance(table, QuantizedArray):
+        return take(table).astype(dtype)
+    rows = jax.tree.map(take, dataclasses.replace(table, inputs=None))
+    if table.contraction != (-1,):
+        raise ValueError(f"a table [V, D] is quantized along its rows, contraction (-1,). Got {table.contraction}")
+    return rows.dequantize(dtype)
 
 
 def token_losses(
@@ -137,7 +156,7 @@ def token_losses(
 
 
 def _vary(x, axes):
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(sorted(axes)), to="varying"), x) if axes else x
 
 
 def _token_losses_local(x, head, labels, chunk, logit_soft_cap, axis_name):
@@ -168,15 +187,20 @@ def _token_losses_local(x, head, labels, chunk, logit_soft_cap, axis_name):
     return nll.reshape(-1)[:rows].reshape(shape), lse.reshape(-1)[:rows].reshape(shape)
 
 
+def _head_logits(x: Array, head: Any) -> Array:
+    """Float32 [r, V] of x [r, D] and head [D, V], which may be quantized."""
+    return _array_logits(x, head) if isinstance(head, jax.Array) else matmul("rD,DV->rV", x, head, **_FLOAT32)
+
+
 @jax.custom_vjp
-def _head_logits(x: Array, head: Array) -> Array:
-    """Float32 [r, V] of x [r, D] and head [D, V]. In the backward pass the logits' cotangent meets both in their own
+def _array_logits(x: Array, head: Array) -> Array:
+    """Float32 [r, V]. In the backward pass the logits' cotangent meets both in their own
     dtype: left in float32 it would make two of the three matmuls of the vocabulary float32 ones."""
-    return matmul("rD,DV->rV", x, head, preferred_element_type=jnp.float32)
+    return matmul("rD,DV->rV", x, head, **_FLOAT32)
 
 
 def _head_logits_fwd(x, head):
-    return _head_logits(x, head), (x, head)
+    return _array_logits(x, head), (x, head)
 
 
 def _head_logits_bwd(residuals, dlogits):
@@ -185,7 +209,7 @@ def _head_logits_bwd(residuals, dlogits):
     return jnp.einsum("rV,DV->rD", dlogits, head), jnp.einsum("rD,rV->DV", x, dlogits)
 
 
-_head_logits.defvjp(_head_logits_fwd, _head_logits_bwd)
+_array_logits.defvjp(_head_logits_fwd, _head_logits_bwd)
 
 
 def _own_kv_heads(x: Array, num_local: int, group: int) -> Array:

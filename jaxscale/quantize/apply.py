@@ -1,0 +1,131 @@
+"""Weights of a model -> QuantizedArrays, on any mesh."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from jaxscale.params import ParamSpec, path_name
+from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
+from jaxscale.sharding import place, place_quantized
+from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
+from sharding_rules.resolve import resolve_spec
+from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+# What `jaxscale.sharding.matmul` multiplies by; experts and routers go other ways.
+MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "embed", "head")
+
+
+def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = MEGATRON_FSDP) -> Any:
+    """The same tree with QuantizedArrays where the recipe says so, rounded to the nearest, where the weights lie.
+
+        small = jaxscale.quantize(params, "w4a16-g64", decoder.param_specs(cfg))
+        logits = decoder.forward(small, tokens, cfg)
+
+    Args:
+      params: arrays, on one device or sharded.
+      recipe: or its name, as `parse_recipe` reads it. One whose method needs a calibration set is refused here:
+        `jaxscale.quantize.calibrate` takes it.
+      specs: a tree of ParamSpec like params; its axes say what a matmul contracts.
+
+    Raises:
+      ValueError: weights that are quantized already, a rule that no weight obeys, groups that do not divide, shards
+        inside of groups.
+    """
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    if recipe.method != "rtn":
+        raise ValueError(f"{recipe.method} needs a calibration set: jaxscale.quantize.calibrate.quantize_calibrated")
+    chosen = select(params, recipe, specs)
+
+    def round_one(path, spec, w):
+        name = path_name(path)
+        if name not in chosen:
+            return w
+        return on_its_mesh(functools.partial(round_weight, spec, chosen[name], name), name, spec, w, rules)
+
+    return jax.tree.map_with_path(round_one, specs, params)
+
+
+def select(params: Any, recipe: Recipe, specs: Any) -> dict[str, Rounding]:
+    """Path -> what the recipe says, for each weight that it rounds."""
+    named = {path_name(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
+    done = [path_name(p) for p, w in jax.tree.leaves_with_path(params, is_leaf=_quantized) if _quantized(w)]
+    if done:
+        raise ValueError(
+            f"{len(done)} weights are quantized already, {done[0]} the first; quantize the parameters that they were "
+            f"made from, or name it in a rule (pattern, None)"
+        )
+    matrices = [name for name in named if name.rpartition("/")[2] in MATRICES and "/moe/" not in name]
+    chosen = {name: found for name in matrices if (found := recipe.rounding(name)) is not None}
+    if not chosen:
+        some = ", ".join(matrices) or "none"
+        raise ValueError(f"no rule of the recipe chooses a weight; the weights that can be quantized are {some}")
+    return chosen
+
+
+def contraction_of(spec: ParamSpec) -> tuple[int, ...]:
+    """The dims that a matmul contracts: embed, or of what writes into the residual stream all others but layers."""
+    axes = spec.axes
+    if axes[-1] == "embed" and axes != ("vocab", "embed"):
+        return tuple(d - len(axes) for d, axis in enumerate(axes) if axis not in ("embed", "layers"))
+    return (axes.index("embed") - len(axes),)
+
+
+def round_weight(spec: ParamSpec, rounding: Rounding, name: str, w: jax.Array) -> QuantizedArray:
+    """One weight, rounded to the nearest."""
+    try:
+        return quantize_array(
+            w,
+            rounding.format,
+            contraction=contraction_of(spec),
+            group=rounding.group,
+            symmetric=rounding.symmetric,
+            activations=rounding.activations,
+        )
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+
+
+def on_its_mesh(fn: Any, name: str, spec: ParamSpec, w: jax.Array, rules: Rules, *more: Any) -> Any:
+    """`fn(w, *more)`, a QuantizedArray, compiled for the mesh that w lies on, whose parts rest there as w does."""
+    mesh = w.sharding.mesh if isinstance(w.sharding, NamedSharding) else None
+    if not isinstance(mesh, Mesh):
+        return jax.jit(fn)(w, *more)
+    shape = jax.eval_shape(fn, jax.ShapeDtypeStruct(w.shape, w.dtype), *more)
+    computed = resolve_spec(spec.shape, spec.axes, rules.compute, dict(mesh.shape)).spec
+    try:
+        place_quantized(shape, computed, dict(mesh.shape))
+    except ValueError as e:  # now, not at the first matmul
+        raise ValueError(f"{name}: {e}") from None
+    where = place(shape, spec, mesh, rules)
+    treedef = jax.tree.structure(where)
+    flat = lambda *args: tuple(jax.tree.leaves(fn(*args)))
+    with jax.set_mesh(mesh):  # left to the partitioner: groups are cut out of dims that are split
+        specs = tuple(s.spec for s in jax.tree.leaves(where))
+        return jax.tree.unflatten(treedef, jax.jit(jax.sharding.auto_axes(flat, out_sharding=specs))(w, *more))
+
+
+def num_bytes(params: Any) -> int:
+    """What the arrays of a tree take, two values of 4 bits to a byte."""
+    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in jax.tree.leaves(params))
+
+
+def bits_of(dtype: Any) -> int:
+    name = jnp.dtype(dtype).name
+    return 4 if name in ("int4", "uint4") or name.startswith("float4") else 8 * jnp.dtype(dtype).itemsize
+
+
+def summary(params: Any) -> str:
+    """`quantized 8 of 12 arrays: 4.25 bits a number, 27 % of bfloat16's memory`"""
+    leaves = jax.tree.leaves(params, is_leaf=_quantized)
+    numbers = sum(math.prod(x.shape) for x in leaves)
+    bits = 8 * num_bytes(params) / numbers
+    count = sum(map(_quantized, leaves))
+    return f"quantized {count} of {len(leaves)} arrays: {bits:.2f} bits a number, {bits / 16:.0%} of bfloat16's memory"
+
+
+def _quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)

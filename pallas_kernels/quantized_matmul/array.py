@@ -1,0 +1,225 @@
+"""QuantizedArray: a weight as values of 4 or 8 bits with scales, and what turns arrays into it and back."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Format = Literal["int4", "uint4", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
+Activations = Literal["int8", "float8_e4m3fn"]
+
+# Of each format: the dtype of the values in memory, the least and the largest number that they stand for.
+FORMATS = {
+    "int4": (jnp.int4, -8.0, 7.0),
+    "uint4": (jnp.int4, 0.0, 15.0),  # kept less 8: Orbax cannot hold uint4, and kernels widen one kind of nibble only
+    "int8": (jnp.int8, -128.0, 127.0),
+    "float8_e4m3fn": (jnp.float8_e4m3fn, -448.0, 448.0),
+    "float8_e5m2": (jnp.float8_e5m2, -57344.0, 57344.0),
+    "float4_e2m1fn": (jnp.float4_e2m1fn, -6.0, 6.0),
+}
+ZERO = 8  # what is taken off the values of an unsigned format
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scales", "offsets", "inputs"),
+    meta_fields=("contraction", "unsigned", "activations"),
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A weight w[..., k] = inputs[k] * (scales * q + offsets), one scale (and offset) for a group along the dims that a
+    matmul contracts.
+
+    One node of a pytree, its arrays the leaves: it is scanned, sharded, donated and saved as any weight is. The dense
+    array that it stands for has the dims of `shape`. Its values lie with the contracted dims last, as GGUF files and
+    the kernels have them; K is the product of these dims, C-contiguous, and G divides K.
+
+    Attributes:
+      values: [*outputs, *contracted], int4, int8, float8_e4m3fn, float8_e5m2 or float4_e2m1fn: q, or q - 8 where
+        `unsigned`. XLA packs two values of 4 bits to a byte.
+      scales: [*outputs', G] floating, where each outputs' divides its outputs: G = 1 is one scale per channel, 1s all
+        over one per tensor, outputs / 128 tiles of 128 x 128.
+      offsets: None, or floating in the shape of scales.
+      inputs: None, or floating [*leading, K]: what the activations are multiplied with before the matmul (AWQ,
+        SmoothQuant).
+      contraction: the contracted dims of the dense array, negative, ascending: (-2,) for [D, F], (-3, -2) for
+        [N, H, D]. Leading dims may so be added (stacked layers) and taken off (scan).
+      unsigned: q is 0 to 15, kept as int4 q - 8.
+      activations: None, or the dtype to which a matmul quantizes the other operand, one scale per row and group.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    offsets: jax.Array | None = None
+    inputs: jax.Array | None = None
+    contraction: tuple[int, ...] = (-2,)
+    unsigned: bool = False
+    activations: Activations | None = None
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense array."""
+        stored = dict(zip(self.order, self.values.shape))
+        return tuple(stored[d] for d in range(self.ndim))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dense array's dims in the order in which the values have them."""
+        contracted = [d + self.ndim for d in self.contraction]
+        return (*(d for d in range(self.ndim) if d not in contracted), *contracted)
+
+    @property
+    def format(self) -> str:
+        return "uint4" if self.unsigned else jnp.dtype(self.values.dtype).name
+
+    @property
+    def group(self) -> int:
+        """How many numbers along K share a scale."""
+        return math.prod(self.values.shape[self.ndim - len(self.contraction) :]) // self.scales.shape[-1]
+
+    @property
+    def T(self) -> "QuantizedArray":
+        """The transpose of a matrix; nothing moves."""
+        if self.ndim != 2:
+            raise ValueError(f"only a matrix has a transpose here. Got shape {self.shape}")
+        return dataclasses.replace(self, contraction=(-3 - self.contraction[0],))
+
+    def flat(self) -> "QuantizedArray":
+        """The same numbers as a matrix [K, N]: values [N, K], scales [N', G], offsets with the zero of unsigned values.
+
+        What backends receive. Its offsets, where there are any, are float32: w = scales * values + offsets.
+        """
+        outputs = self.ndim - len(self.contraction)
+        scales = self.scales
+        if outputs != 1:
+            scales = repeat_to(scales, (*self.values.shape[:outputs], scales.shape[-1]))
+        offsets = self.effective_offsets()
+        if offsets is not None and outputs != 1:
+            offsets = repeat_to(offsets, scales.shape)
+        N = math.prod(self.values.shape[:outputs])
+        K = math.prod(self.values.shape[outputs:])
+        two = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
+        return dataclasses.replace(
+            self,
+            values=self.values.reshape(N, K),
+            scales=two(scales),
+            offsets=two(offsets),
+            inputs=self.inputs,
+            contraction=(-2,),
+            unsigned=False,
+        )
+
+    def effective_offsets(self) -> jax.Array | None:
+        """float32: what to add to scales * values as they lie in memory."""
+        if not self.unsigned:
+            return None if self.offsets is None else self.offsets.astype(jnp.float32)
+        zero = ZERO * self.scales.astype(jnp.float32)
+        return zero if self.offsets is None else self.offsets.astype(jnp.float32) + zero
+
+    def dequantize(self, dtype=jnp.float32) -> jax.Array:
+        """The dense array of `shape`; computed in float32."""
+        outputs = self.ndim - len(self.contraction)
+        lead, G = self.values.shape[:outputs], self.scales.shape[-1]
+        full = (*lead, G, 1)
+        w = self.values.astype(jnp.float32).reshape(*lead, G, -1)
+        w = w * repeat_to(self.scales.astype(jnp.float32), full[:-1]).reshape(full)
+        offsets = self.effective_offsets()
+        if offsets is not None:
+            w = w + repeat_to(offsets, full[:-1]).reshape(full)
+        w = w.reshape(*lead, -1)
+        if self.inputs is not None:
+            own = self.inputs.shape[:-1]
+            w = w * self.inputs.astype(jnp.float32).reshape(*own, *[1] * (outputs - len(own)), -1)
+        inverse = sorted(range(self.ndim), key=lambda i: self.order[i])
+        return w.reshape(self.values.shape).transpose(inverse).astype(dtype)
+
+
+def quantize_array(
+    w: jax.Array,
+    format: Format,
+    *,
+    contraction: Sequence[int] = (-2,),
+    group: int | None = None,
+    symmetric: bool = True,
+    scale_dtype=jnp.bfloat16,
+    activations: Activations | None = None,
+) -> QuantizedArray:
+    """`w` rounded to the nearest values; a group of zeros has a scale of zero.
+
+    Args:
+      w: floating, at least the contracted dims and one more.
+      contraction: its contracted dims, negative.
+      group: how many numbers along them share a scale; None: all, one scale per channel.
+      symmetric: without offsets; "uint4" is always with.
+      scale_dtype: of scales and offsets. Values are rounded with what is left of them in it.
+      activations: as in QuantizedArray.
+
+    Raises:
+      ValueError: a group that does not divide, an unknown format, an asymmetric float format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    _, low, high = FORMATS[format]
+    symmetric = symmetric and format != "uint4"
+    if not symmetric and format not in ("uint4", "int4", "int8"):
+        raise ValueError(f"{format} is symmetric about zero; offsets are for int4, uint4 and int8")
+    contraction = tuple(sorted(d if d < 0 else d - w.ndim for d in contraction))
+    contracted = [d + w.ndim for d in contraction]
+    outputs = [d for d in range(w.ndim) if d not in contracted]
+    K = math.prod(w.shape[d] for d in contracted)
+    group = K if group is None else group
+    if group < 1 or K % group:
+        divisors = [g for g in (16, 32, 64, 128, 256) if K % g == 0]
+        raise ValueError(
+            f"groups of {group} do not divide the {K} numbers that the matmul contracts (dims {contraction} of "
+            f"{tuple(w.shape)}); use {f'one of {divisors}, or ' if divisors else ''}None for one scale per channel"
+        )
+    stored = w.astype(jnp.float32).transpose(*outputs, *contracted)
+    lead = stored.shape[: len(outputs)]
+    groups = stored.reshape(*lead, K // group, group)
+    top, bottom = groups.max(axis=-1), groups.min(axis=-1)
+    if symmetric:
+        scales, offsets = jnp.maximum(top / high, bottom / low), None
+    else:
+        scales = (top - bottom) / (high - low)
+        offsets = (bottom - low * scales).astype(scale_dtype)
+    scales = scales.astype(scale_dtype)
+    values = round_to(groups, scales, offsets, format)
+    unsigned = format == "uint4"
+    return QuantizedArray(
+        values.reshape(stored.shape), scales, offsets, None, contraction, unsigned=unsigned, activations=activations
+    )
+
+
+def round_to(w: jax.Array, scales: jax.Array, offsets: jax.Array | None, format: Format) -> jax.Array:
+    """The nearest values of `w` [..., group] for scales and offsets [...], as QuantizedArray keeps them."""
+    dtype, low, high = FORMATS[format]
+    s = scales.astype(jnp.float32)[..., None]
+    q = w if offsets is None else w - offsets.astype(jnp.float32)[..., None]
+    q = jnp.where(s == 0, 0.0, q / jnp.where(s == 0, 1.0, s))
+    q = jnp.clip(jnp.round(q) if "int" in format else q, low, high)
+    return (q - ZERO if format == "uint4" else q).astype(dtype)
+
+
+def quantize_rows(x: jax.Array, groups: int, dtype: Activations) -> tuple[jax.Array, jax.Array]:
+    """Activations [M, K] -> values [M, K] in int8 or float8 and float32 scales [M, groups]; a row of zeros has 0."""
+    _, _, high = FORMATS[dtype]
+    x = x.astype(jnp.float32).reshape(x.shape[0], groups, -1)
+    scales = jnp.abs(x).max(axis=-1) / high
+    return round_to(x, scales, None, dtype).reshape(x.shape[0], -1), scales
+
+
+def repeat_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`x`, each dim of which divides that of `shape`, with every entry repeated as often as it takes."""
+    for dim, size in enumerate(shape):
+        if x.shape[dim] != size:
+            x = jnp.repeat(x, size // x.shape[dim], axis=dim, total_repeat_length=size)
+    return x
