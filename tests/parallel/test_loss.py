@@ -42,3 +42,29 @@ def test_no_matmul_of_the_vocabulary_in_float32():
     operands = re.findall(r"= dot_general\[.*?\] (\w+) (\w+)", program, flags=re.DOTALL)
     assert len(operands) == 4  # the logits, again in the backward pass, and both gradients
     assert {types[name] for pair in operands for name in pair} == {"bf16"}
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [64, 5])
+def test_gradients_of_losses_and_logsumexps(rng, chunk, cap):
+    """Against what jax derives from the formula, with a cotangent of its own for each output."""
+    x = jnp.asarray(rng.standard_normal((2, 8, 16)), jnp.float32)
+    head = jnp.asarray(rng.standard_normal((16, 40)), jnp.float32)
+    labels = jnp.asarray(rng.integers(40, size=(2, 8)), jnp.int32)
+    weights = [jnp.asarray(rng.standard_normal((2, 8)), jnp.float32) for _ in range(2)]
+
+    def formula(x, head):
+        logits = x @ head
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        return lse - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0], lse
+
+    def total(losses, x, head):
+        nll, lse = losses(x, head)
+        return (nll * weights[0] + jnp.square(lse) * weights[1]).sum()
+
+    ours = lambda x, head: token_losses(x, head, labels, chunk=chunk, logit_soft_cap=cap)
+    with jax.default_matmul_precision("highest"):
+        want = jax.value_and_grad(total, (1, 2))(formula, x, head)
+        got = jax.value_and_grad(total, (1, 2))(ours, x, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()), got, want)
