@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxscale.checkpoint import files, reading
@@ -19,7 +20,8 @@ from jaxscale.checkpoint.layout import Layout, apply_layout
 from jaxscale.checkpoint.maps import Box, Lazy
 from jaxscale.checkpoint.snapshot import Snapshot
 from jaxscale.checkpoint.store import Checkpointer
-from jaxscale.checkpoint.tree import describe, num_bytes, show_record
+from jaxscale.checkpoint.tree import describe, named_leaves, num_bytes, show_record, tree_problem
+from jaxscale.config import ModelConfig, from_dict
 
 Path = str | os.PathLike[str]
 BLOCK_BYTES = 64 << 20  # held at a time of each array that is compared
@@ -133,6 +135,36 @@ def convert_step(
             ckpt.save_snapshot(commit["step"], Snapshot(records, copies, [], 0, None), metadata=commit["metadata"])
             ckpt.wait()
     return names
+
+
+def export_step(path: Path, directory: Path) -> list[str]:
+    """Writes the parameters of a step that `jaxscale train` saved as a Hugging Face directory; needs no devices.
+
+    Returns:
+      The names of the parameters.
+
+    Raises:
+      ValueError: the step's metadata does not say which model it is, or Hugging Face has no such model.
+      CorruptCheckpointError: the step is damaged.
+    """
+    from jaxscale.checkpoint.huggingface import export_hf
+    from jaxscale.models.decoder import param_specs
+
+    step, commit = _find(path)
+    model = commit["metadata"].get("config", {}).get("model")
+    if model is None:
+        raise ValueError(f"{step} does not say which model it holds, as steps of `jaxscale train` do; use export_hf")
+    cfg = from_dict(ModelConfig, model)
+    stored = reading.open_lazily(step, commit)
+    specs = param_specs(cfg)
+    wanted = {name: describe(spec) for name, spec in named_leaves({"params": specs}).items()}
+    saved = {name: record for name, record in commit["arrays"].items() if name.startswith("params/")}
+    if problem := tree_problem(saved, wanted):
+        raise ValueError(f"checkpoint {step} does not fit its configuration: {problem}")
+    reading.check_arrays(step, commit, list(wanted))
+    params = jax.tree.unflatten(jax.tree.structure(specs), [stored[name] for name in wanted])
+    export_hf(params, cfg, os.fspath(directory))
+    return list(wanted)
 
 
 def _spool(array: Lazy, path: str) -> np.ndarray:
