@@ -10,14 +10,14 @@ from jaxscale.checkpoint.layout import Layout, Op
 HELP = """\
 Look at checkpoints, check every byte, copy and rewrite them.
 
-  jaxscale checkpoint ls DIR              the complete steps of a run (DIR: its checkpoints/ folder)
+  jaxscale checkpoint ls PATH             the complete steps of a run
   jaxscale checkpoint verify PATH         read every byte and name what is damaged
   jaxscale checkpoint diff PATH PATH      which arrays differ, and by how much
   jaxscale checkpoint convert PATH DIR [PATTERN ...]   copy a step, or what matches: 'params/*'
 
-A PATH is a step, or a directory of steps (the newest is meant then). diff and convert take --layout file.py:function, a
-function that returns a layout (jaxscale.checkpoint.layout), which is applied to the first PATH. `convert PATH DIR
---layout hf` writes the parameters of a step of `jaxscale train` as a Hugging Face directory."""
+A PATH is a step, or a run or another directory of steps (the newest is meant then). diff and convert take --layout
+file.py:function, a function that returns a layout (jaxscale.checkpoint.layout), which is applied to the first PATH.
+`convert PATH DIR --layout hf` writes the parameters of a step of `jaxscale train` as a Hugging Face directory."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxscale.checkpoint import layout as lay
@@ -114,6 +115,7 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
 
     Raises:
       ValueError: the directory is not empty, or Hugging Face has no model_type that says what cfg says.
+      OSError: it cannot be written, or the disk is full.
     """
     path = Path(path)
     hf_config = config_to_hf(cfg)
@@ -126,7 +128,10 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
 
     def flush():
         file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
-        save_file(tensors, path / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, path / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path / file} could not be written: {error}") from None
         weight_map.update(dict.fromkeys(tensors, file))
         tensors.clear()
 

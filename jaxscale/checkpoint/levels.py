@@ -135,8 +135,12 @@ class Levels:
         return math.gcd(*(level.every for level in self.levels))
 
     def latest_step(self) -> int | None:
-        steps = [step for step in (level.store.latest_step() for level in self.levels) if step is not None]
-        return max(steps, default=None)
+        """The newest step of any level.
+
+        Raises:
+          OSError: no level has one, and one of them could not be asked: to start anew would lose what it has.
+        """
+        return self._newest()[0][0]
 
     def restore(self, target: Any, **options: Any) -> Any:
         """The newest step of any level; a level that is damaged or unreachable is passed over with a warning.
@@ -144,20 +148,36 @@ class Levels:
         Args:
           target, options: as in `Checkpointer.restore`; the levels choose the step.
         """
-        found = [(level.store.latest_step(), -k, level.store) for k, level in enumerate(self.levels)]
-        known = sorted((entry for entry in found if entry[0] is not None), key=lambda e: e[:2], reverse=True)
-        if not known:
+        known = self._newest()
+        if known[0][0] is None:
             raise FileNotFoundError(f"none of {len(self.levels)} levels has a complete checkpoint")
-        for step, _, store in known:
+        for step, store in known:
             try:
                 return store.restore(target, **options)
             except (CorruptCheckpointError, OSError) as error:
-                if store is known[-1][2]:
+                if store is known[-1][1]:
                     raise
                 log.warning(
                     "%s has step %d, but %s; taking the next level", type(store).__name__, step, one_line(error)
                 )
         raise AssertionError("unreachable")
+
+    def _newest(self) -> list[tuple[int | None, Any]]:
+        """(newest step, store) of the levels that have one, newest first, of equals in order; or [(None, None)]."""
+        found: list[tuple[int, Any]] = []
+        failure = None
+        for level in self.levels:
+            try:
+                step = level.store.latest_step()
+            except OSError as error:
+                log.warning("%s is passed over: %s", type(level.store).__name__, one_line(error))
+                failure = error
+            else:
+                if step is not None:
+                    found.append((step, level.store))
+        if failure is not None and not found:
+            raise failure
+        return [*sorted(found, key=lambda entry: -entry[0])] or [(None, None)]
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given with a step, from the first level that has it."""

@@ -1,8 +1,9 @@
 """Looking at checkpoints and rewriting them: ls, verify, diff, convert, and reading without the model.
 
-Each function takes the path of a step, or of a directory of steps: the newest complete one then.
+Each function takes the path of a step, or of a directory of steps, or of a run: the newest complete step then.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxscale.checkpoint import files, reading
+from jaxscale.checkpoint.background import one_line
 from jaxscale.checkpoint.layout import Layout, apply_layout
 from jaxscale.checkpoint.maps import Box, Lazy
 from jaxscale.checkpoint.snapshot import Snapshot
@@ -52,9 +54,9 @@ class Difference:
 
 
 def list_steps(directory: Path) -> list[StepInfo]:
-    """The complete steps of a directory, in ascending order."""
+    """The complete steps of a directory or a run, in ascending order."""
     steps = []
-    with Checkpointer(directory) as ckpt:
+    with Checkpointer(_steps_in(directory)) as ckpt:
         for step in ckpt.steps():
             commit = reading.read_commit(ckpt.directory / str(step))
             if commit is not None:
@@ -120,7 +122,7 @@ def convert_step(
     as_saved = {id(array): commit["arrays"][name] for name, array in stored.items()}
     mapped = apply_layout(stored, layout)
     names = reading.choose(mapped, only)
-    with Checkpointer(directory) as ckpt:
+    with Checkpointer(directory) as ckpt, _said_of(directory):
         if commit["step"] in ckpt.steps():
             raise ValueError(f"{directory} has step {commit['step']} already; choose another directory")
         reading.check_arrays(step, commit, sorted(set().union(*(mapped[name].sources for name in names))))
@@ -163,13 +165,25 @@ def export_step(path: Path, directory: Path) -> list[str]:
         raise ValueError(f"checkpoint {step} does not fit its configuration: {problem}")
     reading.check_arrays(step, commit, list(wanted))
     params = jax.tree.unflatten(jax.tree.structure(specs), [stored[name] for name in wanted])
-    export_hf(params, cfg, os.fspath(directory))
+    with _said_of(directory):
+        export_hf(params, cfg, os.fspath(directory))
     return list(wanted)
 
 
+@contextlib.contextmanager
+def _said_of(directory: Path) -> Iterator[None]:
+    """An error of the file system, such as a full disk, says which directory was written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{os.fspath(directory)} could not be written: {one_line(error)}") from error
+
+
 def _spool(array: Lazy, path: str) -> np.ndarray:
-    """The array in a file, mapped into memory."""
-    raw = np.memmap(path, np.uint8, "w+", shape=(math.prod(array.shape) * array.dtype.itemsize,))
+    """The array in a file, mapped into memory; the disk gives its blocks first, so that a full one is an error here."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, math.prod(array.shape) * array.dtype.itemsize)
+    raw = np.memmap(path, np.uint8, "r+")
     out = raw.view(array.dtype).reshape(array.shape)
     for box in _blocks(array):
         out[box] = array.read(box)
@@ -178,7 +192,7 @@ def _spool(array: Lazy, path: str) -> np.ndarray:
 
 def _find(path: Path) -> tuple[Any, dict[str, Any]]:
     """The folder and commit of a step, or of the newest step of a directory."""
-    with Checkpointer(path) as ckpt:
+    with Checkpointer(_steps_in(path)) as ckpt:
         folder = ckpt.directory
         commit = reading.read_commit(folder)
         if commit is None:
@@ -190,6 +204,12 @@ def _find(path: Path) -> tuple[Any, dict[str, Any]]:
             commit = reading.read_commit(folder)
     assert commit is not None
     return folder, commit
+
+
+def _steps_in(path: Path) -> Path:
+    """Where the steps are: of the directory of a run, its checkpoints/."""
+    inside = os.path.join(path, "checkpoints")
+    return inside if os.path.isdir(inside) else path
 
 
 def _compare(name: str, a: Lazy, b: Lazy) -> list[Difference]:

@@ -91,8 +91,9 @@ def test_a_step_becomes_a_hugging_face_directory(tmp_path, rng, capsys):
     cfg = dataclasses.replace(presets.tiny(), num_layers=2, embed_dim=16, mlp_dim=32, num_heads=2, head_dim=8)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), param_specs(cfg))
     config = json.loads(json.dumps(dataclasses.asdict(TrainConfig(model=cfg))))
-    with Checkpointer(tmp_path / "run") as ckpt:
+    with Checkpointer(tmp_path / "run" / "checkpoints") as ckpt:
         ckpt.save(3, {"params": params, "step": 3}, metadata={"config": config})
+    assert call(capsys, "ls", tmp_path / "run")[1].startswith("step        3")
     status, out, _ = call(capsys, "convert", tmp_path / "run", tmp_path / "hf", "--layout", "hf")
     assert status == 0 and f"arrays to {tmp_path / 'hf'}" in out
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
@@ -101,7 +102,7 @@ def test_a_step_becomes_a_hugging_face_directory(tmp_path, rng, capsys):
     jax.tree.map(np.testing.assert_array_equal, back, params)
     assert "is not empty" in call(capsys, "convert", tmp_path / "run", tmp_path / "hf", "--layout", "hf")[2]
     # A damaged step is not exported.
-    damaged = max((tmp_path / "run" / "3" / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    damaged = max((tmp_path / "run" / "checkpoints" / "3" / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
