@@ -177,7 +177,8 @@ class Levels:
                     found.append((step, level.store))
         if failure is not None and not found:
             raise failure
-        return [*sorted(found, key=lambda entry: -entry[0])] or [(None, None)]
+        found.sort(key=lambda entry: entry[0], reverse=True)
+        return [*found] or [(None, None)]
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given with a step, from the first level that has it."""
