@@ -2,15 +2,19 @@
 
 import json
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from jaxscale.train import Callback, TrainState
+
+if TYPE_CHECKING:
+    from jaxscale.checkpoint import Levels
 
 
 class Validate(Callback):
@@ -40,21 +44,27 @@ class Validate(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves the state, asynchronously, at multiples of `every`, at the end, and when the run is preempted."""
+    """Saves the state, asynchronously, as often as each level asks, at the end, and when the run is preempted."""
 
-    def __init__(self, checkpointer: Any, metadata: Callable[[int], dict[str, Any]], every: int):
-        self.checkpointer, self.metadata, self.every = checkpointer, metadata, every
+    def __init__(self, levels: "Levels", metadata: Callable[[int], dict[str, Any]]):
+        self.levels, self.metadata, self.every = levels, metadata, levels.every
+        self.last, self.safe = -1, False
+
+    def on_start(self, step: int, steps: int) -> None:
+        self.last = steps
 
     def on_state(self, step: int, state: TrainState) -> None:
-        self.checkpointer.save(step, state, metadata=self.metadata(step))
+        self.safe = step == self.last
+        self.levels.save(step, state, metadata=self.metadata(step), everywhere=self.safe)
 
     def on_preempt(self, step: int, state: TrainState) -> None:
-        if self.checkpointer.latest_step() != step:
-            self.checkpointer.save(step, state, metadata=self.metadata(step))
-        self.checkpointer.wait()
+        self.safe = True
+        self.levels.save(step, state, metadata=self.metadata(step), everywhere=True)
+        self.levels.wait()
 
     def on_end(self) -> None:
-        self.checkpointer.close()
+        """After an error what is in the keepers' memory stays there, for the run that comes back."""
+        self.levels.__exit__(*((None, None, None) if self.safe else sys.exc_info()))
 
 
 class MetricsFile(Callback):

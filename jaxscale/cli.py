@@ -233,55 +233,10 @@ def _bench(args: list[str]) -> int:
     return links_command(_parse(LinksOptions, args[1:], "jaxscale bench links"))
 
 
-CHECKPOINT_HELP = """\
-jaxscale checkpoint ls DIR                    the complete steps of a run (DIR: its checkpoints/ folder)
-jaxscale checkpoint verify PATH               read every byte and name what is damaged
-jaxscale checkpoint diff PATH PATH            which arrays differ, and by how much
-jaxscale checkpoint convert PATH DIR [PATTERN ...]   copy a step, or what matches: 'params/*'
-
-A PATH is a step, or a directory of steps (the newest is meant then).
-"""
-
-
 def _checkpoint(args: list[str]) -> int:
-    verb, paths = (args[0], args[1:]) if args else ("--help", [])
-    wanted = {"ls": 1, "verify": 1, "diff": 2, "convert": 2}
-    if verb not in wanted:
-        if verb not in ("-h", "--help"):
-            raise ValueError(f"no command checkpoint {verb!r}{_nearest(verb, wanted)}; jaxscale checkpoint --help")
-        print(CHECKPOINT_HELP)
-        return 0
-    if len(paths) < wanted[verb] or (len(paths) > wanted[verb] and verb != "convert"):
-        raise ValueError(
-            f"checkpoint {verb} takes {wanted[verb]} path(s), got {len(paths)}; jaxscale checkpoint --help"
-        )
-    from jaxscale import checkpoint
+    from jaxscale.checkpoint.command import checkpoint_command
 
-    if verb == "ls":
-        steps = checkpoint.list_steps(paths[0])
-        for s in steps:
-            print(f"step {s.step:>8}  {s.saved}  {s.num_bytes / 2**20:,.1f} MiB in {s.num_arrays} arrays")
-        if not steps:
-            raise ValueError(f"no complete step in {paths[0]}")
-    elif verb == "verify":
-        problems = checkpoint.verify_step(paths[0])
-        print("\n".join(problems) or "every byte is as it was saved")
-        return 1 if problems else 0
-    elif verb == "diff":
-        differences = checkpoint.diff_steps(paths[0], paths[1])
-        for d in differences:
-            figures = (
-                ""
-                if d.changed is None
-                else f"{d.changed:.1%} changed, largest {d.max_abs:.3g}, {d.relative:.2g} of norm"
-            )
-            print(f"{d.name}  {d.kind}  {d.detail}{figures}")
-        print(f"{len(differences)} arrays differ" if differences else "the same")
-        return 1 if differences else 0
-    else:
-        names = checkpoint.convert_step(paths[0], paths[1], only=paths[2:] or None)
-        print(f"wrote {len(names)} arrays to {paths[1]}")
-    return 0
+    return checkpoint_command(args, _function)
 
 
 def _doctor(args: list[str]) -> int:

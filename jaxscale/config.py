@@ -320,15 +320,44 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and what to keep. Steps that are multiples of keep_every are kept for good."""
+    """When to save and what to keep: on disk, and if asked for in memory and in an object store."""
 
     every: int = 100
+    """steps from one save on disk to the next"""
     keep_last: int = 2
+    """how many of the newest steps stay on disk, and in the object store"""
     keep_every: int | None = None
+    """steps on disk that are multiples of it are kept for good"""
+    on_error: Literal["continue", "stop"] = "continue"
+    """what a failed save does: training goes on and says so, or it stops at the next save"""
+    memory_every: int | None = None
+    """steps from one snapshot in host memory to the next; a run that crashed goes on from there"""
+    memory_hosts: tuple[str, ...] = ()
+    """address:port for the keeper of each process, the same list everywhere; one process needs none"""
+    memory_lost: int = 0
+    """how many of these hosts may be lost together with their memory"""
+    remote: str | None = None
+    """object store that steps on disk are copied to: s3://bucket/path, gs://bucket/path"""
+    remote_every: int | None = None
+    """steps from one copy to the next, a multiple of every; default: each that is saved on disk"""
 
     def __post_init__(self):
         if self.every < 1 or self.keep_last < 1:
             raise ValueError(f"checkpoint every={self.every} and keep_last={self.keep_last} must be at least 1")
+        for name in ("keep_every", "memory_every", "remote_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"checkpoint {name}={value} must be at least 1")
+        if self.remote_every is not None and (self.remote is None or self.remote_every % self.every):
+            raise ValueError(
+                f"checkpoint remote_every={self.remote_every} needs remote and a multiple of every={self.every}"
+            )
+        hosts = max(1, len(self.memory_hosts))
+        if not 0 <= self.memory_lost < hosts:
+            raise ValueError(
+                f"checkpoint memory_lost={self.memory_lost} of {hosts} host(s) must lie in 0..{hosts - 1}; "
+                "name more memory_hosts"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def run(
     """
     from rich.console import Console
 
-    from jaxscale.checkpoint import Checkpointer
+    from jaxscale.checkpoint import open_levels
 
     console = console or Console(quiet=jax.process_index() > 0)
     out = Path(cfg.out)
@@ -99,15 +99,15 @@ def run(
             whole = saved.with_suffix(".tmp")  # other processes may look while it is written
             data.tokenizer.save(whole)
             whole.replace(saved)
-    checkpointer = Checkpointer(out / "checkpoints", cfg.checkpoint)
+    levels = open_levels(out / "checkpoints", cfg.checkpoint)
     with jax.set_mesh(mesh):
-        if checkpointer.latest_step() is None:
+        if levels.latest_step() is None:
             key, param_key = jax.random.split(jax.random.key(cfg.seed))
             state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key)
             position = data.state(0)
         else:
-            state = checkpointer.restore(abstract_train_state(specs, optimizer, mesh, rules))
-            position = checkpointer.metadata(int(state.step))["data"]
+            state = levels.restore(abstract_train_state(specs, optimizer, mesh, rules))
+            position = levels.metadata(int(state.step))["data"]
             console.print(f"resumed from step {int(state.step)} of {out}", highlight=False)
         if first:
             (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
@@ -139,7 +139,7 @@ def run(
                 Progress(console, tokens, flops * tokens, peak and peak * mesh.size, cfg.log_every),
                 *(writers if first else ()),
                 Validate(eval_step, validation, _total(map(held_out.count_bytes, labels), count), cfg.eval_every),
-                Checkpoints(checkpointer, metadata, cfg.checkpoint.every),
+                Checkpoints(levels, metadata),
                 *callbacks,
             ),
         )

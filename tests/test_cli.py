@@ -142,7 +142,7 @@ def test_checkpoint_commands(capsys, tmp_path):
     status, text, _ = call(capsys, "checkpoint", "diff", one, two)
     assert status == 1
     assert text.startswith("a  values")
-    assert "1 arrays differ" in text
+    assert "1 array(s) differ" in text
     assert call(capsys, "checkpoint", "convert", one, str(tmp_path / "copy"), "a")[0] == 0
     assert "only in the first" in call(capsys, "checkpoint", "diff", one, str(tmp_path / "copy"))[1]
     for args in (

@@ -7,22 +7,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxscale.checkpoint.levels import Level, Levels
+    from jaxscale.checkpoint.levels import Level, Levels, open_levels
     from jaxscale.checkpoint.memory.checkpointer import MemoryCheckpointer
     from jaxscale.checkpoint.reading import CorruptCheckpointError
     from jaxscale.checkpoint.remote import RemoteCheckpointer
     from jaxscale.checkpoint.snapshot import HostPool
     from jaxscale.checkpoint.store import Checkpointer
-    from jaxscale.checkpoint.tools import convert_step, diff_steps, list_steps, open_step, verify_step
+    from jaxscale.checkpoint.tools import convert_step, diff_steps, export_step, list_steps, open_step, verify_step
 
 _HOMES = {
-    "levels": ("Level", "Levels"),
+    "levels": ("Level", "Levels", "open_levels"),
     "memory.checkpointer": ("MemoryCheckpointer",),
     "reading": ("CorruptCheckpointError",),
     "remote": ("RemoteCheckpointer",),
     "snapshot": ("HostPool",),
     "store": ("Checkpointer",),
-    "tools": ("convert_step", "diff_steps", "list_steps", "open_step", "verify_step"),
+    "tools": ("convert_step", "diff_steps", "export_step", "list_steps", "open_step", "verify_step"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,11 +1,14 @@
 """One save at a time on a background thread; its failure is kept until somebody asks."""
 
 import concurrent.futures
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
 log = logging.getLogger("jaxscale.checkpoint")
+
+SAY_SECONDS = 10.0  # a wait that is longer is logged
 
 OnError = Literal["continue", "stop"]
 
@@ -42,6 +45,10 @@ class Background:
         if future is None:
             return
         try:
+            with contextlib.suppress(TimeoutError):
+                future.exception(SAY_SECONDS)
+            if not future.done():
+                log.warning("waiting for the save of step %d, which is still under way", self._step)
             future.result()
             self._failure = None
         except Exception as error:

@@ -11,6 +11,7 @@ export_hf(params, cfg, "out/hf")
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxscale.checkpoint import layout as lay
@@ -107,12 +109,13 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
     Host memory holds one stacked parameter and one file at a time.
 
     Args:
-      params: like `param_specs(cfg)`; every shard must be addressable by this process.
+      params: like `param_specs(cfg)`; every shard must be addressable by this process. Lazy arrays are read in turn.
       path: a new or empty directory. config.json is written last: a directory without it is half-written.
       max_file_bytes: what goes beyond it goes to further files, listed in an index.
 
     Raises:
       ValueError: the directory is not empty, or Hugging Face has no model_type that says what cfg says.
+      OSError: it cannot be written, or the disk is full.
     """
     path = Path(path)
     hf_config = config_to_hf(cfg)
@@ -125,7 +128,10 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
 
     def flush():
         file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
-        save_file(tensors, path / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, path / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path / file} could not be written: {error}") from None
         weight_map.update(dict.fromkeys(tensors, file))
         tensors.clear()
 
@@ -138,7 +144,7 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
     if len(files := set(weight_map.values())) == 1:
         (path / files.pop()).rename(path / "model.safetensors")
     else:
-        total = {"total_size": sum(x.nbytes for x in jax.tree.leaves(params))}
+        total = {"total_size": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))}
         _write_json(path / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
     _write_json(path / "config.json", hf_config | {"torch_dtype": str(jax.tree.leaves(params)[0].dtype)})
 
@@ -209,7 +215,8 @@ def _exported(params: Any, cfg: ModelConfig) -> Iterator[tuple[str, Lazy]]:
         if array.shape != spec.shape:
             raise ValueError(f"{name} has shape {array.shape} but the configuration says {spec.shape}")
         arrays[name] = array
-    on_host = functools.lru_cache(maxsize=1)(lambda name: np.asarray(arrays[name]))
+    whole = lambda array: array.whole() if isinstance(array, Lazy) else np.asarray(array)
+    on_host = functools.lru_cache(maxsize=1)(lambda name: whole(arrays[name]))
     stored = {
         name: Lazy(x.shape, np.dtype(x.dtype), lambda box, name=name: on_host(name)[box]) for name, x in arrays.items()
     }

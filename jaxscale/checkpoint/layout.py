@@ -49,7 +49,7 @@ def inverse(layout: Layout) -> tuple[Op, ...]:
 
 
 def rename(old: str, new: str) -> Op:
-    return Op(maps.Same(), (old,), (new,))
+    return Op(maps.Rename(), (old,), (new,))
 
 
 def transpose(path: str, order: Sequence[int]) -> Op:

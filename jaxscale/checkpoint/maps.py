@@ -40,7 +40,7 @@ class Map(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Same:
+class Rename:
     def __call__(self, x):
         return [x]
 

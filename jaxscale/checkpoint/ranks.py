@@ -25,6 +25,7 @@ from jaxscale.checkpoint.layout import apply_layout, unflatten
 from jaxscale.checkpoint.maps import Concat, Lazy
 
 Path = str | os.PathLike[str]
+DEFLATES = 1032  # bytes that one byte of a zip member becomes at the most
 
 DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -70,6 +71,10 @@ def open_npz(path: Path) -> dict[str, Lazy]:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
+                if info.compress_size > os.path.getsize(path) or info.file_size > DEFLATES * info.compress_size + 64:
+                    raise ValueError(
+                        f"{info.filename} says {info.file_size} bytes, more than {info.compress_size} can hold"
+                    )
                 with archive.open(info) as member:
                     old = np.lib.format.read_magic(member) == (1, 0)
                     header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0

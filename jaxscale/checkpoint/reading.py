@@ -29,7 +29,7 @@ class CorruptCheckpointError(ValueError):
 def read_commit(step: Any) -> dict[str, Any] | None:
     """What was committed with the step in this folder; None when it is not complete."""
     commit = files.read_json(step / files.COMMIT)
-    if commit is not None and commit["format"] > FORMAT:
+    if commit is not None and commit.get("format", 0) > FORMAT:
         raise ValueError(
             f"checkpoint {step} has format {commit['format']}, this jaxscale reads up to {FORMAT}; upgrade it"
         )

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+RETRIES = 6  # of a request, a minute in all; TensorStore's own 32 hide a wrong address for a quarter of an hour
+
 
 class RemotePath:
     """What this package asks of a path, over a kvstore of TensorStore."""
@@ -17,6 +19,8 @@ class RemotePath:
         spec = ts.KvStore.Spec(location).to_json() if isinstance(location, str) else dict(location)
         path = spec.get("path", "").rstrip("/")
         spec["path"] = path and f"{path}/"
+        if spec["driver"] in ("s3", "gcs"):
+            spec.setdefault("context", {f"{spec['driver']}_request_retries": {"max_retries": RETRIES}})
         return cls(ts.KvStore.open(spec).result(), spec)
 
     @property
@@ -63,7 +67,7 @@ class RemotePath:
         return self.read_bytes().decode()
 
     def write_bytes(self, value: bytes) -> None:
-        self.store.write(self.key, value).result()
+        self._await(self.store.write(self.key, value))
 
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode())
@@ -73,17 +77,17 @@ class RemotePath:
         self.unlink()
 
     def unlink(self, missing_ok: bool = False) -> None:
-        self.store.write(self.key, None).result()
+        self._await(self.store.write(self.key, None))
 
     def rmtree(self) -> None:
         import tensorstore as ts
 
-        self.store.delete_range(ts.KvStore.KeyRange(f"{self.key}/", f"{self.key}0")).result()
+        self._await(self.store.delete_range(ts.KvStore.KeyRange(f"{self.key}/", f"{self.key}0")))
 
     def _read(self) -> bytes | None:
         if not self.key:
             return None
-        found = self.store.read(self.key).result()
+        found = self._await(self.store.read(self.key))
         return None if found.state == "missing" else found.value
 
     def _keys(self) -> list[str]:
@@ -91,4 +95,10 @@ class RemotePath:
 
         prefix = f"{self.key}/" if self.key else ""
         keys = self.store.list(ts.KvStore.KeyRange(prefix, f"{self.key}0") if prefix else ts.KvStore.KeyRange())
-        return [key.decode()[len(prefix) :] for key in keys.result()]
+        return [key.decode()[len(prefix) :] for key in self._await(keys)]
+
+    def _await(self, future: Any) -> Any:
+        try:
+            return future.result()
+        except Exception as error:  # TensorStore raises many kinds
+            raise OSError(f"{self} cannot be reached: {' '.join(str(error).split())[:300]}") from error

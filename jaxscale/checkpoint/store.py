@@ -319,6 +319,8 @@ class Checkpointer:
     def _numbered(self) -> list[int]:
         if not self.directory.exists():
             return []
+        if not self.directory.is_dir():
+            raise NotADirectoryError(f"{self.directory} is a file; give the directory of a run's steps, or a step")
         return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d+", path.name))
 
     def _commit(self, step: int) -> dict[str, Any] | None:

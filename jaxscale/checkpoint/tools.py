@@ -1,8 +1,9 @@
 """Looking at checkpoints and rewriting them: ls, verify, diff, convert, and reading without the model.
 
-Each function takes the path of a step, or of a directory of steps: the newest complete one then.
+Each function takes the path of a step, or of a directory of steps, or of a run: the newest complete step then.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -12,14 +13,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxscale.checkpoint import files, reading
+from jaxscale.checkpoint.background import one_line
 from jaxscale.checkpoint.layout import Layout, apply_layout
 from jaxscale.checkpoint.maps import Box, Lazy
 from jaxscale.checkpoint.snapshot import Snapshot
 from jaxscale.checkpoint.store import Checkpointer
-from jaxscale.checkpoint.tree import describe, num_bytes, show_record
+from jaxscale.checkpoint.tree import describe, named_leaves, num_bytes, show_record, tree_problem
+from jaxscale.config import ModelConfig, from_dict
 
 Path = str | os.PathLike[str]
 BLOCK_BYTES = 64 << 20  # held at a time of each array that is compared
@@ -50,9 +54,9 @@ class Difference:
 
 
 def list_steps(directory: Path) -> list[StepInfo]:
-    """The complete steps of a directory, in ascending order."""
+    """The complete steps of a directory or a run, in ascending order."""
     steps = []
-    with Checkpointer(directory) as ckpt:
+    with Checkpointer(_steps_in(directory)) as ckpt:
         for step in ckpt.steps():
             commit = reading.read_commit(ckpt.directory / str(step))
             if commit is not None:
@@ -118,7 +122,7 @@ def convert_step(
     as_saved = {id(array): commit["arrays"][name] for name, array in stored.items()}
     mapped = apply_layout(stored, layout)
     names = reading.choose(mapped, only)
-    with Checkpointer(directory) as ckpt:
+    with Checkpointer(directory) as ckpt, _said_of(directory):
         if commit["step"] in ckpt.steps():
             raise ValueError(f"{directory} has step {commit['step']} already; choose another directory")
         reading.check_arrays(step, commit, sorted(set().union(*(mapped[name].sources for name in names))))
@@ -135,9 +139,51 @@ def convert_step(
     return names
 
 
+def export_step(path: Path, directory: Path) -> list[str]:
+    """Writes the parameters of a step that `jaxscale train` saved as a Hugging Face directory; needs no devices.
+
+    Returns:
+      The names of the parameters.
+
+    Raises:
+      ValueError: the step's metadata does not say which model it is, or Hugging Face has no such model.
+      CorruptCheckpointError: the step is damaged.
+    """
+    from jaxscale.checkpoint.huggingface import export_hf
+    from jaxscale.models.decoder import param_specs
+
+    step, commit = _find(path)
+    model = commit["metadata"].get("config", {}).get("model")
+    if model is None:
+        raise ValueError(f"{step} does not say which model it holds, as steps of `jaxscale train` do; use export_hf")
+    cfg = from_dict(ModelConfig, model)
+    stored = reading.open_lazily(step, commit)
+    specs = param_specs(cfg)
+    wanted = {name: describe(spec) for name, spec in named_leaves({"params": specs}).items()}
+    saved = {name: record for name, record in commit["arrays"].items() if name.startswith("params/")}
+    if problem := tree_problem(saved, wanted):
+        raise ValueError(f"checkpoint {step} does not fit its configuration: {problem}")
+    reading.check_arrays(step, commit, list(wanted))
+    params = jax.tree.unflatten(jax.tree.structure(specs), [stored[name] for name in wanted])
+    with _said_of(directory):
+        export_hf(params, cfg, os.fspath(directory))
+    return list(wanted)
+
+
+@contextlib.contextmanager
+def _said_of(directory: Path) -> Iterator[None]:
+    """An error of the file system, such as a full disk, says which directory was written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{os.fspath(directory)} could not be written: {one_line(error)}") from error
+
+
 def _spool(array: Lazy, path: str) -> np.ndarray:
-    """The array in a file, mapped into memory."""
-    raw = np.memmap(path, np.uint8, "w+", shape=(math.prod(array.shape) * array.dtype.itemsize,))
+    """The array in a file, mapped into memory; the disk gives its blocks first, so that a full one is an error here."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, math.prod(array.shape) * array.dtype.itemsize)
+    raw = np.memmap(path, np.uint8, "r+")
     out = raw.view(array.dtype).reshape(array.shape)
     for box in _blocks(array):
         out[box] = array.read(box)
@@ -146,7 +192,7 @@ def _spool(array: Lazy, path: str) -> np.ndarray:
 
 def _find(path: Path) -> tuple[Any, dict[str, Any]]:
     """The folder and commit of a step, or of the newest step of a directory."""
-    with Checkpointer(path) as ckpt:
+    with Checkpointer(_steps_in(path)) as ckpt:
         folder = ckpt.directory
         commit = reading.read_commit(folder)
         if commit is None:
@@ -158,6 +204,12 @@ def _find(path: Path) -> tuple[Any, dict[str, Any]]:
             commit = reading.read_commit(folder)
     assert commit is not None
     return folder, commit
+
+
+def _steps_in(path: Path) -> Path:
+    """Where the steps are: of the directory of a run, its checkpoints/."""
+    inside = os.path.join(path, "checkpoints")
+    return inside if os.path.isdir(inside) else path
 
 
 def _compare(name: str, a: Lazy, b: Lazy) -> list[Difference]:

@@ -337,7 +337,7 @@ def test_roots_are_the_trees_of_parameters_and_no_others():
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ([lay.rename("nothing", "x")], r"same nothing -> x matches no array"),
+        ([lay.rename("nothing", "x")], r"rename nothing -> x matches no array"),
         ([lay.rename("a/w", "b")], r"makes b, which is there already"),
         ([lay.rename("{x}/w", "one")], r"makes one twice"),
         ([lay.fuse(("b", "c"), "d", axis=0, sizes=(4, 4))], r"b is there but its c is not"),

@@ -114,8 +114,9 @@ def s3():
 def test_urls_are_kvstores_of_tensorstore():
     for url, driver in (("s3://bucket/a/run", "s3"), ("gs://bucket/a/run", "gcs")):
         path = RemotePath.open(url) / "100"
-        want = {"driver": "ocdbt", "base": {"driver": driver, "bucket": "bucket", "path": "a/run/100/state/"}}
-        assert arrays._database(path) == want
+        base = {"driver": driver, "bucket": "bucket", "path": "a/run/100/state/"}
+        base["context"] = {f"{driver}_request_retries": {"max_retries": 6}}
+        assert arrays._database(path) == {"driver": "ocdbt", "base": base}
         assert str(path) == f"{driver}://bucket/a/run/100"
     assert arrays._database("/data/run/100") == {"driver": "ocdbt", "base": "file:///data/run/100/state/"}
 
@@ -241,3 +242,20 @@ def test_levels_that_do_not_fit_are_refused(tmp_path):
         Levels([Level(disk, 0)])
     with pytest.raises(ValueError, match=r"a snapshot needs 4000 bytes .* the pool has 100; raise limit_bytes to 4000"):
         Levels([Level(disk, 1)], pool=HostPool(100)).save(1, {"x": jnp.zeros(1000)})
+
+
+def test_a_store_that_cannot_be_reached_is_passed_over(tmp_path, caplog, monkeypatch):
+    """But not where no other level has a step: training would start anew and lose what the store has."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    nobody = {"driver": "s3", "bucket": "bucket", "endpoint": f"http://{free_addresses(1)[0]}", "aws_region": "x"}
+    quickly = {"s3_request_retries": {"max_retries": 1, "initial_delay": "1ms"}}
+    with Checkpointer(tmp_path) as disk:
+        levels = Levels([Level(disk, 1), Level(RemoteCheckpointer(nobody | {"context": quickly}, disk), 1)])
+        for ask in (levels.latest_step, lambda: levels.restore({"x": 0})):
+            with pytest.raises(OSError, match=r"^s3://bucket/ cannot be reached: [^\n]*$"):
+                ask()
+        disk.save(3, {"x": 5})
+        disk.wait()
+        assert levels.latest_step() == 3 and levels.restore({"x": 0}) == {"x": 5}
+        assert "RemoteCheckpointer is passed over: s3://bucket/ cannot be reached" in caplog.text

@@ -213,3 +213,55 @@ def test_one_host_through_a_layout_and_in_part(hosts, rng):
         with pytest.raises(CorruptCheckpointError, match="step 4 in the memory of host 0 is not as it was saved"):
             second.restore(state)
         second.close(stop=False)
+
+
+def test_a_keeper_that_ends_is_replaced(hosts, rng, caplog):
+    """Training goes on, the step that was lost counts as not saved, and the next one is whole again on both hosts."""
+    addresses = hosts(2)
+    states = {step: {"x": jax.numpy.asarray(rng.normal(size=(2, 100)).astype(np.float32))} for step in range(1, 6)}
+    client = lambda host: MemoryCheckpointer(addresses, job="job", lost=1, host=host, devices=jax.devices()[:1])
+    clients = everywhere(range(2), client)
+
+    def save(step):
+        everywhere(clients, lambda c: c.save(step, states[step]))
+
+    for step in (1, 2):
+        save(step)
+        everywhere(clients, lambda c: c.wait())
+    os.kill(pid_of(addresses[1]), signal.SIGKILL)
+    save(3)
+    everywhere(clients, lambda c: c._background.finish())
+    assert "starting another, which holds nothing yet" in caplog.text
+    save(4)
+    save(5)
+    everywhere(clients, lambda c: c.wait())
+    assert 5 in clients[0].steps() and 2 not in clients[0].steps()
+    os.kill(pid_of(addresses[0]), signal.SIGKILL)
+    clients[0]._own.await_end()
+    clients[0]._own.close()
+    clients[0] = client(0)
+    for restored in everywhere(clients, lambda c: c.restore(abstract(states[1]))):
+        assert bits(restored) == bits(states[5])
+    everywhere(clients, lambda c: c.wait())
+    everywhere(clients, lambda c: c.close())
+
+
+def test_a_snapshot_that_cannot_be_protected_leaves_the_one_before(hosts, rng, caplog, monkeypatch):
+    """The other host is gone for good: a new snapshot takes the place of the one that was not protected."""
+    addresses = hosts(2)
+    states = {step: {"x": rng.normal(size=50)} for step in (1, 2, 3)}
+    client = lambda host: MemoryCheckpointer(addresses, job="job", lost=1, host=host, devices=jax.devices()[:1])
+    clients = everywhere(range(2), client)
+    everywhere(clients, lambda c: c.save(1, states[1]))
+    everywhere(clients, lambda c: c.wait())
+    clients[1].save(2, states[2])  # it alone: host 0 ends
+    clients[1]._background.finish()
+    os.kill(pid_of(addresses[0]), signal.SIGKILL)
+    clients[1].save(3, states[3])
+    clients[1]._background.finish()
+    assert "step 2 is not in the memory of every host" in caplog.text
+    status = clients[1]._own.ask("status")[0]
+    assert status["data"] == [1, 3] and status["protected"] == [1]
+    for c in clients:
+        c._own.close()
+        c._background.close()

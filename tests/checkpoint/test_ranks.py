@@ -1,6 +1,7 @@
 """Rank files of other trainers, joined and restored into the shards of a mesh."""
 
 import json
+import struct
 
 import jax
 import ml_dtypes
@@ -157,3 +158,11 @@ def test_hostile_files_are_refused(tmp_path):
     (tmp_path / "not.npz").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"not a sound \.npz file"):
         open_npz(tmp_path / "not.npz")
+    # A member that says it holds 4 GiB, as the archive's directory has it: nothing is allocated.
+    np.savez(tmp_path / "small.npz", x=np.zeros(1000, np.float32))
+    data = (tmp_path / "small.npz").read_bytes()
+    at = data.index(b"PK\x01\x02")
+    claimed = struct.pack("<I", 0xFFFF_FFF0)
+    (tmp_path / "large.npz").write_bytes(data[: at + 24] + claimed + data[at + 28 :])
+    with pytest.raises(ValueError, match=r"says 4294967280 bytes, more than 41\d\d can hold"):
+        open_npz(tmp_path / "large.npz")

@@ -293,6 +293,30 @@ def test_a_full_disk_leaves_the_last_good_step(tmp_path):
     assert child.stdout.count("was not saved") == 2
 
 
+def test_a_full_disk_while_converting(tmp_path):
+    """One line, nothing is left, and the process lives: the pages of a mapped file were there before it was filled."""
+    child = run_child(
+        """
+        from jaxscale.checkpoint import convert_step
+        from jaxscale.checkpoint import layout as lay
+        with Checkpointer(sys.argv[1]) as ckpt:
+            ckpt.save(1, {"x": big})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        for layout in ((), (lay.rename("x", "y"),)):
+            try:
+                convert_step(sys.argv[1], sys.argv[2], layout=layout)
+            except OSError as error:
+                print("ERROR", error)
+        print("LEFT", os.listdir(sys.argv[2]))
+        """,
+        tmp_path / "run",
+        tmp_path / "new",
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert child.stdout.count(f"ERROR {tmp_path / 'new'} could not be written: ") == 2
+    assert "LEFT []" in child.stdout
+
+
 def test_import_of_jaxscale_does_not_import_orbax():
     child = run_child("import jaxscale; assert not any(m.startswith('orbax') for m in sys.modules)".strip())
     assert child.returncode == 0, child.stderr

@@ -78,12 +78,8 @@ class MemoryCheckpointer:
         self._maps: dict[str, mmap.mmap] = {}
         self._last: int | None = None
         keeper.Keeper(job, self.host, self.hosts, lost)  # checks the numbers
-        self._own = self._start(idle_seconds)
-        try:
-            self._own.ask("trainer")
-        except OSError:
-            self._own.close()
-            raise
+        self.idle_seconds = idle_seconds
+        self._own = self._attach()
 
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts copying `state` and returns; the caller may donate it at once. All hosts call it."""
@@ -91,8 +87,11 @@ class MemoryCheckpointer:
         return self.save_snapshot(step, take_snapshot(state, pool=self.pool, fetch=False), metadata=metadata)
 
     def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
-        """`save` of a snapshot that was taken already, which is released when it is copied."""
+        """`save` of a snapshot that was taken already, which is released when it is copied; False if it is there."""
         self._background.ready()
+        if step == self._last:
+            snapshot.release()
+            return False
         copied = json.loads(json.dumps(dict(metadata or {})))
         self._background.start(step, self._write, step, snapshot, copied)
         return True
@@ -160,6 +159,12 @@ class MemoryCheckpointer:
             newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
+    def clear(self) -> None:
+        """Drops what this host's keeper holds: a new run begins."""
+        self._background.finish()
+        self._own.ask("clear")
+        self._last = None
+
     def wait(self) -> None:
         """Waits until the newest save is protected on every host; raises OSError if it failed."""
         self._background.finish()
@@ -206,8 +211,7 @@ class MemoryCheckpointer:
                     record = {"name": name, "start": start, "shape": list(part.shape)}
                     parts.append((record | {"offset": offset, "bytes": part.nbytes}, part))
                     offset += part.nbytes
-            path = self._own.ask("begin", step=step, num_bytes=offset, timeout=keeper.PROTECT_SECONDS + 60)[0]["path"]
-            memory = self._map(path, offset)
+            memory = self._map(self._begin(step, offset), offset)
             window = HostPool(max([FETCH_BYTES, *(record["bytes"] for record, _ in parts)]))
 
             def put(item: tuple[dict[str, Any], Any]) -> dict[str, Any]:
@@ -229,6 +233,22 @@ class MemoryCheckpointer:
         manifest = {"bytes": offset, "records": snapshot.records, "metadata": metadata, "shards": shards}
         self._own.ask("commit", step=step, manifest=manifest)
         self._last = step
+
+    def _begin(self, step: int, num_bytes: int) -> str:
+        """The path of a slot of this host's keeper, which is started anew if it has ended."""
+        ask = lambda: self._own.ask("begin", step=step, num_bytes=num_bytes, timeout=keeper.PROTECT_SECONDS + 60)[0]
+        try:
+            answer = ask()
+        except wire.KeeperGone as error:
+            log.warning("%s; starting another, which holds nothing yet", one_line(error))
+            self._own.await_end()
+            self._own.close()
+            self._maps.clear()
+            self._own = self._attach()
+            answer = ask()
+        if before := answer["unprotected"]:
+            log.warning("step %d is not in the memory of every host: %s", before["step"], before["why"])
+        return answer["path"]
 
     def _parts(self, leaf: Any) -> list[tuple[list[int], Any]]:
         """(first index, array) of the parts of a leaf that this host keeps; what its devices share counts once."""
@@ -302,7 +322,17 @@ class MemoryCheckpointer:
                 os.close(fd)
         return self._maps[path]
 
-    def _start(self, idle_seconds: float) -> wire.Connection:
+    def _attach(self) -> wire.Connection:
+        """A connection to this host's keeper as its trainer."""
+        own = self._start()
+        try:
+            own.ask("trainer")
+        except OSError:
+            own.close()
+            raise
+        return own
+
+    def _start(self) -> wire.Connection:
         """A connection to this host's keeper, which is started unless it runs."""
         address = self.hosts[self.host]
         port = address.rpartition(":")[2]
@@ -318,7 +348,7 @@ class MemoryCheckpointer:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with output.open("wb") as file:
             child = subprocess.Popen(
-                [*command, "--idle", str(idle_seconds)],
+                [*command, "--idle", str(self.idle_seconds)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

@@ -30,7 +30,9 @@ from jaxscale.checkpoint.memory import wire
 
 CHUNK = 4 << 20  # bytes asked of another keeper at a time
 WAIT_SECONDS = 20.0  # an answer that is not ready after this says so, and is asked for again
-PROTECT_SECONDS = 600.0  # after this a save fails that waits for the parity of the one before
+CONNECT_SECONDS = 20.0  # another host's keeper may just be starting
+PROTECT_SECONDS = 120.0  # a snapshot that is not protected on every host by then counts as not saved
+HOLDS_NOTHING_SECONDS = 30.0  # a keeper without a snapshot ends so long after its trainer
 
 
 def main() -> None:
@@ -48,7 +50,8 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     threading.Thread(target=keeper.protect_forever, daemon=True).start()
     while not keeper.stopped.wait(1.0):
-        if time.monotonic() - keeper.last_trainer > args.idle and not keeper.connected:
+        idle = args.idle if keeper.status()["data"] else min(args.idle, HOLDS_NOTHING_SECONDS)
+        if time.monotonic() - keeper.last_trainer > idle and not keeper.connected:
             break
     time.sleep(0.1)  # for the answer to "stop"
     os._exit(0)  # handlers may be waiting for a peer that ended too
@@ -106,6 +109,7 @@ class Keeper:
         self.spare: list[list[np.ndarray]] = []  # parity buffers to use again
         self.protected: set[int] = set()  # steps that are complete, with their parity, on every host
         self.failures: dict[int, str] = {}
+        self.begun = -1  # the newest step that was begun or recovered
         self.stopped = threading.Event()
         self.trainer = 0  # the trainer that may write; one that comes later takes its place
         self.connected = False
@@ -131,24 +135,27 @@ class Keeper:
                     slot.drop()
 
     def begin(self, trainer: int, step: int, num_bytes: int) -> dict[str, Any]:
-        """Memory for a snapshot, once the newest one is protected; the path can be mapped by the trainer."""
+        """Memory for a snapshot, once it is known how the newest one ended; the path can be mapped by the trainer.
+
+        If that is protected, the one before it is overwritten; if it could not be, it is overwritten itself.
+        """
         with self.changed:
             self._check_trainer(trainer)
             newest = max((s.step for s in self.slots if s.done and s.step not in (None, step)), default=None)
+            known = lambda: newest is None or newest in self.protected or newest in self.failures
             end = time.monotonic() + PROTECT_SECONDS
-            while newest is not None and newest not in self.protected:
-                left = end - time.monotonic()
+            while not known() and time.monotonic() < end:
+                self.changed.wait(1.0)
                 self._check_trainer(trainer)
-                if newest in self.failures or left < 0 or not self.changed.wait(min(left, 1.0)):
-                    why = self.failures.get(newest)
-                    if why or left < 0:
-                        raise ValueError(f"step {newest} is not protected on every host yet: {why or 'still waiting'}")
-            self._check_trainer(trainer)
+            unprotected = None
+            if newest is not None and newest not in self.protected:
+                unprotected = {"step": newest, "why": self.failures.get(newest, f"not after {PROTECT_SECONDS:.0f} s")}
             slot = next((s for s in self.slots if s.step == step), None)
-            slot = slot or next(s for s in self.slots if s.step != newest or newest is None)
+            slot = slot or next(s for s in self.slots if newest is None or (s.step == newest) == bool(unprotected))
             self._forget(slot)
             slot.take(step, num_bytes)
-            return {"path": f"/proc/{os.getpid()}/fd/{slot.fd}", "step": step}
+            self.begun = step
+            return {"path": f"/proc/{os.getpid()}/fd/{slot.fd}", "step": step, "unprotected": unprotected}
 
     def commit(self, trainer: int, step: int, manifest: dict[str, Any]) -> dict[str, Any]:
         with self.changed:
@@ -168,6 +175,7 @@ class Keeper:
             for slot in self.slots:
                 if slot.step is not None and (slot.step > step or not slot.done):
                     self._forget(slot)
+            self.begun = step
             slot = self._slot(step)
             rebuilt = slot is None
             if slot is None:
@@ -187,6 +195,13 @@ class Keeper:
             self.failures.pop(step, None)
             self.changed.notify_all()
         return {"rebuilt": rebuilt, "seconds": seconds, "path": f"/proc/{os.getpid()}/fd/{slot.fd}"}
+
+    def clear(self, trainer: int) -> dict[str, Any]:
+        with self.changed:
+            self._check_trainer(trainer)
+            for slot in self.slots:
+                self._forget(slot)
+        return {}
 
     def wait_protected(self, step: int) -> dict[str, Any]:
         self._wait(lambda: step in self.protected or step in self.failures)
@@ -210,7 +225,7 @@ class Keeper:
 
     def manifest(self, step: int) -> dict[str, Any]:
         """This host's, as soon as its snapshot is complete."""
-        slot = self._wait(lambda: self._complete(step))
+        slot = self._unless_lost(step, lambda: self._complete(step))
         return {"manifest": slot.manifest if slot else None}
 
     def all_manifests(self, step: int) -> dict[str, Any]:
@@ -218,7 +233,7 @@ class Keeper:
         return {"manifests": found}
 
     def read(self, step: int, start: int, stop: int) -> np.ndarray | None:
-        slot = self._wait(lambda: self._complete(step))
+        slot = self._unless_lost(step, lambda: self._complete(step))
         return slot.bytes_of(start, stop) if slot else None
 
     def read_parity(self, step: int, place: int, start: int, stop: int) -> np.ndarray:
@@ -242,7 +257,7 @@ class Keeper:
                     self.changed.notify_all()
 
     def _protect(self, step: int) -> None:
-        peers = self._connect(seconds=PROTECT_SECONDS)
+        peers = self._connect(seconds=CONNECT_SECONDS)
         try:
             with self.changed:
                 slot = self._complete(step)
@@ -268,7 +283,7 @@ class Keeper:
                 peer.close()
 
     def has_parity(self, step: int) -> dict[str, Any]:
-        self._wait(lambda: step in self.parity)
+        self._unless_lost(step, lambda: step in self.parity)
         return self.status()
 
     def _build_parity(
@@ -391,6 +406,19 @@ class Keeper:
         with self.changed:
             return self.changed.wait_for(ready, WAIT_SECONDS)
 
+    def _unless_lost(self, step: int, ready: Callable[[], Any]) -> Any:
+        """What is ready; raises ValueError at once if this host will never have it, so that the others go on too."""
+
+        def lost() -> str | None:
+            passed = self._slot(step) is None and self.begun > step
+            return f"host {self.host} went on to step {self.begun}" if passed else self.failures.get(step)
+
+        self._wait(lambda: ready() or lost())
+        with self.changed:
+            if not (found := ready()) and (why := lost()):
+                raise ValueError(f"step {step}: {why}")
+            return found
+
     def _until(self, step: int, ask: Callable[[], Any]) -> Any:
         """Asks again while the answer is empty and this host still has the step."""
         end = time.monotonic() + PROTECT_SECONDS
@@ -444,7 +472,7 @@ def handler(keeper: Keeper) -> type[socketserver.BaseRequestHandler]:
     return Handler
 
 
-OF_TRAINER = ("begin", "commit", "recover")
+OF_TRAINER = ("begin", "commit", "recover", "clear")
 OF_ANYBODY = ("status", "manifest", "all_manifests", "has_parity", "wait_protected")
 
 

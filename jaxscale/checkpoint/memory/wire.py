@@ -17,6 +17,10 @@ class KeeperError(OSError):
     """A keeper could not be reached, or could not do what was asked."""
 
 
+class KeeperGone(KeeperError):
+    """A keeper ended, or cannot be reached."""
+
+
 class Connection:
     """To one keeper.
 
@@ -36,7 +40,7 @@ class Connection:
                 break
             except OSError as error:
                 if time.monotonic() > end:
-                    raise KeeperError(f"no keeper answers at {address}: {error}") from None
+                    raise KeeperGone(f"no keeper answers at {address}: {error}") from None
                 time.sleep(0.05)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -46,12 +50,12 @@ class Connection:
         Raises:
           KeeperError: the keeper refused, ended, or took longer than `timeout` seconds.
         """
-        self.socket.settimeout(timeout)
         try:
+            self.socket.settimeout(timeout)
             send(self.socket, {"command": command, "job": self.job, **arguments})
             answer = receive(self.socket)
             if answer is None:
-                raise KeeperError(f"the keeper at {self.address} ended")
+                raise KeeperGone(f"the keeper at {self.address} ended")
             payload = bytearray(answer.get("bytes", 0))
             receive_into(self.socket, memoryview(payload))
         except TimeoutError:
@@ -59,7 +63,7 @@ class Connection:
         except KeeperError:
             raise
         except OSError as error:
-            raise KeeperError(f"the keeper at {self.address} cannot be reached: {error}") from None
+            raise KeeperGone(f"the keeper at {self.address} cannot be reached: {error}") from None
         if "error" in answer:
             raise KeeperError(f"keeper at {self.address}: {answer['error']}")
         return answer, payload
