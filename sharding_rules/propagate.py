@@ -7,6 +7,7 @@ of which each dim is parallel, reduced or blocked (it must be whole on every dev
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ class Walker:
         self.count = 1  # executions of the body that is being walked
         self.scope = 0
         self.recomputed: set[int] = set()  # bodies that the backward pass runs again
+        self.sums: dict[int, list[int]] = {}  # op -> the ops whose products are added to its own, itself included
         self._scopes = 0
 
     def walk(self, jaxpr, consts: Sequence[Dims], args: Sequence[Dims], origins: Sequence[int | None]) -> list[Dims]:
@@ -65,12 +67,13 @@ class Walker:
         for var, dims in zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True):
             env[var] = dims
         local.update(zip(jaxpr.invars, origins, strict=True))
+        products = Products(self, jaxpr)
 
         def read(atom) -> Dims:
             return env[atom] if not hasattr(atom, "val") else fresh_dims(atom.aval.shape)
 
         for eqn in jaxpr.eqns:
-            ins = [read(a) for a in eqn.invars]
+            ins, before = [read(a) for a in eqn.invars], len(self.ops)
             self.origins = local
             rule = RULES.get(eqn.primitive.name)
             if rule is None and (inner := _inner(eqn)) is not None:
@@ -79,17 +82,18 @@ class Walker:
                 local.update(zip(eqn.outvars, self.out_origins))
             else:
                 outs = (rule or unknown)(self, eqn, ins)
-                if eqn.primitive.name not in LAYOUT_ONLY and eqn.primitive.name not in CONTROL_FLOW:
+                handed = _handed_on(eqn, local)
+                if handed is not None:
+                    local.update(dict.fromkeys(eqn.outvars, handed))
+                elif eqn.primitive.name not in CONTROL_FLOW:
                     for v in eqn.invars:
                         leaf = None if hasattr(v, "val") else local.get(v)
                         if leaf is not None:
                             self.reads[leaf, self.scope] = self.count
+            products.follow(eqn, before)
             for var, dims in zip(eqn.outvars, outs, strict=True):
                 assert tuple(map(size_of, dims)) == tuple(var.aval.shape), (eqn.primitive, dims, var.aval)
                 env[var] = dims
-            if eqn.primitive.name in LAYOUT_ONLY and not hasattr(eqn.invars[0], "val"):
-                for var in eqn.outvars:
-                    local[var] = local.get(eqn.invars[0])
         self.out_origins = [local.get(v) if not hasattr(v, "val") else None for v in jaxpr.outvars]
         return [read(v) for v in jaxpr.outvars]
 
@@ -128,6 +132,38 @@ class Walker:
                 len(self.ops),
             )
         )
+
+
+class Products:
+    """Which products of a body are only added to each other: their partial sums can be reduced as one."""
+
+    def __init__(self, walker: Walker, jaxpr):
+        self.sums, self.ops = walker.sums, walker.ops
+        self.terms: dict[Any, list[int]] = {}  # variable -> the ops that it is the sum of
+        self.uses = Counter(v for e in jaxpr.eqns for v in e.invars if not hasattr(v, "val")) + Counter(
+            v for v in jaxpr.outvars if not hasattr(v, "val")
+        )
+
+    def follow(self, eqn, before: int) -> None:
+        """`before`: the number of ops when the equation was met."""
+        name = eqn.primitive.name
+        terms = [self.terms.get(v) if not hasattr(v, "val") and self.uses[v] == 1 else None for v in eqn.invars]
+        if name == "dot_general" and self.ops[before].reduced:
+            self.terms[eqn.outvars[0]] = [before]
+        elif name in ("add", "add_any") and all(terms):
+            joined = [op for one in terms for op in one or ()]
+            self.terms[eqn.outvars[0]] = joined
+            self.sums.update(dict.fromkeys(joined, joined))
+        elif name in LAYOUT_ONLY and terms[0]:
+            self.terms[eqn.outvars[0]] = terms[0]
+
+
+def _handed_on(eqn, origins) -> int | None:
+    """The parameter that an equation only lays out otherwise; a concatenation may put its parts together again."""
+    name = eqn.primitive.name
+    of = eqn.invars if name == "concatenate" else eqn.invars[:1] if name in LAYOUT_ONLY else []
+    found = {None if hasattr(v, "val") else origins.get(v) for v in of}
+    return found.pop() if len(found) == 1 else None
 
 
 def fresh_dims(shape: Sequence[int]) -> Dims:
@@ -749,6 +785,7 @@ REDUCTIONS = [
 LAYOUT_ONLY = frozenset(
     [
         "convert_element_type",
+        "stop_gradient",
         "transpose",
         "squeeze",
         "reshape",

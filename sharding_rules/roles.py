@@ -105,7 +105,7 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
         axis.name = names.get(axis.id) or f"axis_{next(numbers)}"
     for axis in axes:
         if axis.segments:
-            inner = ("".join(".".join(axes[i].name for part in s for i in part) or "1") for s in axis.segments)
+            inner = (".".join(axes[i].name for i in s) or "1" for s in axis.segments)
             if axis.in_params and axis.id not in names:
                 axis.name = f"[{'|'.join(inner)}]".replace("kv_heads.q_groups", "q_heads")
 

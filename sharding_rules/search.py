@@ -293,7 +293,9 @@ class Problem:
         return sum(f(splits)[0] for f in self._factors)
 
 
-def evaluate(model: Inferred, mesh_shape: Mapping[str, int], table: Mapping[str, Choice], hardware="cpu") -> "Plan":
+def evaluate(
+    model: Inferred, mesh_shape: Mapping[str, int], table: Mapping[str, Choice], hardware: str | Path | Hardware = "cpu"
+) -> "Plan":
     """The plan of given rules (logical axis name -> mesh axes), with what it costs: for hand-written layouts."""
     problem = Problem(model, mesh_shape, find_hardware(hardware))
     problem._factors = problem.factors()
