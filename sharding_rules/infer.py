@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import math
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,7 +47,7 @@ def _trace(fn: Callable, shapes: Any, arg_shapes: Sequence[Any]) -> "Inferred":
         traced = jax.value_and_grad(fn, has_aux=has_aux, allow_int=True) if train else fn
         closed = jax.make_jaxpr(traced)(shapes, *arg_shapes)
     except Exception as error:
-        error.add_note(f"while tracing {getattr(fn, '__qualname__', fn)} to infer its sharding rules")
+        error.add_note(f"while tracing {getattr(fn, '__qualname__', fn)} to infer its sharding rules{_place(error)}")
         raise
     leaves = jax.tree.leaves(shapes)
     walker = Walker()
@@ -61,6 +63,13 @@ def _trace(fn: Callable, shapes: Any, arg_shapes: Sequence[Any]) -> "Inferred":
                     unify(a, b)
     paths = [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
     return Inferred(walker, paths, jax.tree.structure(shapes), ins[: len(leaves)], ins[len(leaves) :], train)
+
+
+def _place(error: Exception) -> str:
+    """The last line of the user's own code that the error came through."""
+    ours = (str(Path(jax.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f", at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

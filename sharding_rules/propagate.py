@@ -42,6 +42,12 @@ class Op:
     def is_matmul(self) -> bool:
         return self.primitive in ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
+    @property
+    def volume(self) -> int:
+        """Points of the iteration space, of all executions."""
+        sizes = {k: size_of(d) for o in (*self.ins, *self.outs) for k, d in zip(o.keys, o.dims, strict=True)}
+        return math.prod(sizes.values()) * self.count
+
 
 class Walker:
     """Dims of every variable of a jaxpr and the ops that can cost communication."""
@@ -52,6 +58,8 @@ class Walker:
         self.softmaxed: list[Dim] = []  # dims reduced by a max or by an exponential's sum
         self.looked_up: list[Dim] = []  # parameter dims that integers index
         self.carried: list[Dim] = []  # dims that a loop over layers carries
+        self.picked: list[Dim] = []  # parameter dims of which a loop takes one element, by an index that it computes
+        self.trips = 1  # of the loop whose body is being walked
         self.origins: dict[Any, int | None] = {}
         self.reads: dict[tuple[int, int], int] = {}  # (parameter leaf, body) -> executions of the body
         self.out_origins: list[int | None] = []  # of the outputs of the body walked last
@@ -507,6 +515,13 @@ def dynamic_slice(w: Walker, eqn, ins):
     dims, shape = ins[0], eqn.outvars[0].aval.shape
     out = tuple(d if size_of(d) == n else fresh(n) for d, n in zip(dims, shape, strict=True))
     _move(w, eqn, dims, out)
+    if w.trips > 1 and w.origin(eqn.invars[0]) is not None:
+        for dim, n in zip(dims, shape, strict=True):
+            if n == 1 and size_of(dim) == w.trips:  # layers, taken in turn
+                for atom in expand(dim):
+                    atom.loop = True
+            elif n == 1 and size_of(dim) > 1:
+                w.picked.append(dim)
     return [out]
 
 
@@ -616,7 +631,9 @@ def scan(w: Walker, eqn, ins):
     origins = [w.origin(v) for v in eqn.invars]
     if any(o is not None for o in origins[n + m :]):
         w.carried += [d for dims in carry for d in dims]
+    before, w.trips = w.trips, length
     outs = w.body(p["jaxpr"], [*consts, *carry, *(x[1:] for x in xs)], origins, length)
+    w.trips = before
     for a, b in zip(carry, outs[:m], strict=True):
         for x, y in zip(a, b, strict=True):
             unify(x, y)
@@ -637,16 +654,24 @@ def while_(w: Walker, eqn, ins):
 
 
 def cond(w: Walker, eqn, ins):
-    """All branches are united; the traffic of the last one is counted (by convention the branch that works)."""
-    branches = eqn.params["branches"]
+    """All branches are united; the one that computes most is counted."""
     origins = [w.origin(v) for v in eqn.invars[1:]]
+    reads = dict(w.reads)
     outs: list[Dims] = []
-    for n, branch in enumerate(branches):
-        found = w.body(branch, ins[1:], origins, 1 if n == len(branches) - 1 else 0, new_scope=False)
+    walked: list[tuple[int, list[Op], dict]] = []
+    for branch in eqn.params["branches"]:
+        w.reads, start = dict(reads), len(w.ops)
+        found = w.body(branch, ins[1:], origins, 1, new_scope=False)
         for a, b in zip(outs, found):
             for x, y in zip(a, b, strict=True):
                 unify(x, y)
         outs = outs or found
+        walked.append((sum(op.volume for op in w.ops[start:]), w.ops[start:], w.reads))
+    heaviest = max(walked, key=lambda branch: branch[0])
+    for branch in walked:
+        for op in branch[1] if branch is not heaviest else ():
+            op.count = 0
+    w.reads = heaviest[2]
     return outs
 
 

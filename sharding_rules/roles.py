@@ -76,6 +76,10 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
                 if key in op.blocked:
                     for i in ids([dim]):
                         name(i, "experts")
+    for i in ids(walker.picked):
+        if axes[i].in_params and not axes[i].loop:
+            alike(i, "experts")
+            axes[i].why_whole = axes[i].why_whole or "a loop takes one at a time, by an index that it computes"
     looked_up = ids(walker.looked_up)
     if looked_up:
         name(max(looked_up, key=lambda i: axes[i].size), "vocab")

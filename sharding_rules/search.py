@@ -86,7 +86,9 @@ class Problem:
             if size < 1:
                 raise ValueError(f"mesh axis {axis}={size}: sizes are at least 1")
         self.model, self.hardware, self.mesh_shape = model, hardware, dict(mesh_shape)
-        self.notes: list[str] = []
+        stages = [f"{m}={mesh_shape[m]} takes whole layers: nothing is split over it here" for m in STAGES
+                  if mesh_shape.get(m, 1) > 1]  # fmt: skip
+        self.notes: list[str] = stages
         self.free = [a for a in mesh_shape if a not in (*BATCH, *SEQUENCE, *EXPERTS, *STORED, *STAGES)]
         self.stored = tuple(a for a in STORED if mesh_shape.get(a, 1) > 1)
         self.mesh, self.parents = self._refine()

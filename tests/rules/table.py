@@ -1,9 +1,10 @@
 """The tables of docs/rules.md: every model under its derived plan, its expert's layout and Redco's rules; and the
 prediction on other meshes.
 
-python -m tests.rules.table                      # prints both tables
+python -m tests.rules.table                      # prints the first two tables
 python -m tests.rules.table --write              # and writes them into docs/rules.md
 python -m tests.rules.table --only=Llama --meshes   # some models, the other meshes alone
+python -m tests.rules.table --topologies         # hardware that is not here; needs jax[cuda13] and libtpu
 """
 
 import dataclasses
@@ -84,6 +85,14 @@ HEAD = (
 )
 
 
+PODS = ("v5p:2x2x2", "v6e:2x4", "h200:1x8")
+TOPOLOGY_HEAD = (
+    "| model | "
+    + " | ".join(
+        f"{pod} {', '.join(f'{a}={n}' for a, n in mesh.items())}" for mesh in (MESH, OTHER_MESHES[2]) for pod in PODS
+    )
+    + " |\n|" + "---|" * (1 + 2 * len(PODS))
+)  # fmt: skip
 OTHER_HEAD = (
     "| model | " + " | ".join(", ".join(f"{a}={n}" for a, n in mesh.items()) for mesh in OTHER_MESHES) + " |\n"
     "|" + "---|" * (1 + len(OTHER_MESHES))
@@ -93,10 +102,12 @@ OTHER_HEAD = (
 def main() -> None:
     only = next((a.removeprefix("--only=") for a in sys.argv if a.startswith("--only=")), "")
     cases = [case for case in CASES.values() if only in case.name]
-    tables = {"table": (HEAD, row), "meshes": (OTHER_HEAD, other_row)}
-    for name, (head, line) in tables.items():
-        if name == "table" and "--meshes" in sys.argv:
-            continue
+    tables = {
+        "table": (HEAD, row), "meshes": (OTHER_HEAD, other_row), "topologies": (TOPOLOGY_HEAD, topology_row)
+    }  # fmt: skip
+    asked = [name for name in tables if f"--{name}" in sys.argv] or ["table", "meshes"]
+    for name in asked:
+        head, line = tables[name]
         lines = [head]
         print(head, flush=True)
         for case in cases:
@@ -104,6 +115,23 @@ def main() -> None:
             print(lines[-1], flush=True)
         if "--write" in sys.argv:
             write(name, "\n".join(lines))
+
+
+def topology_row(case: Case) -> str:
+    """One line of the table of hardware that is not here: compiled bytes, and how far the prediction is off."""
+    from jax.experimental.topologies import TopologyDescription
+
+    from jaxscale.plan.aot import pod_devices
+    from jaxscale.plan.hardware import find_pod
+
+    plan, cells = derived(case, REAL_MESH), [case.name]
+    fn, params, args = case.build(**case.tiny)
+    for mesh in (MESH, OTHER_MESHES[2]):
+        for pod in PODS:
+            topology = TopologyDescription(pod_devices(find_pod(pod)))
+            found = dataclasses.replace(plan, mesh_shape=mesh).verify(fn, params, *args, topology=topology)
+            cells.append(f"{found.compiled_bytes / 1e3:,.0f} kB, {100 * found.byte_error:.1f} %")
+    return "| " + " | ".join(cells) + " |"
 
 
 def write(name: str, text: str) -> None:
