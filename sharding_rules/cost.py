@@ -71,6 +71,8 @@ class CostModel:
         return size / math.prod(self.mesh[m] for m in layout if m != but)
 
     def cost(self, step: Step, count: int, splits: Splits) -> StepCost:
+        if step.terms:
+            return self._sum([self.cost(term, count, splits) for term in step.terms])
         if step.primitive == "elementwise":  # written once; fused operations read what others write
             written = self.bytes(step, step.outs[0], self.layout(step, step.outs[0], splits))
             return StepCost((), count * written / self.hardware.memory_bandwidth)
@@ -93,6 +95,9 @@ class CostModel:
         for out, axes in reduced.items():
             n = len(step.ins) + out
             payload = self.bytes(step, arrays[n], layouts[n])
+            if exchanged := self._columns(step, axes, layouts):
+                traffic += self._exchange(step, count, exchanged, layouts)
+                axes = [a for a in axes if a not in exchanged]
             scattered = tuple(a for a in axes if a in self.stored_over and step.gradient and self.hardware.scatters)
             kept = tuple(a for a in axes if a not in scattered)
             if scattered:
@@ -104,6 +109,34 @@ class CostModel:
         compute = step.flops / degree / self.hardware.flops
         moved = sum(self.bytes(step, a, x) for a, x in zip(arrays, layouts, strict=True)) if step.flops else 0.0
         return StepCost(tuple(traffic), seconds + count * max(compute, moved / self.hardware.memory_bandwidth))
+
+    def _columns(self, step: Step, axes: Iterable[str], layouts) -> tuple[str, ...]:
+        """Storage axes of a looked-up table whose gradient the partitioner makes by columns: rows are whole."""
+        if not (step.gradient and step.primitive.startswith("scatter")) or layouts[-1]:
+            return ()
+        return tuple(a for a in axes if a in self.stored_over)
+
+    def _exchange(self, step: Step, count: int, axes: tuple[str, ...], layouts) -> list[Traffic]:
+        """Every device gets its columns of all rows to be added, and all indices."""
+        indices, updates = (self.bytes(step, a, x) for a, x in zip(step.ins, layouts))
+        n = math.prod(self.mesh[a] for a in axes)
+        return [
+            Traffic("all-to-all", updates, axes, count, step.primitive),
+            Traffic("all-gather", indices * n, axes, count, step.primitive),
+        ]
+
+    def _sum(self, terms: Iterable[StepCost]) -> StepCost:
+        """The cost of products that are added: equal all-reduces are one, where the compiler adds first."""
+        traffic: list[Traffic] = []
+        seconds = 0.0
+        for term in terms:
+            seconds += term.seconds
+            for t in term.traffic:
+                if self.hardware.merges and t.kind == "all-reduce" and t in traffic:
+                    seconds -= self.seconds(t)
+                else:
+                    traffic.append(t)
+        return StepCost(tuple(traffic), seconds)
 
     def seconds(self, t: Traffic) -> float:
         if t.count == 0:

@@ -105,7 +105,7 @@ def reasons(problem: "Problem", best: "Layout") -> list[str]:
             else:
                 found.append(f"follows {name}, on which it acts")
         if not found:
-            found.append(_whole(problem, leaf, dearer))
+            found.append(_whole(problem, leaf, best.splits, dearer))
         resting = problem.rest(leaf, best.splits)
         stored = [m for m in problem.stored if any(m in p for p in resting)]
         if stored:
@@ -116,7 +116,7 @@ def reasons(problem: "Problem", best: "Layout") -> list[str]:
     return out
 
 
-def _whole(problem: "Problem", leaf: int, dearer: Mapping[int, float]) -> str:
+def _whole(problem: "Problem", leaf: int, splits: Mapping[int, tuple[str, ...]], dearer: Mapping[int, float]) -> str:
     """Why a parameter is whole over the free axes."""
     model = problem.model
     free = [m for m in problem.free if problem.mesh_shape[m] > 1]
@@ -132,7 +132,12 @@ def _whole(problem: "Problem", leaf: int, dearer: Mapping[int, float]) -> str:
         if axis.loop:
             continue
         if axis.segments and not axis.loop:
-            whys.append(f"{label}: {_permutation(problem, axis)}")
+            over = {splits.get(s[0], ()) for s in axis.segments if s} if model.cut(leaf) else set()
+            if len(over) == 1 and any(over):
+                found = f"each segment is split over {'+'.join(*over)} in computation, its gradient gathered"
+                whys.append(f"{label}: {found}; {_permutation(problem, axis)}")
+            else:
+                whys.append(f"{label}: {_permutation(problem, axis)}")
         elif axis.why_whole:
             whys.append(f"{label}: {axis.why_whole}")
         elif axis.id in dearer:
@@ -150,15 +155,15 @@ def _whole(problem: "Problem", leaf: int, dearer: Mapping[int, float]) -> str:
 def _permutation(problem: "Problem", axis) -> str:
     """What would let a segmented dim be split inside each segment."""
     model = problem.model
-    sizes = [math.prod(model.logical[i].size for part in s for i in part) for s in axis.segments]
-    leads = [model.logical[s[0][0]] for s in axis.segments if s]
+    sizes = [math.prod(model.logical[i].size for i in s) for s in axis.segments]
+    leads = [model.logical[s[0]] for s in axis.segments if s]
     for m in problem.free:
         n = problem.mesh_shape[m]
         if n > 1 and leads and all(a.size % n == 0 and not a.why_whole for a in leads):
             return (
                 f"segments of {'+'.join(map(str, sizes))} lie one after another; stored as "
                 f"concatenate([part {m} of each segment for each {m} rank], i.e. reshaped to "
-                f"({n}, {'+'.join(str(s // n) for s in sizes)}), it could be split over {m}={n}"
+                f"({n}, {'+'.join(str(s // n) for s in sizes)}), it could rest split over {m}={n}"
             )
     return f"segments of {'+'.join(map(str, sizes))} lie one after another and are not all divisible"
 

@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,12 @@ class Hardware:
     node: int  # devices in a node or slice
     latency: float = 2e-6  # seconds of one step of a collective
     scatters: bool = True  # the compiler turns all-reduce and slice into a reduce-scatter
+    merges: bool = True  # the compiler adds partial sums before it reduces them
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("name", "scatters") and value <= 0:
+            if not isinstance(value, bool | str) and value <= 0:
                 raise ValueError(f"hardware {self.name!r}: {field.name}={value} must be positive")
 
     @classmethod
@@ -85,9 +87,27 @@ HARDWARE = {
                  outer_bandwidth=6e9, node=18432, latency=1e-6),
         # Eight simulated devices in one process: for verification, where bytes matter and seconds do not.
         Hardware(name="cpu", flops=1e11, memory_bandwidth=2e10, memory=16e9, bandwidth=5e9, outer_bandwidth=1e9,
-                 node=1024, latency=1e-5, scatters=False),
+                 node=1024, latency=1e-5, scatters=False, merges=False),
     )
 }  # fmt: skip
+
+
+# What a device calls itself (jax.Device.device_kind) -> the name here; the first that is found in it.
+KINDS = {
+    "H200": "h200", "H100": "h100", "A100": "a100", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p",
+    "TPU v6": "v6e", "TPU7x": "tpu7x", "TPU v7": "tpu7x", "cpu": "cpu",
+}  # fmt: skip
+
+
+def hardware_of(device: Any) -> Hardware:
+    """The Hardware of a jax.Device."""
+    for kind, name in KINDS.items():
+        if kind.lower() in device.device_kind.lower():
+            return HARDWARE[name]
+    raise ValueError(
+        f"devices of kind {device.device_kind!r} are not known; known are {', '.join(KINDS)}; give hardware= "
+        "(a name, a .toml file or a Hardware)"
+    )
 
 
 def find_hardware(hardware: "str | Path | Hardware") -> Hardware:

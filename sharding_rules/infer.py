@@ -2,13 +2,17 @@
 
 import dataclasses
 import hashlib
+import math
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding_rules.applied import Cut, by_segments
 from sharding_rules.dims import Atom, Dim, expand, nearly_whole, size_of, unify
 from sharding_rules.propagate import Dims, Op, Walker, fresh_dims, itemsize
 
@@ -28,6 +32,14 @@ def infer(fn: Callable, params: Any, *args: Any) -> "Inferred":
       Whatever `fn` raises when it is traced, with a note that says so.
     """
     shapes, arg_shapes = _shapes(params), _shapes(args)
+    found = _trace(fn, shapes, arg_shapes)
+    cuts = [found.cut(i) for i in range(len(found.leaves))]
+    if any(cuts):  # what `apply` runs: one product for each segment
+        found = _trace(by_segments(fn, cuts), shapes, arg_shapes)
+    return found
+
+
+def _trace(fn: Callable, shapes: Any, arg_shapes: Sequence[Any]) -> "Inferred":
     try:
         out = jax.eval_shape(fn, shapes, *arg_shapes)
         has_aux = isinstance(out, tuple) and len(out) > 1 and _is_loss(out[0])
@@ -35,7 +47,7 @@ def infer(fn: Callable, params: Any, *args: Any) -> "Inferred":
         traced = jax.value_and_grad(fn, has_aux=has_aux, allow_int=True) if train else fn
         closed = jax.make_jaxpr(traced)(shapes, *arg_shapes)
     except Exception as error:
-        error.add_note(f"while tracing {getattr(fn, '__qualname__', fn)} to infer its sharding rules")
+        error.add_note(f"while tracing {getattr(fn, '__qualname__', fn)} to infer its sharding rules{_place(error)}")
         raise
     leaves = jax.tree.leaves(shapes)
     walker = Walker()
@@ -53,6 +65,13 @@ def infer(fn: Callable, params: Any, *args: Any) -> "Inferred":
     return Inferred(walker, paths, jax.tree.structure(shapes), ins[: len(leaves)], ins[len(leaves) :], train)
 
 
+def _place(error: Exception) -> str:
+    """The last line of the user's own code that the error came through."""
+    ours = (str(Path(jax.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f", at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Array:
     """Dims of an array as indices into its op's iteration space, major to minor within a fused dim."""
@@ -64,7 +83,10 @@ class Array:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """An op of the program over logical axes. Equal ops are one step; `count` is how often they run."""
+    """An op of the program over logical axes. Equal ops are one step; `count` is how often they run.
+
+    A step with `terms` is the sum of several products, of which the partial sums may be reduced as one.
+    """
 
     primitive: str
     space: tuple[tuple[int, int], ...]  # (axis, size) of each iteration dim
@@ -72,6 +94,7 @@ class Step:
     ins: tuple[Array, ...]
     outs: tuple[Array, ...]
     gradient: bool = False  # makes the gradient of a parameter
+    terms: tuple["Step", ...] = ()
 
     @property
     def is_reduction(self) -> bool:
@@ -102,7 +125,7 @@ class Axis:
     in_params: bool = False
     leads: bool = False  # it is the leading atom of some parameter dim: splitting it is a PartitionSpec
     loop: bool = False
-    segments: tuple[tuple[tuple[int, ...], ...], ...] = ()  # per segment, the axes that it is made of
+    segments: tuple[tuple[int, ...], ...] = ()  # per segment, the axes that it is made of, major to minor
 
 
 class Inferred:
@@ -131,6 +154,30 @@ class Inferred:
         from sharding_rules.roles import name_axes
 
         name_axes(self, walker)
+
+    def cut(self, leaf: int) -> Cut | None:
+        """How a fused projection is computed by segments, if each of them can be split.
+
+        Another dim that may be split makes it a row-parallel product: one sum for all segments is better.
+        """
+        dims = self.params[leaf]
+        leads = [self.logical[dim[0]] if dim else None for dim in dims]
+        at = [d for d, axis in enumerate(leads) if axis and axis.segments and (not axis.loop or len(dims[d]) > 1)]
+        if len(at) != 1 or not all(axis.why_whole for axis in leads if axis):
+            return None
+        lead, *rest = dims[at[0]]
+        segments = [(*s, *rest) for s in self.logical[lead].segments]
+        firsts = [self.logical[s[0]] for s in segments if s]
+        if len(firsts) < len(segments) or not all(a.in_params and not a.why_whole for a in firsts):
+            return None
+        sizes = tuple(math.prod(self.logical[i].size for i in s) for s in segments)
+        return Cut(dim=at[0] - len(dims), sizes=sizes, groups=math.gcd(*(a.size for a in firsts)))
+
+    @property
+    def segments(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """The fused axes that are computed by segments: the names of the parts of each segment."""
+        found = [self.logical[dims[cut.dim][0]] for i, dims in enumerate(self.params) if (cut := self.cut(i))]
+        return {axis.name: tuple(self._dim_parts(s) for s in axis.segments) for axis in found}
 
     @property
     def axes(self) -> Any:
@@ -196,11 +243,11 @@ class Inferred:
             axes[i].loop |= atom.loop
             axes[i].why_whole = axes[i].why_whole or atom.blocked
             if atom.segments and not axes[i].segments:
-                axes[i].segments = tuple(_segment(s, ids) for s in atom.segments)
+                axes[i].segments = tuple(tuple(ids[a] for a in expand(s)) for s in atom.segments)
         for axis in axes:
             if axis.loop:
                 axis.why_whole = "a loop walks it"
-            elif axis.segments and all(axes[i].size == 1 for s in axis.segments for part in s for i in part):
+            elif axis.segments and not any(axis.segments):
                 axis.loop, axis.why_whole = True, "the program takes its elements one by one"
             elif axis.segments:
                 axis.why_whole = axis.why_whole or "it is cut into segments"
@@ -213,6 +260,8 @@ class Inferred:
                 for n, i in enumerate(dim):
                     axes[i].in_params = True
                     axes[i].leads |= n == 0
+                    for j in (j for segment in axes[i].segments for j in segment):
+                        axes[j].in_params = True
 
     def _colors(self, walker: Walker, atoms: dict[Atom, int], params: Sequence[Dims]) -> dict[Atom, bytes]:
         """Colour refinement: atoms that no finite chain of ops tells apart have one colour, whatever the depth."""
@@ -245,6 +294,7 @@ class Inferred:
         weights = {tuple(sorted(i for dim in dims for i in dim if not self.logical[i].loop)) for dims in self.params}
         steps: dict[Step, int] = {}
         uses: dict[int, tuple[int, str, tuple[tuple[int, str], ...]]] = {}
+        terms: dict[int, list[Step]] = {}  # of the sums that have begun
         for op in walker.ops:
             step = _step(op, self._ids)
             if step is None:
@@ -253,13 +303,18 @@ class Inferred:
             if self.train and step.is_reduction and out in weights and step.primitive != "reduce_max":
                 made = tuple(dataclasses.replace(a, is_param=True) for a in step.outs)
                 step = dataclasses.replace(step, gradient=True, outs=made)
-            steps[step] = steps.get(step, 0) + op.count
             # The first read of a parameter by an op is its use in the forward pass.
             for operand, array in zip(op.ins, step.ins, strict=True):
                 computes = op.is_matmul or op.primitive == "gather"
                 if computes and operand.origin is not None and operand.origin not in uses:
                     kinds = ((step.space[i][0], step.kinds[i]) for dim in array.dims for i in dim)
                     uses[operand.origin] = (operand.origin, op.primitive, tuple(kinds))
+            added = walker.sums.get(op.order, [op.order])
+            terms.setdefault(id(added), []).append(step)
+            if op.order == max(added):
+                found = terms.pop(id(added))
+                step = found[0] if len(found) == 1 else _sum(found)
+                steps[step] = steps.get(step, 0) + op.count
         self.steps = steps
         self.uses = list(uses.values())
 
@@ -305,6 +360,11 @@ def _step(op: Op, ids: dict[Atom, int]) -> Step | None:
     return Step(op.primitive, tuple(space), "".join(kinds), ins, outs)
 
 
+def _sum(terms: Sequence[Step]) -> Step:
+    space = tuple(s for term in terms for s in term.space)
+    return Step("sum", space, "".join(term.kinds for term in terms), (), (), terms=tuple(terms))
+
+
 def _meetings(walker: Walker, atoms: dict[Atom, int], params: Sequence[Dims]) -> dict[Atom, set[Atom]]:
     """For each atom those that occur beside it in some op or parameter: they are not one axis."""
     together: dict[Atom, set[Atom]] = {a: set() for a in atoms}
@@ -314,10 +374,6 @@ def _meetings(walker: Walker, atoms: dict[Atom, int], params: Sequence[Dims]) ->
         for atom in group:
             together[atom] |= group - {atom}
     return together
-
-
-def _segment(dim: Dim, ids: dict[Atom, int]) -> tuple[tuple[int, ...], ...]:
-    return tuple((ids[a],) for a in expand(dim) if a in ids)
 
 
 def _is_loss(out: Any) -> bool:

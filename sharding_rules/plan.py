@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from sharding_rules.applied import Cut, applied
 from sharding_rules.cost import Traffic
 from sharding_rules.rules import Rules
 
@@ -35,6 +36,7 @@ class Leaf:
     computed: P  # in computation
     spec: P  # at rest
     bytes: int  # per device, at rest
+    cut: Cut | None = None  # how it is computed by segments
     why: str = ""
 
     @property
@@ -65,6 +67,7 @@ class Plan:
       mesh_shape: mesh axis -> size.
       rules: logical axis -> mesh axes, at rest and in computation.
       sizes: logical axis -> size.
+      segments: fused axis -> the axes of each segment, for those that are computed by segments.
       leaves: every parameter, in the order of the tree.
       prediction, runner_up: what it costs, and the second best layout (its rules and its prediction).
       notes: what could not be split as asked.
@@ -75,6 +78,7 @@ class Plan:
     rules: Rules
     sizes: Mapping[str, int]
     leaves: tuple[Leaf, ...]
+    segments: Mapping[str, Parts] = dataclasses.field(default_factory=dict)
     treedef: Any = None
     prediction: Prediction | None = None
     runner_up: tuple[Mapping[str, tuple[str, ...]], float] | None = None
@@ -116,8 +120,6 @@ class Plan:
 
     def apply(self, fn: Callable, mesh: Mesh) -> Callable:
         """`fn` with the plan said inside, to be compiled with `specs` on a mesh of Auto axes; see `applied.applied`."""
-        from sharding_rules.applied import applied
-
         return applied(self, fn, mesh)
 
     def verify(self, fn: Callable, params: Any, *args: Any, **options: Any) -> "Verification":
@@ -155,8 +157,11 @@ def make_plan(problem: "Problem", best: "Layout", second: "Layout | None") -> Pl
     leaves = []
     for i, (path, array) in enumerate(zip(model.paths, model.leaves, strict=True)):
         leaves.append(
-            make_leaf(path, array.shape, str(array.dtype), model.parts(i), table, problem.stored, model.sizes, mesh)
-        )
+            make_leaf(
+                path, array.shape, str(array.dtype), model.parts(i), table, problem.stored, model.sizes, mesh,
+                model.segments,
+            )
+        )  # fmt: skip
         leaves[-1] = dataclasses.replace(leaves[-1], why=why[i])
     runner_up = (problem.table(second.splits), second.seconds) if second else None
     options = math.prod(map(len, problem.domains.values()))
@@ -166,6 +171,7 @@ def make_plan(problem: "Problem", best: "Layout", second: "Layout | None") -> Pl
         rules=rules,
         sizes=model.sizes,
         leaves=tuple(leaves),
+        segments=model.segments,
         treedef=model.treedef,
         prediction=Prediction(
             seconds=best.seconds, bytes=best.bytes, traffic=tuple(problem.traffic(best.splits)), mesh=problem.mesh
@@ -179,13 +185,26 @@ def make_plan(problem: "Problem", best: "Layout", second: "Layout | None") -> Pl
     )
 
 
-def make_leaf(path, shape, dtype, parts: Parts, table, stored, sizes, mesh, why: str = "") -> Leaf:
+def make_leaf(path, shape, dtype, parts: Parts, table, stored, sizes, mesh, segments: Mapping[str, Parts]) -> Leaf:
     computed = place(parts, table, sizes, mesh)
+    fused = [d for d, part in enumerate(parts) if part and part[0] in segments]
+    cut = _cut(parts, fused[0], table, sizes, mesh, segments) if fused else None
     resting = store(shape, parts, computed, stored, mesh)
     split = math.prod(mesh[m] for p in resting for m in p)
     size = math.prod(shape) * jax.numpy.dtype(dtype).itemsize // split
     return Leaf(path=path, shape=tuple(shape), dtype=dtype, parts=parts, computed=_spec(computed), spec=_spec(resting),
-                bytes=size, why=why)  # fmt: skip
+                bytes=size, cut=cut)  # fmt: skip
+
+
+def _cut(parts: Parts, d: int, table, sizes, mesh, segments: Mapping[str, Parts]) -> Cut | None:
+    """How the fused dim d is computed by segments: split alike in all of them, or not at all."""
+    inside = [(*segment, *parts[d][1:]) for segment in segments[parts[d][0]]]
+    axes = {tuple(place((*parts[:d], names, *parts[d + 1 :]), table, sizes, mesh)[d]) for names in inside}
+    if len(axes) > 1 or axes == {()}:
+        return None
+    (split,) = axes
+    widths = tuple(math.prod(sizes[name] for name in names) for names in inside)
+    return Cut(dim=d - len(parts), sizes=widths, groups=math.prod(mesh[m] for m in split), axes=split)
 
 
 def place(parts: Parts, table: Mapping[str, Sequence[str]], sizes: Mapping[str, int], mesh) -> list[list[str]]:
@@ -255,6 +274,10 @@ def _toml(plan: Plan) -> str:
     ]
     for name in plan.sizes:
         lines.append(f"{_key(name)} = {listing(plan.rules.compute.get(name, ()))}")
+    if plan.segments:
+        lines += ["", "# Fused axes that are computed by segments: the axes of each segment.", "[segments]"]
+        for name, segments in plan.segments.items():
+            lines.append(f"{_key(name)} = {listing(['*'.join(segment) for segment in segments])}")
     lines += ["", "[params]"]
     for leaf in plan.leaves:
         axes = listing([axis or "" for axis in leaf.axes])
@@ -301,6 +324,15 @@ def _load(path: Path, params: Any) -> Plan:
     for m in stored:
         if m not in mesh:
             raise ValueError(f"{path}:{_line(text, '', 'stored')}: stored names mesh axis {m!r}{_near(m, mesh)}")
+    segments = {
+        n: tuple(tuple(s.split("*")) if s else () for s in entry) for n, entry in data.get("segments", {}).items()
+    }
+    for name, inside in segments.items():
+        for part in (part for segment in inside for part in segment):
+            if part not in sizes:
+                fail("segments", name, f"no logical axis is named {part!r}{_near(part, sizes)}")
+        if (total := sum(math.prod(sizes[part] for part in segment) for segment in inside)) != sizes.get(name, total):
+            fail("segments", name, f"{name}={sizes[name]} cannot be segments of {total} together")
     leaves = []
     for name, entry in data["params"].items():
         parts = tuple(tuple(a.split("*")) if a else () for a in entry["axes"])
@@ -322,7 +354,7 @@ def _load(path: Path, params: Any) -> Plan:
                         lead,
                         f"{lead} and {owner[m]} are both split over {m} but meet in {name}; take {m} from one of them",
                     )
-        leaves.append(make_leaf(name, shape, entry["dtype"], parts, table, stored, sizes, mesh))
+        leaves.append(make_leaf(name, shape, entry["dtype"], parts, table, stored, sizes, mesh, segments))
     treedef = None
     if params is not None:
         leaves, treedef = _match(path, text, leaves, params)
@@ -334,7 +366,7 @@ def _load(path: Path, params: Any) -> Plan:
     )
     return Plan(
         mesh_shape=mesh, hardware=data.get("hardware", "cpu"), rules=rules, sizes=sizes, leaves=tuple(leaves),
-        treedef=treedef,
+        segments=segments, treedef=treedef,
     )  # fmt: skip
 
 

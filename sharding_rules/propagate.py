@@ -7,6 +7,7 @@ of which each dim is parallel, reduced or blocked (it must be whole on every dev
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,12 @@ class Op:
     def is_matmul(self) -> bool:
         return self.primitive in ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
+    @property
+    def volume(self) -> int:
+        """Points of the iteration space, of all executions."""
+        sizes = {k: size_of(d) for o in (*self.ins, *self.outs) for k, d in zip(o.keys, o.dims, strict=True)}
+        return math.prod(sizes.values()) * self.count
+
 
 class Walker:
     """Dims of every variable of a jaxpr and the ops that can cost communication."""
@@ -51,12 +58,15 @@ class Walker:
         self.softmaxed: list[Dim] = []  # dims reduced by a max or by an exponential's sum
         self.looked_up: list[Dim] = []  # parameter dims that integers index
         self.carried: list[Dim] = []  # dims that a loop over layers carries
+        self.picked: list[Dim] = []  # parameter dims of which a loop takes one element, by an index that it computes
+        self.trips = 1  # of the loop whose body is being walked
         self.origins: dict[Any, int | None] = {}
         self.reads: dict[tuple[int, int], int] = {}  # (parameter leaf, body) -> executions of the body
         self.out_origins: list[int | None] = []  # of the outputs of the body walked last
         self.count = 1  # executions of the body that is being walked
         self.scope = 0
         self.recomputed: set[int] = set()  # bodies that the backward pass runs again
+        self.sums: dict[int, list[int]] = {}  # op -> the ops whose products are added to its own, itself included
         self._scopes = 0
 
     def walk(self, jaxpr, consts: Sequence[Dims], args: Sequence[Dims], origins: Sequence[int | None]) -> list[Dims]:
@@ -65,12 +75,13 @@ class Walker:
         for var, dims in zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True):
             env[var] = dims
         local.update(zip(jaxpr.invars, origins, strict=True))
+        products = Products(self, jaxpr)
 
         def read(atom) -> Dims:
             return env[atom] if not hasattr(atom, "val") else fresh_dims(atom.aval.shape)
 
         for eqn in jaxpr.eqns:
-            ins = [read(a) for a in eqn.invars]
+            ins, before = [read(a) for a in eqn.invars], len(self.ops)
             self.origins = local
             rule = RULES.get(eqn.primitive.name)
             if rule is None and (inner := _inner(eqn)) is not None:
@@ -79,17 +90,18 @@ class Walker:
                 local.update(zip(eqn.outvars, self.out_origins))
             else:
                 outs = (rule or unknown)(self, eqn, ins)
-                if eqn.primitive.name not in LAYOUT_ONLY and eqn.primitive.name not in CONTROL_FLOW:
+                handed = _handed_on(eqn, local)
+                if handed is not None:
+                    local.update(dict.fromkeys(eqn.outvars, handed))
+                elif eqn.primitive.name not in CONTROL_FLOW:
                     for v in eqn.invars:
                         leaf = None if hasattr(v, "val") else local.get(v)
                         if leaf is not None:
                             self.reads[leaf, self.scope] = self.count
+            products.follow(eqn, before)
             for var, dims in zip(eqn.outvars, outs, strict=True):
                 assert tuple(map(size_of, dims)) == tuple(var.aval.shape), (eqn.primitive, dims, var.aval)
                 env[var] = dims
-            if eqn.primitive.name in LAYOUT_ONLY and not hasattr(eqn.invars[0], "val"):
-                for var in eqn.outvars:
-                    local[var] = local.get(eqn.invars[0])
         self.out_origins = [local.get(v) if not hasattr(v, "val") else None for v in jaxpr.outvars]
         return [read(v) for v in jaxpr.outvars]
 
@@ -128,6 +140,38 @@ class Walker:
                 len(self.ops),
             )
         )
+
+
+class Products:
+    """Which products of a body are only added to each other: their partial sums can be reduced as one."""
+
+    def __init__(self, walker: Walker, jaxpr):
+        self.sums, self.ops = walker.sums, walker.ops
+        self.terms: dict[Any, list[int]] = {}  # variable -> the ops that it is the sum of
+        self.uses = Counter(v for e in jaxpr.eqns for v in e.invars if not hasattr(v, "val")) + Counter(
+            v for v in jaxpr.outvars if not hasattr(v, "val")
+        )
+
+    def follow(self, eqn, before: int) -> None:
+        """`before`: the number of ops when the equation was met."""
+        name = eqn.primitive.name
+        terms = [self.terms.get(v) if not hasattr(v, "val") and self.uses[v] == 1 else None for v in eqn.invars]
+        if name == "dot_general" and self.ops[before].reduced:
+            self.terms[eqn.outvars[0]] = [before]
+        elif name in ("add", "add_any") and all(terms):
+            joined = [op for one in terms for op in one or ()]
+            self.terms[eqn.outvars[0]] = joined
+            self.sums.update(dict.fromkeys(joined, joined))
+        elif name in LAYOUT_ONLY and terms[0]:
+            self.terms[eqn.outvars[0]] = terms[0]
+
+
+def _handed_on(eqn, origins) -> int | None:
+    """The parameter that an equation only lays out otherwise; a concatenation may put its parts together again."""
+    name = eqn.primitive.name
+    of = eqn.invars if name == "concatenate" else eqn.invars[:1] if name in LAYOUT_ONLY else []
+    found = {None if hasattr(v, "val") else origins.get(v) for v in of}
+    return found.pop() if len(found) == 1 else None
 
 
 def fresh_dims(shape: Sequence[int]) -> Dims:
@@ -471,6 +515,13 @@ def dynamic_slice(w: Walker, eqn, ins):
     dims, shape = ins[0], eqn.outvars[0].aval.shape
     out = tuple(d if size_of(d) == n else fresh(n) for d, n in zip(dims, shape, strict=True))
     _move(w, eqn, dims, out)
+    if w.trips > 1 and w.origin(eqn.invars[0]) is not None:
+        for dim, n in zip(dims, shape, strict=True):
+            if n == 1 and size_of(dim) == w.trips:  # layers, taken in turn
+                for atom in expand(dim):
+                    atom.loop = True
+            elif n == 1 and size_of(dim) > 1:
+                w.picked.append(dim)
     return [out]
 
 
@@ -580,7 +631,9 @@ def scan(w: Walker, eqn, ins):
     origins = [w.origin(v) for v in eqn.invars]
     if any(o is not None for o in origins[n + m :]):
         w.carried += [d for dims in carry for d in dims]
+    before, w.trips = w.trips, length
     outs = w.body(p["jaxpr"], [*consts, *carry, *(x[1:] for x in xs)], origins, length)
+    w.trips = before
     for a, b in zip(carry, outs[:m], strict=True):
         for x, y in zip(a, b, strict=True):
             unify(x, y)
@@ -601,16 +654,24 @@ def while_(w: Walker, eqn, ins):
 
 
 def cond(w: Walker, eqn, ins):
-    """All branches are united; the traffic of the last one is counted (by convention the branch that works)."""
-    branches = eqn.params["branches"]
+    """All branches are united; the one that computes most is counted."""
     origins = [w.origin(v) for v in eqn.invars[1:]]
+    reads = dict(w.reads)
     outs: list[Dims] = []
-    for n, branch in enumerate(branches):
-        found = w.body(branch, ins[1:], origins, 1 if n == len(branches) - 1 else 0, new_scope=False)
+    walked: list[tuple[int, list[Op], dict]] = []
+    for branch in eqn.params["branches"]:
+        w.reads, start = dict(reads), len(w.ops)
+        found = w.body(branch, ins[1:], origins, 1, new_scope=False)
         for a, b in zip(outs, found):
             for x, y in zip(a, b, strict=True):
                 unify(x, y)
         outs = outs or found
+        walked.append((sum(op.volume for op in w.ops[start:]), w.ops[start:], w.reads))
+    heaviest = max(walked, key=lambda branch: branch[0])
+    for branch in walked:
+        for op in branch[1] if branch is not heaviest else ():
+            op.count = 0
+    w.reads = heaviest[2]
     return outs
 
 
@@ -749,6 +810,7 @@ REDUCTIONS = [
 LAYOUT_ONLY = frozenset(
     [
         "convert_element_type",
+        "stop_gradient",
         "transpose",
         "squeeze",
         "reshape",

@@ -76,6 +76,10 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
                 if key in op.blocked:
                     for i in ids([dim]):
                         name(i, "experts")
+    for i in ids(walker.picked):
+        if axes[i].in_params and not axes[i].loop:
+            alike(i, "experts")
+            axes[i].why_whole = axes[i].why_whole or "a loop takes one at a time, by an index that it computes"
     looked_up = ids(walker.looked_up)
     if looked_up:
         name(max(looked_up, key=lambda i: axes[i].size), "vocab")
@@ -105,7 +109,7 @@ def name_axes(model: "Inferred", walker: Walker) -> None:
         axis.name = names.get(axis.id) or f"axis_{next(numbers)}"
     for axis in axes:
         if axis.segments:
-            inner = ("".join(".".join(axes[i].name for part in s for i in part) or "1") for s in axis.segments)
+            inner = (".".join(axes[i].name for i in s) or "1" for s in axis.segments)
             if axis.in_params and axis.id not in names:
                 axis.name = f"[{'|'.join(inner)}]".replace("kv_heads.q_groups", "q_heads")
 

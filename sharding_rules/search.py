@@ -86,7 +86,9 @@ class Problem:
             if size < 1:
                 raise ValueError(f"mesh axis {axis}={size}: sizes are at least 1")
         self.model, self.hardware, self.mesh_shape = model, hardware, dict(mesh_shape)
-        self.notes: list[str] = []
+        stages = [f"{m}={mesh_shape[m]} takes whole layers: nothing is split over it here" for m in STAGES
+                  if mesh_shape.get(m, 1) > 1]  # fmt: skip
+        self.notes: list[str] = stages
         self.free = [a for a in mesh_shape if a not in (*BATCH, *SEQUENCE, *EXPERTS, *STORED, *STAGES)]
         self.stored = tuple(a for a in STORED if mesh_shape.get(a, 1) > 1)
         self.mesh, self.parents = self._refine()
@@ -293,7 +295,9 @@ class Problem:
         return sum(f(splits)[0] for f in self._factors)
 
 
-def evaluate(model: Inferred, mesh_shape: Mapping[str, int], table: Mapping[str, Choice], hardware="cpu") -> "Plan":
+def evaluate(
+    model: Inferred, mesh_shape: Mapping[str, int], table: Mapping[str, Choice], hardware: str | Path | Hardware = "cpu"
+) -> "Plan":
     """The plan of given rules (logical axis name -> mesh axes), with what it costs: for hand-written layouts."""
     problem = Problem(model, mesh_shape, find_hardware(hardware))
     problem._factors = problem.factors()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules.applied import applied
+from sharding_rules.hardware import Hardware, find_hardware, hardware_of
 from sharding_rules.hlo import Collective, collectives
 from sharding_rules.infer import infer
 
@@ -53,6 +55,7 @@ def verify(
     *args: Any,
     devices: Sequence[Any] | None = None,
     topology: str | TopologyDescription = "",
+    hardware: str | Path | Hardware | None = None,
 ) -> Verification:
     """Compiles `fn` (a loss with its gradient, or any function) under the plan's rules and compares.
 
@@ -64,9 +67,10 @@ def verify(
         XLA_FLAGS=--xla_force_host_platform_device_count=8.
       topology: compile ahead of time for hardware that is not here, without comparing numbers. A TPU slice by name,
         such as "v5p:2x2x2" (needs libtpu), or a description from `jax.experimental.topologies`, as GPUs need.
+      hardware: whose compiler is predicted (`Hardware.scatters`); by default that of the devices.
 
     Raises:
-      ValueError: fewer devices than the mesh has.
+      ValueError: fewer devices than the mesh has, or of a kind that is not known.
     """
     from sharding_rules.search import evaluate
 
@@ -77,12 +81,13 @@ def verify(
         devices = get_topology_desc(platform="tpu", topology_name=topology).devices
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < n:
-        raise ValueError(
-            f"the plan is for {n} devices ({dict(plan.mesh_shape)}) but there are {len(devices)}; simulate them with "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={n}"
-        )
+        here = f"simulate them with XLA_FLAGS=--xla_force_host_platform_device_count={n}"
+        remedy = f"name a topology of at least {n}" if topology else here
+        mesh_text = ", ".join(f"{a}={size}" for a, size in plan.mesh_shape.items())
+        raise ValueError(f"the plan is for {n} devices ({mesh_text}) but there are {len(devices)}; {remedy}")
+    hardware = hardware_of(devices[0]) if hardware is None else find_hardware(hardware)
     model = infer(fn, params, *args)
-    small = evaluate(model, plan.mesh_shape, plan.rules.compute, "v5p" if topology else "cpu")
+    small = evaluate(model, plan.mesh_shape, plan.rules.compute, hardware)
     mesh = Mesh(
         np.array(devices[:n]).reshape(tuple(plan.mesh_shape.values())),
         tuple(plan.mesh_shape),

@@ -1,11 +1,15 @@
 """What the graph alone tells: axes, roles, structure; names in the user's tree play no part."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import ragged_dot
 from sharding_rules import evaluate, infer, search
 from sharding_rules.dims import Atom, concatenate, cut, expand, fresh, root, size_of, split, take, unify
 from sharding_rules.explain import permutation
@@ -233,6 +237,57 @@ def test_control_flow_and_custom_rules():
     assert [w["b"] for w in plan.specs] == [P("tp", None)] * 2
 
 
+def test_the_heaviest_branch_counts():
+    """Wherever it stands: its product is counted, the other's is not."""
+
+    def loss(p, x, heavy_first):
+        light, heavy = (lambda x: x * 2), (lambda x: jnp.tanh(x @ p["a"]) @ p["b"])
+        x = jax.lax.cond(x[0, 0] > 0, *((heavy, light) if heavy_first else (light, heavy)), x)
+        return (x * x).mean()
+
+    shapes, x = arrays({"a": (16, 40), "b": (40, 16)}), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    costs = []
+    for heavy_first in (True, False):
+        model = infer(functools.partial(loss, heavy_first=heavy_first), shapes, x)
+        assert (
+            sum(count * step.flops for step, count in model.steps.items()) == 5 * 2 * 8 * 16 * 40
+        )  # two forward, three backward
+        plan = evaluate(model, {"fsdp": 2, "tp": 4}, {model.leaf_axes(0)[1]: ("tp",)})
+        costs.append(sorted((t.kind, t.payload, t.count) for t in plan.prediction.traffic))
+        assert any(t.axes == ("tp",) and t.kind == "all-reduce" for t in plan.prediction.traffic)
+    assert costs[0] == costs[1]
+
+
+def test_layers_of_a_counting_loop():
+    """fori_loop takes layers by its counter: they are layers all the same."""
+
+    def loss(p, x):
+        x = jax.lax.fori_loop(0, 5, lambda i, x: x + jnp.tanh(x @ p["a"][i]) @ p["b"][i], x)
+        return (x * x).mean()
+
+    model = infer(loss, arrays({"a": (5, 16, 40), "b": (5, 40, 16)}), jax.ShapeDtypeStruct((8, 16), jnp.float32))
+    assert [model.leaf_axes(i)[0] for i in range(2)] == ["layers", "layers"]
+    assert evaluate(model, {"tp": 8}, {model.leaf_axes(0)[2]: ("tp",)}).specs == {
+        "a": P(None, None, "tp"),
+        "b": P(None, "tp", None),
+    }
+
+
+def test_experts_of_a_grouped_matmul_in_a_loop():
+    """At large sizes ragged_dot is a loop over tiles that takes an expert by index."""
+
+    def loss(p, x, sizes):
+        h = jax.nn.silu(ragged_dot(x, p["up"], sizes, implementation="xla"))
+        y = ragged_dot(h, p["down"], sizes, implementation="xla")
+        return (y * y).mean()
+
+    shapes = arrays({"up": (8, 64, 96), "down": (8, 96, 64)})
+    model = infer(loss, shapes, arrays((1 << 14, 64)), jax.ShapeDtypeStruct((8,), jnp.int32))
+    assert model.leaf_axes(0)[0] == model.leaf_axes(1)[0] == "experts"
+    plan = search(model, {"dp": 2, "ep": 4, "tp": 2})
+    assert any("experts is not split over ep=4: a loop takes one at a time" in note for note in plan.notes)
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -252,11 +307,12 @@ def test_an_unknown_primitive_is_named_and_never_split():
 
 def test_the_users_own_error_comes_through():
     def loss(p, x):
-        return (x @ p).sum()
+        return (x @ p).sum()  # here
 
     with pytest.raises(TypeError, match="dot_general") as error:
         infer(loss, jnp.ones((3, 4)), jnp.ones((5, 7)))
-    assert any("infer its sharding rules" in note for note in error.value.__notes__)
+    (note,) = (note for note in error.value.__notes__ if "infer its sharding rules" in note)
+    assert re.search(r"at .*test_infer.py:\d+: return \(x @ p\).sum\(\)  # here", note)
 
 
 def test_shapes_are_enough():

@@ -114,6 +114,7 @@ def test_a_fused_layout_says_what_would_allow_it():
     why = {leaf.path: leaf.why for leaf in plan.leaves}["h/0/attn/c_attn/w"]
     assert "segments of 1024+1024+1024" in why
     assert "(8, 128+128+128)" in why
+    assert "each segment is split over tp in computation, its gradient gathered" in why
 
 
 # The file ------------------------------------------------------------------------------------------------------------
@@ -135,6 +136,20 @@ def test_a_plan_loads_back(saved):
     assert loaded.rules == plan.rules
     flat = jax.tree.leaves(plan.specs, is_leaf=lambda x: isinstance(x, P))
     assert list(Plan.load(path).specs.values()) == flat
+
+
+def test_segments_are_saved(tmp_path):
+    case = CASES["GPT-2"]
+    fn, params, args = case.build(**case.tiny)
+    plan = evaluate(infer(fn, params, *args), {"dp": 2, "tp": 4}, {"q_heads": ("tp",)})
+    path = tmp_path / "rules.toml"
+    plan.save(path)
+    loaded = Plan.load(path, params)
+    assert [leaf.cut for leaf in loaded.leaves] == [leaf.cut for leaf in plan.leaves]
+    assert any(leaf.cut and leaf.cut.axes == ("tp",) for leaf in loaded.leaves)
+    path.write_text(path.read_text().replace('= ["q_heads*head_dim"', '= ["q_head*head_dim"'))
+    with pytest.raises(ValueError, match=r"rules.toml:\d+: no logical axis is named 'q_head'; did you mean 'q_heads'"):
+        Plan.load(path)
 
 
 def test_an_edit_changes_the_specs(saved):
