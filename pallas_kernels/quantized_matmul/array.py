@@ -130,10 +130,11 @@ class QuantizedArray:
         lead, G = self.values.shape[:outputs], self.scales.shape[-1]
         full = (*lead, G, 1)
         w = self.values.astype(jnp.float32).reshape(*lead, G, -1)
+        if self.unsigned:
+            w = w + ZERO
         w = w * repeat_to(self.scales.astype(jnp.float32), full[:-1]).reshape(full)
-        offsets = self.effective_offsets()
-        if offsets is not None:
-            w = w + repeat_to(offsets, full[:-1]).reshape(full)
+        if self.offsets is not None:
+            w = w + repeat_to(self.offsets.astype(jnp.float32), full[:-1]).reshape(full)
         w = w.reshape(*lead, -1)
         if self.inputs is not None:
             own = self.inputs.shape[:-1]
