@@ -28,7 +28,31 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: cos and sin are multiplied by it; None: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the ramp begins and ends at whole dims (GPT-OSS: anywhere)
+    attention_factor: float | None = None  # yarn: cos and sin are multiplied by it; None: as below
+    # yarn as DeepSeek says it, with m(x) = 0.1 x ln(factor) + 1: cos and sin are multiplied by m(mscale) over
+    # m(mscale_all_dim), or m(1) where one is not given; latent attention's logits by m(mscale_all_dim) ** 2.
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads come from one vector of
+    kv_rank numbers for each token, and one rotated key that all heads share. What a cache holds is these two."""
+
+    kv_rank: int
+    q_rank: int | None  # queries come from a vector of that many numbers; None: straight from the residual stream
+    nope_dim: int  # of a query's and a key's head_dim: not rotated,
+    rope_dim: int  # rotated
+    value_dim: int  # of a value
+
+    def __post_init__(self):
+        for field in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim={self.rope_dim} is odd; rotary embeddings rotate pairs, use an even rope_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +72,7 @@ class MoEConfig:
     capacity_factor: float | None = None  # gshard, expert_choice; None: no limit, and 1 for expert_choice
     norm_top_k: bool = True  # the weights of a token's experts sum to 1 before weight_scale
     weight_scale: float = 1.0
-    num_groups: int = 1  # sigmoid: experts lie in groups, of which a token uses
+    num_groups: int = 1  # softmax, sigmoid: experts lie in groups, of which a token uses
     top_groups: int = 1
     router_bias: bool = False
     cosine_dim: int = 32
@@ -79,9 +103,9 @@ class MoEConfig:
             )
         if self.num_groups > 1:
             reach = self.num_experts // self.num_groups * self.top_groups
-            if self.router != "sigmoid" or self.num_routed > self.num_experts:
+            if self.router not in ("softmax", "sigmoid") or self.num_routed > self.num_experts:
                 raise ValueError(
-                    f"num_groups={self.num_groups} needs router='sigmoid' without zero-computation experts"
+                    f"num_groups={self.num_groups} needs router='softmax' or 'sigmoid' without zero-computation experts"
                 )
             if self.top_k > reach:
                 raise ValueError(
@@ -118,7 +142,8 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3, Mixtral, Qwen3-MoE."""
+    """A decoder-only transformer: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3, Mixtral, Qwen3-MoE, DeepSeek-V2/V3,
+    GPT-OSS."""
 
     name: str = "custom"
     vocab_size: int
@@ -147,6 +172,8 @@ class ModelConfig:
     local_rope_theta: float | None = None  # None: local layers rotate as the global ones do
     window: int | None = None  # how many tokens, itself included, a local layer sees
     layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the depth
+    sinks: bool = False  # each query head has a learned logit that takes attention and gives nothing (GPT-OSS)
+    mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the masters
@@ -170,6 +197,21 @@ class ModelConfig:
             raise ValueError("layer_pattern is empty; use ('global',)")
         if self.moe is not None and self.moe.first_dense >= self.num_layers:
             raise ValueError(f"first_dense={self.moe.first_dense} leaves no layer of {self.num_layers} with experts")
+        if self.mla is not None:
+            self._check_mla(self.mla)
+
+    def _check_mla(self, mla: MLAConfig) -> None:
+        if self.head_dim != mla.nope_dim + mla.rope_dim or self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                f"latent attention has a key for each query head, nope_dim + rope_dim long; set head_dim="
+                f"{mla.nope_dim + mla.rope_dim} (got {self.head_dim}) and num_kv_heads={self.num_heads} "
+                f"(got {self.num_kv_heads})"
+            )
+        odd = [f for f in ("qk_norm", "qkv_bias", "out_bias", "sinks", "attn_soft_cap") if getattr(self, f)]
+        if odd or any(self.local_layers):
+            raise ValueError(
+                f"latent attention has no {', '.join(odd) or 'local layers'}; switch that off, or mla=None"
+            )
 
     @property
     def local_layers(self) -> tuple[bool, ...]:
@@ -178,16 +220,22 @@ class ModelConfig:
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward and backward matmul FLOPs for one token: 6 per weight it meets, and causal attention at seq_len."""
-        attn = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        D, N, H, Hv = self.embed_dim, self.num_heads, self.head_dim, self.head_dim
+        attn = D * H * (2 * N + 2 * self.num_kv_heads)
+        if (mla := self.mla) is not None:
+            Hv = mla.value_dim
+            queries = D * N * H if mla.q_rank is None else mla.q_rank * (D + N * H)
+            keys_and_values = D * (mla.kv_rank + mla.rope_dim) + mla.kv_rank * N * (mla.nope_dim + Hv)
+            attn = queries + keys_and_values + N * Hv * D
         dense, hidden = self.num_layers, 0.0
         if self.moe is not None:  # of the experts, those that a token meets
             dense = self.moe.first_dense
             met = self.moe.top_k * self.moe.num_experts / self.moe.num_routed
             hidden = (self.num_layers - dense) * (met * self.moe.mlp_dim + self.moe.shared_dim)
         hidden += dense * self.mlp_dim
-        weights = self.num_layers * attn + 3 * self.embed_dim * hidden + self.vocab_size * self.embed_dim
+        weights = self.num_layers * attn + 3 * D * hidden + self.vocab_size * D
         keys = sum(min(seq_len / 2, self.window or seq_len) if local else seq_len / 2 for local in self.local_layers)
-        return 6.0 * weights + 12.0 * self.num_heads * self.head_dim * keys
+        return 6.0 * weights + 6.0 * N * (H + Hv) * keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

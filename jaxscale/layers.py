@@ -71,10 +71,19 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     def dim_of(turns: float) -> float:
         return head_dim * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dim_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(dim_of(scaling.beta_slow)), head_dim - 1)
+    low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
     factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    if factor is None and scaling.mscale and scaling.mscale_all_dim:
+        factor = yarn_magnitude(scaling, scaling.mscale) / yarn_magnitude(scaling, scaling.mscale_all_dim)
+    elif factor is None:
+        factor = yarn_magnitude(scaling, 1.0)
     return inv_freq / scaling.factor * ramp + inv_freq * (1 - ramp), factor
+
+
+def yarn_magnitude(scaling: RopeScaling, mscale: float) -> float:
+    """What queries and keys are each multiplied by over a context stretched by `scaling` (arXiv 2309.00071)."""
+    return 0.1 * mscale * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0

@@ -22,6 +22,7 @@ from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 # Changes of a type alone: to keep what they return would keep their operand.
 CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
+WIDTHS = frozenset({"embed", "latent"})  # what a matrix is multiplied along or gives, beside heads and hidden layers
 RESTING = MEGATRON_FSDP.spill  # mesh axes that say where a parameter rests, not how it is computed with
 
 
@@ -220,7 +221,12 @@ def place(params: Any, specs: Any, mesh: Mesh | AbstractMesh, rules: Rules = MEG
 
 
 def gather_params(
-    params: Any, specs: Any, dtype: Any, rows: Sequence[int] | None = None, rules: Rules = MEGATRON_FSDP
+    params: Any,
+    specs: Any,
+    dtype: Any,
+    rows: Sequence[int] | None = None,
+    rules: Rules = MEGATRON_FSDP,
+    row_axes: Sequence[str] = ("batch", "seq"),
 ) -> Any:
     """Parameters as the computation wants them: cast to `dtype`, gathered over fsdp, still split over tp.
 
@@ -231,12 +237,13 @@ def gather_params(
       rows: (B, T) of the activations that the parameters will meet. Matrices are typed `reduced` over the mesh axes
         that split these rows: their gradients stay partial sums until all uses are added, then reduce-scatter once.
         (Vectors, which are broadcast over rows and not contracted with them, cannot be.)
+      row_axes: logical axes of these rows.
     """
     mesh = active_mesh()
     sizes = {} if mesh is None else dict(mesh.shape)
     shared = frozenset()
     if mesh is not None and rows:
-        shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, sizes).spec)
+        shared = axes_of(resolve_spec(rows, row_axes, rules.compute, sizes).spec)
 
     def gather(spec, x):
         if isinstance(x, Weight):
@@ -249,7 +256,7 @@ def gather_params(
         where = resolve_spec(x.shape, axes, rules.compute, sizes).spec
         if isinstance(x, QuantizedArray):  # gathered as it is: a quarter of the bytes
             return jax.tree.map(jax.reshard, x, place_quantized(x, where, sizes))
-        matrix = "embed" in axes and len(axes) > 1
+        matrix = len(axes) > 1 and not WIDTHS.isdisjoint(axes)
         return jax.reshard(whole, P(*where, reduced=shared if matrix else frozenset()))
 
     return jax.tree.map(gather, specs, params)

@@ -36,7 +36,9 @@ class Rules:
 # whole vocabulary of axes, so that any mesh is a special case (an axis of size 1 splits nothing).
 MEGATRON_FSDP = Rules(
     params={
-        "embed": ("fsdp", "cp"),  # cp too: otherwise weight gradients all-reduce over both instead of scattering
+        # cp and ep too: otherwise weight gradients all-reduce over them instead of scattering. Of experts ep is taken.
+        "embed": ("fsdp", "cp", "ep"),
+        "latent": ("fsdp", "cp", "ep"),  # of low-rank projections
         "mlp": ("tp",),
         "q_heads": ("tp",),
         "kv_heads": ("tp",),

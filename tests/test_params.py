@@ -29,6 +29,13 @@ PUBLISHED = {
     "gemma3-1b": 999_885_952,
     "gemma3-4b": 3_880_263_168,
     "gemma3-12b": 11_766_034_176,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_419_200,  # without the layer that predicts a second token
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
 }
 
 

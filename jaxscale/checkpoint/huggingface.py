@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from jaxscale.checkpoint import layout as lay
 from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
+from jaxscale.checkpoint.huggingface_moe import model_type
 from jaxscale.checkpoint.maps import Lazy, lazy
 from jaxscale.checkpoint.ranks import open_safetensors
 from jaxscale.checkpoint.reading import read_into
@@ -50,6 +51,13 @@ _TENSORS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "layers/attn/bo": (_LAYER + "self_attn.o_proj.bias", ((0,),)),
     "layers/attn/q_norm": (_LAYER + "self_attn.q_norm.weight", ((0,),)),
     "layers/attn/k_norm": (_LAYER + "self_attn.k_norm.weight", ((0,),)),
+    "layers/attn/sinks": (_LAYER + "self_attn.sinks", ((0,),)),
+    "layers/attn/wq_down": (_LAYER + "self_attn.q_a_proj.weight", ((1,), (0,))),
+    "layers/attn/q_latent_norm": (_LAYER + "self_attn.q_a_layernorm.weight", ((0,),)),
+    "layers/attn/wq_up": (_LAYER + "self_attn.q_b_proj.weight", ((1, 2), (0,))),
+    "layers/attn/wkv_a": (_LAYER + "self_attn.kv_a_proj_with_mqa.weight", ((1,), (0,))),
+    "layers/attn/kv_latent_norm": (_LAYER + "self_attn.kv_a_layernorm.weight", ((0,),)),
+    "layers/attn/wkv_b": (_LAYER + "self_attn.kv_b_proj.weight", ((1, 2), (0,))),
     "layers/attn_post_norm": (_LAYER + "post_attention_layernorm.weight", ((0,),)),
     "layers/mlp_norm": (_LAYER + "pre_feedforward_layernorm.weight", ((0,),)),
     "layers/mlp/w_gate": (_LAYER + "mlp.gate_proj.weight", ((1,), (0,))),
@@ -59,13 +67,25 @@ _TENSORS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "layers/mlp/b_up": (_LAYER + "mlp.up_proj.bias", ((0,),)),
     "layers/mlp/b_down": (_LAYER + "mlp.down_proj.bias", ((0,),)),
     "layers/moe/router/w": (_LAYER + "mlp.gate.weight", ((1,), (0,))),
+    "layers/moe/router/b": (_LAYER + "mlp.router.bias", ((0,),)),
+    "layers/moe/router/balance_bias": (_LAYER + "mlp.gate.e_score_correction_bias", ((0,),)),
+    "layers/moe/shared/w_gate": (_LAYER + "mlp.shared_experts.gate_proj.weight", ((1,), (0,))),
+    "layers/moe/shared/w_up": (_LAYER + "mlp.shared_experts.up_proj.weight", ((1,), (0,))),
+    "layers/moe/shared/w_down": (_LAYER + "mlp.shared_experts.down_proj.weight", ((1,), (0,))),
     "layers/moe/experts/w_gate": (_LAYER + "mlp.experts.{}.gate_proj.weight", ((1,), (0,))),
     "layers/moe/experts/w_up": (_LAYER + "mlp.experts.{}.up_proj.weight", ((1,), (0,))),
     "layers/moe/experts/w_down": (_LAYER + "mlp.experts.{}.down_proj.weight", ((1,), (0,))),
+    "layers/moe/experts/w_gate_up": (_LAYER + "mlp.experts.gate_up_proj", ((0,), (1,), (2,))),
+    "layers/moe/experts/b_gate_up": (_LAYER + "mlp.experts.gate_up_proj_bias", ((0,), (1,))),
+    "layers/moe/experts/b_down": (_LAYER + "mlp.experts.down_proj_bias", ((0,), (1,))),
     "layers/mlp_post_norm": (_LAYER + "post_feedforward_layernorm.weight", ((0,),)),
 }
 
 _MIXTRAL = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_GPT_OSS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
+    "layers/moe/router/w": (_LAYER + "mlp.router.weight", ((1,), (0,))),
+    "layers/moe/experts/w_down": (_LAYER + "mlp.experts.down_proj", ((0,), (1,), (2,))),
+}
 
 
 def import_hf(path: str | Path, shardings: Any = None, cfg: ModelConfig | None = None) -> tuple[Any, ModelConfig]:
@@ -171,8 +191,9 @@ def params_to_hf(params: Any, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 def hf_layout(cfg: ModelConfig) -> tuple[lay.Op, ...]:
     """From the parameters of `param_specs(cfg)` to the tensors of transformers."""
-    ops: list[lay.Op] = []
-    for path, spec in _named(param_specs(cfg)).items():
+    shapes = {path: spec.shape for path, spec in _named(param_specs(cfg)).items()}
+    ops = [*_one_stack(shapes), *_fused(shapes, cfg)]
+    for path, shape in shapes.items():
         name, groups = _where(path, cfg)
         lead = name.count("{}")
         order = (*range(lead), *(lead + dim for dim in sum(groups, ())))
@@ -180,12 +201,14 @@ def hf_layout(cfg: ModelConfig) -> tuple[lay.Op, ...]:
             ops.append(lay.transpose(path, order))
         for k, dims in enumerate(groups):
             if len(dims) > 1:
-                ops.append(lay.merge_dims(path, lead + k, [spec.shape[lead + dim] for dim in dims]))
+                ops.append(lay.merge_dims(path, lead + k, [shape[lead + dim] for dim in dims]))
         if lead == 0:
             ops.append(lay.rename(path, name))
             continue
         first, last = name.replace("{}", "{i}", 1), name.replace("{}", "{layer}", 1).replace("{}", "{i}")
-        ops.append(lay.unstack(path, first.replace("{}", "each")))
+        # What only layers with experts have begins after the plain ones.
+        start = cfg.moe.first_dense if cfg.moe and path.startswith("layers/moe/") else 0
+        ops.append(lay.unstack(path, first.replace("{}", "each"), first=start))
         if lead == 2:  # the experts of a layer, which were unstacked under the name of all
             ops.append(lay.unstack(first.replace("{i}", "{layer}").replace("{}", "each"), last))
     return tuple(ops)
@@ -193,13 +216,54 @@ def hf_layout(cfg: ModelConfig) -> tuple[lay.Op, ...]:
 
 def _where(name: str, cfg: ModelConfig) -> tuple[str, tuple[tuple[int, ...], ...]]:
     """The tensor name of a parameter, with {} for its layer, and how its dims are merged."""
+    name = name.removeprefix("dense_")
     if name == "layers/mlp_norm" and not cfg.post_norms:  # Llama names it as Gemma names the norm after attention
         name = "layers/attn_post_norm"
-    tensor, groups = _TENSORS[name]
-    if cfg.moe is not None and not cfg.qk_norm:  # Mixtral has names of its own
+    kind = None if cfg.moe is None else model_type(cfg)
+    tensor, groups = _GPT_OSS.get(name, _TENSORS[name]) if kind == "gpt_oss" else _TENSORS[name]
+    if kind == "mixtral":
         for theirs, mixtral in _MIXTRAL.items():
             tensor = tensor.replace(theirs, mixtral)
     return tensor, groups
+
+
+def _one_stack(shapes: dict[str, tuple[int, ...]]) -> Iterator[lay.Op]:
+    """Plain layers before those with experts join them in what all layers have. Like `_fused` changes `shapes`."""
+    for path in [p for p in shapes if p.startswith("dense_") and p.removeprefix("dense_") in shapes]:
+        whole = path.removeprefix("dense_")
+        sizes = shapes[path][0], shapes[whole][0]
+        yield lay.fuse((path, whole), whole, axis=0, sizes=sizes)
+        shapes[whole] = (sum(sizes), *shapes.pop(path)[1:])
+
+
+def _fused(shapes: dict[str, tuple[int, ...]], cfg: ModelConfig) -> Iterator[lay.Op]:
+    """What transformers holds in another order, or several parameters in one."""
+
+    def fuse(parts, whole):
+        sizes = [shapes[part][-1] for part in parts]
+        shapes[whole] = (*shapes[parts[0]][:-1], sum(sizes))
+        for part in parts:
+            del shapes[part]
+        return lay.fuse(parts, whole, axis=-1, sizes=sizes)
+
+    if cfg.mla is not None:  # rotated dims are pairs there, halves here
+        attn, nope, halves = "layers/attn/", cfg.mla.nope_dim, _alternating(cfg.mla.rope_dim)
+        query = attn + ("wq" if cfg.mla.q_rank is None else "wq_up")
+        yield lay.permute(query, -1, [*range(nope), *(nope + k for k in halves)])
+        yield lay.permute(attn + "wk_rope", -1, halves)
+        yield fuse((attn + "wkv_down", attn + "wk_rope"), attn + "wkv_a")
+        yield fuse((attn + "wk_up", attn + "wv_up"), attn + "wkv_b")
+    if cfg.moe is not None and model_type(cfg) == "gpt_oss":  # gate and up alternate there
+        experts = "layers/moe/experts/"
+        for kind in ("w", "b"):
+            whole = f"{experts}{kind}_gate_up"
+            yield fuse((f"{experts}{kind}_gate", f"{experts}{kind}_up"), whole)
+            yield lay.permute(whole, -1, _alternating(shapes[whole][-1]))
+
+
+def _alternating(size: int) -> list[int]:
+    """Two halves as pairs: 0, size/2, 1, size/2 + 1, ..."""
+    return [k // 2 + k % 2 * (size // 2) for k in range(size)]
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -233,6 +297,8 @@ def _expected(state: Mapping[str, Lazy], cfg: ModelConfig) -> dict[str, Lazy]:
     specs = {n: Lazy(s.shape, jnp.dtype(s.dtype), lambda box: np.empty(0)) for n, s in _named(param_specs(cfg)).items()}
     expected = {name: array.shape for name, array in lay.apply_layout(specs, hf_layout(cfg)).items()}
     given = {k for k in state if not k.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints hold this constant
+    if cfg.mla is not None:  # DeepSeek-V3's layer that predicts a further token
+        given = {k for k in given if not k.startswith(_LAYER.format(cfg.num_layers))}
     if cfg.tie_embeddings:
         given.discard("lm_head.weight")
     for what, names in (("lacks", expected.keys() - given), ("has unexpected", given - expected.keys())):

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxscale.config import ModelConfig, MoEConfig, RopeScaling
+from jaxscale.checkpoint import huggingface_moe as hf_moe
+from jaxscale.config import ModelConfig, RopeScaling
 
 # ModelConfig fields that config.json holds under another name and with the same meaning.
 _FIELDS = {
@@ -30,18 +31,16 @@ _GEMMA = _SAID | {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings
 _GEMMA |= {"query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": None}
 _GEMMA2 = _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _GEMMA3 = _GEMMA | {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6}
-_MIXTRAL = _SILU | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8}
-_MIXTRAL |= {"num_experts_per_tok": 2}
-_QWEN_MOE = _SILU | {"attention_bias": False, "use_sliding_window": False, "sliding_window": None, "layer_types": None}
-_QWEN_MOE |= {"num_experts": None, "num_local_experts": None, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-_QWEN_MOE |= {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 28}
 _MODELS: dict[str, tuple[str, dict[str, Any], tuple[int | None, ...]]] = {
     "llama": ("Llama", _LLAMA, (32000, 4096, 11008, 32, 32, None, None, 2048)),
     "mistral": ("Mistral", _SILU | {"sliding_window": 4096}, (32000, 4096, 14336, 32, 32, 8, None, 131072)),
     "qwen2": ("Qwen2", _QWEN, (151936, 4096, 22016, 32, 32, 32, None, 32768)),
     "qwen3": ("Qwen3", _QWEN | {"attention_bias": False}, (151936, 4096, 22016, 32, 32, 32, 128, 32768)),
-    "mixtral": ("Mixtral", _MIXTRAL, (32000, 4096, 14336, 32, 32, 8, None, 131072)),
-    "qwen3_moe": ("Qwen3Moe", _QWEN_MOE, (151936, 2048, 6144, 24, 32, 4, None, 32768)),
+    "mixtral": ("Mixtral", _SILU | hf_moe.MIXTRAL, (32000, 4096, 14336, 32, 32, 8, None, 131072)),
+    "qwen3_moe": ("Qwen3Moe", _SILU | hf_moe.QWEN3_MOE, (151936, 2048, 6144, 24, 32, 4, None, 32768)),
+    "deepseek_v2": ("DeepseekV2", _SILU | hf_moe.DEEPSEEK_V2, (102400, 4096, 11008, 32, 32, None, None, 2048)),
+    "deepseek_v3": ("DeepseekV3", _SILU | hf_moe.DEEPSEEK_V3, (129280, 7168, 18432, 61, 128, None, None, 4096)),
+    "gpt_oss": ("GptOss", _SILU | hf_moe.GPT_OSS, (201088, 2880, 2880, 36, 64, 8, 64, 131072)),
     "gemma2": ("Gemma2", _GEMMA2, (256000, 2304, 9216, 26, 8, 4, 256, 8192)),
     "gemma3_text": ("Gemma3", _GEMMA3, (262208, 2304, 9216, 26, 8, 4, 256, 131072)),
 }
@@ -49,16 +48,15 @@ _DEFAULTS = {kind: silent | dict(zip(_SIZES, sizes)) for kind, (_, silent, sizes
 # Fields that say nothing about the forward pass.
 _BOOKKEEPING = """_name_or_path _sliding_window_pattern architectures bos_token_id cache_implementation dtype
     eos_token_id hidden_act id2label initializer_range is_encoder_decoder chunk_size_feed_forward problem_type
-    router_aux_loss_coef router_jitter_noise
-    output_router_logits is_llama_config label2id model_type pad_token_id pretraining_tp
+    is_llama_config label2id model_type pad_token_id pretraining_tp
     return_dict torch_dtype transformers.js_config transformers_version use_cache""".split()  # noqa: SIM905
+_YARN = ["original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale"]
 _ROPE_KEYS = {  # rope type: the fields that it needs, and those that it may have
     "default": ([], []),
     "linear": (["factor"], []),
     "llama3": (["factor", "low_freq_factor", "high_freq_factor"], ["original_max_position_embeddings"]),
-    "yarn": (["factor"], ["original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"]),
+    "yarn": (["factor"], [*_YARN, "mscale_all_dim"]),
 }
-_TRAINING = ("balance_weight", "balance_rows", "router_z_weight", "cheap_balance", "dispatch", "dispatch_chunks")
 _ACTIVATIONS: dict[str, Any] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 
@@ -72,7 +70,7 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     kind = hf_config.get("model_type")
     if kind not in _DEFAULTS:
         raise ValueError(f"model_type={kind!r} is not supported; supported are {', '.join(_DEFAULTS)}")
-    known = {*_DEFAULTS[kind], *_BOOKKEEPING}
+    known = {*_DEFAULTS[kind], *_BOOKKEEPING, *hf_moe.BOOKKEEPING}
     odd = [f"{k}={v!r}" for k, v in hf_config.items() if k not in known and v not in (None, False)]
     if odd:
         raise ValueError(f"{kind} config has {', '.join(sorted(odd))}, which the decoder does not know")
@@ -88,6 +86,9 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     if stored is not None:
         fields |= {"dtype": stored, "param_dtype": "float32" if stored == "float16" else stored}
     head_dim = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+    mla = hf_moe.mla_from_hf(kind, c)
+    if mla is not None:  # where transformers' head_dim is what is rotated
+        head_dim = mla.nope_dim + mla.rope_dim
     scalar = c.get("query_pre_attn_scalar", head_dim)
     pattern = _layer_pattern(kind, c)
     theta, scaling, local_theta = _rope_from_hf(kind, c)
@@ -98,7 +99,9 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         activation=_ACTIVATIONS[c[act_field]],
         norm_offset=1.0 if gemma else 0.0,
         post_norms=gemma,
-        moe=_moe_from_hf(kind, c),
+        moe=hf_moe.moe_from_hf(kind, c),
+        mla=mla,
+        sinks=kind == "gpt_oss",
         qk_norm=kind in ("qwen3", "qwen3_moe", "gemma3_text"),
         qkv_bias=kind == "qwen2" or bool(c.get("attention_bias")),
         out_bias=bool(c.get("attention_bias")),
@@ -120,8 +123,8 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     Raises ValueError, naming the fields, when no model_type of Hugging Face says what cfg says.
     """
     local = cfg.local_layers
-    if cfg.moe is not None:
-        kind = "qwen3_moe" if cfg.qk_norm else "mixtral"
+    if cfg.moe is not None or cfg.mla is not None:
+        kind = hf_moe.model_type(cfg)
     elif cfg.norm_offset:
         kind = "gemma3_text" if cfg.qk_norm else "gemma2"
     elif cfg.qk_norm or (cfg.qkv_bias and not cfg.out_bias):
@@ -144,14 +147,8 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if x else "full_attention" for x in local],
         "query_pre_attn_scalar": round((cfg.query_scale or cfg.head_dim**-0.5) ** -2),
     }
-    if cfg.moe is not None:
-        fields |= {
-            "num_local_experts": cfg.moe.num_experts,
-            "num_experts": cfg.moe.num_experts,
-            "num_experts_per_tok": cfg.moe.top_k,
-            "moe_intermediate_size": cfg.moe.mlp_dim,
-            "norm_topk_prob": cfg.moe.norm_top_k,
-        }
+    fields |= hf_moe.moe_to_hf(cfg.moe) if cfg.moe is not None else {}
+    fields |= hf_moe.mla_to_hf(cfg.mla) if cfg.mla is not None else {}
     hf_config = {k: v for k, v in fields.items() if k in _DEFAULTS[kind]}
     hf_config |= {
         "model_type": kind,
@@ -160,7 +157,7 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     }
     back = dataclasses.replace(config_from_hf(hf_config), name=cfg.name, dtype=cfg.dtype)
     if cfg.moe is not None and back.moe is not None:  # how it is trained is not config.json's to say
-        ours = {k: getattr(cfg.moe, k) for k in _TRAINING}
+        ours = {k: getattr(cfg.moe, k) for k in hf_moe.TRAINING}
         back = dataclasses.replace(back, moe=dataclasses.replace(back.moe, **ours))
     if back.local_layers == local:  # one pattern may be written in several ways
         back = dataclasses.replace(back, layer_pattern=cfg.layer_pattern)
@@ -168,26 +165,6 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     if lost:
         raise ValueError(f"{kind}, the nearest model_type of Hugging Face, cannot say {', '.join(lost)}")
     return hf_config
-
-
-def _moe_from_hf(kind: str, c: Mapping[str, Any]) -> MoEConfig | None:
-    if kind == "mixtral":
-        return MoEConfig(
-            num_experts=c["num_local_experts"], top_k=c["num_experts_per_tok"], mlp_dim=c["intermediate_size"]
-        )
-    if kind != "qwen3_moe":
-        return None
-    if c["decoder_sparse_step"] != 1 or c["mlp_only_layers"]:
-        raise ValueError(
-            f"decoder_sparse_step={c['decoder_sparse_step']}, mlp_only_layers={c['mlp_only_layers']} mix layers with "
-            "and without experts; supported are experts in every layer"
-        )
-    return MoEConfig(
-        num_experts=c["num_experts"] or c["num_local_experts"] or 128,
-        top_k=c["num_experts_per_tok"],
-        mlp_dim=c["moe_intermediate_size"],
-        norm_top_k=c["norm_topk_prob"],
-    )
 
 
 def _layer_pattern(kind: str, c: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -201,6 +178,9 @@ def _layer_pattern(kind: str, c: Mapping[str, Any]) -> tuple[Any, ...]:
     else:
         is_local = {
             "llama": lambda i: False,
+            "deepseek_v2": lambda i: False,
+            "deepseek_v3": lambda i: False,
+            "gpt_oss": lambda i: i % 2 == 0,
             "mixtral": lambda i: c["sliding_window"] is not None,
             "mistral": lambda i: c["sliding_window"] is not None,
             "gemma2": lambda i: i % 2 == 0,
@@ -247,4 +227,5 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     fields = vars(scaling) | {"original_max_position_embeddings": scaling.original_max_seq_len}
     need, may = _ROPE_KEYS[scaling.kind]
-    return {"rope_type": scaling.kind} | {k: fields[k] for k in need + may if fields[k] is not None}
+    said = [k for k in need + may if fields[k] is not None and not (k == "truncate" and fields[k])]
+    return {"rope_type": scaling.kind} | {k: fields[k] for k in said}

@@ -29,9 +29,10 @@ class Op:
     map: maps.Map
     sources: tuple[str, ...]
     targets: tuple[str, ...]
+    first: int = 0  # where `{i}` starts to count
 
     def inverse(self) -> "Op":
-        return Op(self.map.inverse(), self.targets, self.sources)
+        return Op(self.map.inverse(), self.targets, self.sources, self.first)
 
     def __str__(self):
         return f"{type(self.map).__name__.lower()} {' + '.join(self.sources)} -> {' + '.join(self.targets)}"
@@ -56,9 +57,9 @@ def transpose(path: str, order: Sequence[int]) -> Op:
     return Op(maps.Transpose(tuple(order)), (path,), (path,))
 
 
-def unstack(stacked: str, unrolled: str) -> Op:
-    """[L, ...] -> L arrays; `unrolled` holds `{i}`."""
-    return Op(maps.Unstack(), (stacked,), (unrolled,))
+def unstack(stacked: str, unrolled: str, *, first: int = 0) -> Op:
+    """[L, ...] -> L arrays; `unrolled` holds `{i}`, which counts from `first`."""
+    return Op(maps.Unstack(), (stacked,), (unrolled,), first)
 
 
 def stack(unrolled: str, stacked: str) -> Op:
@@ -255,8 +256,8 @@ def _groups(op: Op, names: Iterable[str]) -> list[tuple[list[str], str, dict[str
     for (root, *words), members in found.items():
         inputs = [members[key] for key in sorted(members)]
         indices = sorted({index for _, index in members})
-        if indices[0] >= 0 and indices != list(range(len(indices))):
-            raise ValueError(f"layout: {op}: the layers of {inputs[0]} are {indices}, not 0..{len(indices) - 1}")
+        if indices[0] >= 0 and indices != (counted := list(range(op.first, op.first + len(indices)))):
+            raise ValueError(f"layout: {op}: the layers of {inputs[0]} are {indices}, not {counted[0]}..{counted[-1]}")
         missing = [template for p, template in enumerate(op.sources) if not any(q == p for q, _ in members)]
         if missing:
             raise ValueError(f"layout: {op}: {', '.join(inputs[:3])} is there but its {', '.join(missing)} is not")
@@ -266,7 +267,8 @@ def _groups(op: Op, names: Iterable[str]) -> list[tuple[list[str], str, dict[str
 
 def _output_names(op: Op, root: str, words: dict[str, str], count: int) -> list[str]:
     indexed = "{i}" in op.targets[0]
-    names = [root + t.format(**words, i=k) for t in op.targets for k in (range(count) if indexed else (0,))]
+    numbers = range(op.first, op.first + count) if indexed else (0,)
+    names = [root + t.format(**words, i=k) for t in op.targets for k in numbers]
     if len(names) != count:
         raise ValueError(f"layout: {op} makes {count} arrays for {len(names)} names")
     return names

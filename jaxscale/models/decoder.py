@@ -1,4 +1,5 @@
-"""The decoder: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3, Mixtral and Qwen3-MoE by configuration.
+"""The decoder: Llama 2/3, Mistral, Qwen2/3, SmolLM2, Gemma 2/3, Mixtral, Qwen3-MoE, DeepSeek-V2/V3 and GPT-OSS by
+configuration.
 
 Layers are stacked and scanned; plain ones before those with experts (`first_dense`) are a stack of their own."""
 
@@ -12,21 +13,22 @@ from jaxtyping import Array, Float, Int
 
 from jaxscale.config import ModelConfig
 from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_cap
-from jaxscale.models import moe
+from jaxscale.models import cache as kv
+from jaxscale.models import mla, moe
+from jaxscale.models.cache import Cache
+from jaxscale.models.cache import init_cache as init_cache
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
 from jaxscale.params import ParamSpec, constant, normal
-from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, matmul, saveable
+from jaxscale.sharding import active_mesh, constrain, einsum, enter, gather_params, matmul, saveable
 from pallas_kernels import attention
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 Params = dict[str, Any]
-Cache = dict[str, Array]
 Remat = Literal["none", "dots", "full"]
 
 RESIDUAL = ("batch", "norm_seq", "embed")  # between the blocks, split by sequence over tp
 INSIDE = ("batch", "seq", "embed")  # where a block begins: whole over tp
-CACHE = (None, "batch", None, "kv_heads", None)
 
 
 def forward(
@@ -228,13 +230,6 @@ def logits(
     return soft_cap(out, cfg.logit_soft_cap)
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, max_len: int, rules: Rules = MEGATRON_FSDP) -> Cache:
-    """An empty key-value cache [L, B, S, K, H] in cfg.dtype, split over batch and kv heads on the mesh in context."""
-    shape = (cfg.num_layers, batch_size, max_len, cfg.num_kv_heads, cfg.head_dim)
-    spec = compute_spec(shape, CACHE, rules)
-    return {name: jnp.zeros(shape, cfg.dtype, out_sharding=spec) for name in ("k", "v")}
-
-
 @functools.lru_cache(maxsize=32)
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """Shape, logical axes, initial values and dtype of every parameter."""
@@ -284,6 +279,10 @@ def _layer_specs(cfg: ModelConfig, L: int) -> dict[str, Any]:
             "q_norm": spec(layers, (H, "head_dim"), init=ones),
             "k_norm": spec(layers, (H, "head_dim"), init=ones),
         }
+    if cfg.sinks:
+        attn["sinks"] = spec(layers, (N, "q_heads"), init=zeros)
+    if cfg.mla is not None:
+        attn = mla.param_specs(cfg, L)
     ffn = {
         "w_gate": spec(layers, embed, (F, "mlp"), init=into),
         "w_up": spec(layers, embed, (F, "mlp"), init=into),
@@ -307,9 +306,11 @@ def _layer_specs(cfg: ModelConfig, L: int) -> dict[str, Any]:
 def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, context, before, trace):
     norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
     with jax.named_scope("attention"):
-        y, cache = _attention_block(
-            p["attn"], norm(x, p["attn_norm"]), cfg, local, positions, segment_ids, index, cache, rules, context
-        )
+        y, rest = norm(x, p["attn_norm"]), (positions, segment_ids, index, cache, rules, context)
+        if cfg.mla is None:
+            y, cache = _attention_block(p["attn"], y, cfg, local, *rest)
+        else:
+            y, cache = mla.block(p["attn"], y, cfg, *rest)
         x = x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y)
     routing = None
     with jax.named_scope("mlp"):
@@ -337,13 +338,9 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
 
     kv_positions, segments = positions, None if segment_ids is None else (segment_ids, segment_ids)
     if cache is not None:
-        cache = {
-            "k": _write(cache["k"], k, index, positions, rules),
-            "v": _write(cache["v"], v, index, positions, rules),
-        }
-        k, v = (jax.lax.dynamic_index_in_dim(cache[x], index, keepdims=False) for x in ("k", "v"))
-        slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
-        kv_positions = constrain(slots, ("batch", None), rules)  # slots beyond a query's position are causally hidden
+        cache = {name: kv.write(cache[name], x, index, positions, rules) for name, x in (("k", k), ("v", v))}
+        k, kv_positions = kv.read(cache["k"], index, rules)
+        v, _ = kv.read(cache["v"], index, rules)
 
     def attend(is_local: bool, q, k, v):
         attend_one = functools.partial(
@@ -354,7 +351,8 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
             scale=cfg.query_scale,
         )
         split = context if cache is None else None
-        return tensor.attention(attend_one, q, k, v, (positions, kv_positions), segments, rules, split)
+        where = (positions, kv_positions), segments, rules, split
+        return tensor.attention(attend_one, q, k, v, *where, sinks=p.get("sinks"))
 
     kinds = set(cfg.local_layers)
     if len(kinds) == 1:
@@ -402,28 +400,9 @@ def _gather(params, specs, cfg, rows, rules):
 
 
 def _gather_layer(p, specs, cfg, rows, rules):
-    out = _gather(
-        {k: v for k, v in p.items() if k != "moe"}, {k: v for k, v in specs.items() if k != "moe"}, cfg, rows, rules
-    )
-    return out if cfg.moe is None else out | {"moe": moe.gather(p["moe"], specs["moe"], cfg, rows, rules)}
-
-
-def _write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
-    """[L, B, S, K, H] with `new` [B, T, K, H] written to layer `index`, at each row's first position onwards."""
-    new = constrain(new.astype(cache.dtype), CACHE[1:], rules)
-    starts = constrain(positions, ("batch", None), rules)[:, 0]
-
-    def write_local(cache, new, index, starts):
-        # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to
-        # the front, and XLA then transposes the whole cache.
-        rows = jnp.arange(starts.shape[0], dtype=jnp.int32)
-        where = jnp.stack([jnp.full_like(rows, index), rows, starts], axis=1)
-        dims = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
-        )
-        unique = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
-        return jax.lax.scatter(cache, where, new, dims, **unique)
-
-    if active_mesh() is not None:
-        write_local = jax.shard_map(write_local, out_specs=jax.typeof(cache).sharding.spec)
-    return write_local(cache, new, index, starts)
+    """What has a way of its own to be gathered apart: experts, latent attention."""
+    own = {"moe": moe.gather} if cfg.moe is not None else {}
+    own |= {"attn": mla.gather} if cfg.mla is not None else {}
+    rest, rest_specs = ({k: v for k, v in tree.items() if k not in own} for tree in (p, specs))
+    gathered = {k: fn(p[k], specs[k], cfg, rows, rules) for k, fn in own.items()}
+    return _gather(rest, rest_specs, cfg, rows, rules) | gathered

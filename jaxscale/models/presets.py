@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxscale.config import MeshConfig, ModelConfig, RopeScaling
+from jaxscale.config import MeshConfig, MLAConfig, ModelConfig, MoEConfig, RopeScaling
 
 
 def preset(name: str) -> ModelConfig:
@@ -24,14 +24,18 @@ def preset_mesh(cfg: ModelConfig, num_devices: int) -> MeshConfig:
     """A mesh that trains this model well to begin with.
 
     Tensor parallelism only where a layer is wide enough to pay for it (or, from 7B on, where more than 128 devices
-    would each need a row of the batch), never beyond 8 (one host's fast links) and only over whole kv heads; then
-    parameters fully sharded over what divides the width, up to 256; replicas beyond.
+    would each need a row of the batch), never beyond 8 (one host's fast links) and only over whole kv heads; experts
+    spread over up to 16, but no further than the rest is sharded; then parameters fully sharded over what divides the
+    width, up to 256; replicas beyond.
     """
     widest = 8 if cfg.embed_dim >= 8192 else 4 if cfg.embed_dim >= 3072 and num_devices > 128 else 1
     tp = math.gcd(math.gcd(cfg.num_kv_heads, cfg.mlp_dim), math.gcd(num_devices, widest))
     rest = num_devices // tp
+    spread = math.gcd(cfg.moe.num_experts, rest) if cfg.moe is not None else 1
+    ep = max(d for d in range(1, 17) if spread % d == 0 and d * d <= rest)
+    rest //= ep
     fsdp = max(d for d in range(1, min(rest, 256) + 1) if rest % d == 0 and cfg.embed_dim % d == 0)
-    return MeshConfig(dp=rest // fsdp, fsdp=fsdp, tp=tp)
+    return MeshConfig(dp=rest // fsdp, fsdp=fsdp, ep=ep, tp=tp)
 
 
 def tiny() -> ModelConfig:
@@ -201,6 +205,98 @@ def gemma3_12b() -> ModelConfig:
     return _gemma3("gemma3-12b", num_layers=48, embed_dim=3840, mlp_dim=15_360, num_heads=16, num_kv_heads=8)
 
 
+def mixtral_8x7b() -> ModelConfig:
+    # mistralai/Mixtral-8x7B-v0.1
+    return ModelConfig(
+        name="mixtral-8x7b",
+        vocab_size=32_000,
+        num_layers=32,
+        embed_dim=4096,
+        mlp_dim=14_336,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_seq_len=32_768,
+        tie_embeddings=False,
+        rope_theta=1e6,
+        moe=MoEConfig(num_experts=8, top_k=2, mlp_dim=14_336),
+    )
+
+
+def qwen3_30b_a3b() -> ModelConfig:
+    # Qwen/Qwen3-30B-A3B
+    moe = MoEConfig(num_experts=128, top_k=8, mlp_dim=768)
+    sizes = {"num_layers": 48, "embed_dim": 2048, "mlp_dim": 6144, "num_heads": 32, "num_kv_heads": 4}
+    return _qwen3("qwen3-30b-a3b", tie_embeddings=False, moe=moe, **sizes)
+
+
+def qwen3_235b_a22b() -> ModelConfig:
+    # Qwen/Qwen3-235B-A22B
+    moe = MoEConfig(num_experts=128, top_k=8, mlp_dim=1536)
+    sizes = {"num_layers": 94, "embed_dim": 4096, "mlp_dim": 12_288, "num_heads": 64, "num_kv_heads": 4}
+    return _qwen3("qwen3-235b-a22b", tie_embeddings=False, moe=moe, **sizes)
+
+
+def deepseek_v2_lite() -> ModelConfig:
+    # deepseek-ai/DeepSeek-V2-Lite
+    return ModelConfig(
+        name="deepseek-v2-lite",
+        vocab_size=102_400,
+        num_layers=27,
+        embed_dim=2048,
+        mlp_dim=10_944,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=192,
+        max_seq_len=163_840,
+        norm_eps=1e-6,
+        tie_embeddings=False,
+        rope_scaling=_deepseek_scaling(mscale=0.707),
+        mla=MLAConfig(kv_rank=512, q_rank=None, nope_dim=128, rope_dim=64, value_dim=128),
+        moe=MoEConfig(num_experts=64, top_k=6, mlp_dim=1408, norm_top_k=False, shared_dim=2 * 1408, first_dense=1),
+    )
+
+
+def deepseek_v3() -> ModelConfig:
+    # deepseek-ai/DeepSeek-V3, without its layer that predicts a second token
+    return ModelConfig(
+        name="deepseek-v3",
+        vocab_size=129_280,
+        num_layers=61,
+        embed_dim=7168,
+        mlp_dim=18_432,
+        num_heads=128,
+        num_kv_heads=128,
+        head_dim=192,
+        max_seq_len=163_840,
+        norm_eps=1e-6,
+        tie_embeddings=False,
+        rope_scaling=_deepseek_scaling(mscale=1.0),
+        mla=MLAConfig(kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128),
+        moe=MoEConfig(
+            num_experts=256,
+            top_k=8,
+            mlp_dim=2048,
+            router="sigmoid",
+            weight_scale=2.5,
+            num_groups=8,
+            top_groups=4,
+            shared_dim=2048,
+            first_dense=3,
+        ),
+    )
+
+
+def gpt_oss_20b() -> ModelConfig:
+    # openai/gpt-oss-20b
+    return _gpt_oss("gpt-oss-20b", num_layers=24, num_experts=32)
+
+
+def gpt_oss_120b() -> ModelConfig:
+    # openai/gpt-oss-120b
+    return _gpt_oss("gpt-oss-120b", num_layers=36, num_experts=128)
+
+
 def _llama3(name: str, **sizes: Any) -> ModelConfig:
     return ModelConfig(
         name=name,
@@ -215,11 +311,11 @@ def _llama3(name: str, **sizes: Any) -> ModelConfig:
     )
 
 
-def _qwen3(name: str, *, tie_embeddings: bool, **sizes: Any) -> ModelConfig:
+def _qwen3(name: str, *, tie_embeddings: bool, num_kv_heads: int = 8, **sizes: Any) -> ModelConfig:
     return ModelConfig(
         name=name,
         vocab_size=151_936,
-        num_kv_heads=8,
+        num_kv_heads=num_kv_heads,
         head_dim=128,
         max_seq_len=40_960,
         norm_eps=1e-6,
@@ -283,6 +379,33 @@ def _gemma3(
     )
 
 
+def _deepseek_scaling(mscale: float) -> RopeScaling:
+    return RopeScaling(kind="yarn", factor=40.0, original_max_seq_len=4096, mscale=mscale, mscale_all_dim=mscale)
+
+
+def _gpt_oss(name: str, *, num_layers: int, num_experts: int) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        vocab_size=201_088,
+        num_layers=num_layers,
+        embed_dim=2880,
+        mlp_dim=2880,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=64,
+        max_seq_len=131_072,
+        qkv_bias=True,
+        out_bias=True,
+        tie_embeddings=False,
+        rope_theta=150_000.0,
+        rope_scaling=RopeScaling(kind="yarn", factor=32.0, original_max_seq_len=4096, truncate=False),
+        window=128,
+        layer_pattern=("local", "global"),
+        sinks=True,
+        moe=MoEConfig(num_experts=num_experts, top_k=4, mlp_dim=2880, router_bias=True, activation="gpt_oss"),
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     make.__name__.replace("_", "-"): make
     for make in (
@@ -303,5 +426,12 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
         gemma3_1b,
         gemma3_4b,
         gemma3_12b,
+        mixtral_8x7b,
+        qwen3_30b_a3b,
+        qwen3_235b_a22b,
+        deepseek_v2_lite,
+        deepseek_v3,
+        gpt_oss_20b,
+        gpt_oss_120b,
     )
 }

@@ -53,9 +53,11 @@ def capacity(cfg: MoEConfig, num_tokens: int) -> int:
 
 
 def _in_top_groups(scores, cfg: MoEConfig):
-    """-inf for experts outside of the groups whose two best experts score highest together (DeepSeek-V3)."""
+    """-inf for experts outside of the best groups: those whose best expert scores highest (softmax, DeepSeek-V2), whose
+    two best do together (sigmoid, DeepSeek-V3)."""
     groups = scores.reshape(*scores.shape[:2], cfg.num_groups, -1)
-    best = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(axis=-1)
+    counted = 2 if cfg.router == "sigmoid" else 1
+    best = jax.lax.top_k(groups, min(counted, groups.shape[-1]))[0].sum(axis=-1)
     _, top = jax.lax.top_k(best, cfg.top_groups)
     kept = jax.nn.one_hot(top, cfg.num_groups, dtype=jnp.int32).sum(axis=2) > 0
     return jnp.where(kept[..., None], groups, -jnp.inf).reshape(scores.shape)

@@ -32,6 +32,7 @@ def attention(
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     rules: Rules = MEGATRON_FSDP,
     context: Context | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attend` on each shard's own heads; keys and values are gathered where the sequence is split (cp).
 
@@ -39,12 +40,15 @@ def attention(
       attend: (q, k, v, positions=(q, kv), segment_ids=(q, kv) or None) -> like q: the attention of one device. A
         partial of `pallas_kernels.attention` where `context` is given.
       context: with it keys stay split over cp, which `jaxscale.parallel.context.attention` then deals with.
+      sinks: a logit for each query head, passed on to `attend` where there are any.
     """
     mesh = active_mesh()
     if mesh is None:
-        return attend(q, k, v, positions=positions, segment_ids=segment_ids)
+        return attend(q, k, v, positions=positions, segment_ids=segment_ids, **_given(sinks))
+    if sinks is not None:
+        sinks = constrain(sinks, ("q_heads",), rules)
     if context is not None and mesh.shape[CP] > 1:
-        return _context_attention(attend, q, k, v, positions[0], segment_ids and segment_ids[0], rules, context)
+        return _context_attention(attend, q, k, v, positions[0], segment_ids and segment_ids[0], rules, context, sinks)
     # `reduced`: the gradients of gathered keys are partial sums, scattered over the sequence again.
     kv_spec = compute_spec(k.shape, ("batch", None, "kv_heads", None), rules) or P()
     gathered = axes_of(partitions(q)[1:2])
@@ -57,16 +61,20 @@ def attention(
     # Query heads split, kv heads whole: they did not divide. Each shard then takes the kv heads of its own queries.
     pick = partitions(q)[2] is not None and partitions(k)[2] is None
 
-    def attention_local(q, k, v, positions, segment_ids):
+    def attention_local(q, k, v, positions, segment_ids, sinks):
         k, v = _vary(k, gathered), _vary(v, gathered)
         if pick:
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
-        return attend(q, k, v, positions=positions, segment_ids=segment_ids)
+        return attend(q, k, v, positions=positions, segment_ids=segment_ids, **_given(sinks))
 
-    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids)
+    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
 
 
-def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: Context):
+def _given(sinks):
+    return {} if sinks is None else {"sinks": sinks}
+
+
+def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: Context, sinks):
     k, v = (constrain(x, ("batch", "seq", "kv_heads", None), rules) for x in (k, v))
     if CP not in axes_of(partitions(q)[1:2]):
         raise ValueError(
@@ -77,12 +85,17 @@ def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: 
     pick = partitions(q)[2] is not None and partitions(k)[2] is None
     split = functools.partial(context_attention, strategy=context.strategy, layout=context.layout, **attend.keywords)
 
-    def attention_local(q, k, v, positions, segment_ids):
+    def attention_local(q, k, v, positions, segment_ids, sinks):
         if pick:
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
-        return split(q, k, v, positions=positions, segment_ids=segment_ids)
+        if sinks is None:
+            return split(q, k, v, positions=positions, segment_ids=segment_ids)
+        # One more key of each row, whose value is zero: it takes its share once all blocks are merged.
+        out, lse = split(q, k, v, positions=positions, segment_ids=segment_ids, return_lse=True)
+        share = jax.nn.sigmoid(lse - sinks.astype(jnp.float32)[None, None])
+        return (out * share[..., None]).astype(q.dtype)
 
-    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids)
+    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
 
 
 def embed(table: Any, tokens: Int[Array, "B T"], dtype: Any, rules: Rules = MEGATRON_FSDP) -> Float[Array, "B T D"]:

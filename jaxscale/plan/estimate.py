@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jaxscale.config import CPStrategy, MeshConfig, ModelConfig
 from jaxscale.mesh import make_abstract_mesh
 from jaxscale.models import decoder
+from jaxscale.models.cache import CACHE, cache_shapes
 from jaxscale.parallel import context_cost
 from jaxscale.parallel.context_cost import Context
 from jaxscale.params import path_name, resolve_param
 from jaxscale.plan.experts import place_experts
 from jaxscale.plan.hardware import Pod, find_pod
-from jaxscale.sharding import axes_of
+from jaxscale.sharding import WIDTHS, axes_of
 from jaxscale.table import Table, human_bytes
 from sharding_rules.hlo import wire_bytes
 from sharding_rules.resolve import resolve_spec
@@ -172,10 +173,12 @@ def estimate(
 
 def cache_bytes(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, max_len: int) -> float:
     """Bytes per device of the key-value cache for `batch_size` rows of `max_len` slots (decoder.init_cache)."""
-    shape = (model.num_layers, batch_size, max_len, model.num_kv_heads, model.head_dim)
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    spec = resolve_spec(shape, decoder.CACHE, MEGATRON_FSDP.compute, sizes).spec
-    return 2 * math.prod(shape) * jnp.dtype(model.dtype).itemsize / math.prod(sizes[a] for a in axes_of(spec))
+    split = lambda shape: math.prod(
+        sizes[a] for a in axes_of(resolve_spec(shape, CACHE, MEGATRON_FSDP.compute, sizes).spec)
+    )
+    numbers = sum(math.prod(shape) / split(shape) for shape in cache_shapes(model, batch_size, max_len).values())
+    return numbers * jnp.dtype(model.dtype).itemsize
 
 
 def check(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, seq_len: int, accum_steps: int = 1) -> None:
@@ -251,7 +254,7 @@ def _leaves(model: ModelConfig, mesh: MeshConfig, rules: Rules) -> tuple[_Leaf, 
         leaves.append(
             _Leaf(
                 depth=spec.shape[0] if spec.axes[0] == "layers" else 0,
-                matrix="embed" in spec.axes and len(set(spec.axes) - {"layers"}) > 1,
+                matrix=not WIDTHS.isdisjoint(spec.axes) and len(set(spec.axes) - {"layers"}) > 1,
                 experts="experts" in spec.axes,
                 held=numbers / math.prod(sizes[a] for a in rest) * jnp.dtype(spec.dtype).itemsize,
                 used=numbers / math.prod(sizes[a] for a in used) * jnp.dtype(dtype).itemsize,

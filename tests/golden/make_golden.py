@@ -42,6 +42,7 @@ def hub_config(model_type: str, **fields) -> dict:
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "moe_layer_freq": 1}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # family: (hub configuration, changes that must each move the logits: proof that the feature is exercised at this size)
 FAMILIES = {
@@ -205,6 +206,103 @@ FAMILIES = {
         ),
         [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
     ),
+    "moe/deepseek_v2": (
+        hub_config(
+            "deepseek_v2",
+            **EXPERTS,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=None,
+            kv_lora_rank=16,
+            qk_nope_head_dim=12,
+            qk_rope_head_dim=8,
+            v_head_dim=10,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            n_group=4,
+            topk_group=2,
+            topk_method="group_limited_greedy",
+            scoring_func="softmax",
+            norm_topk_prob=False,
+            routed_scaling_factor=4.0,
+            rope_theta=100.0,
+            rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 0.7, "beta_fast": 4.0, "beta_slow": 1.0},
+            aux_loss_alpha=0.001,
+            seq_aux=True,
+        ),
+        [
+            {"topk_method": "greedy"},
+            {"topk_group": 3},
+            {"routed_scaling_factor": 1.0},
+            {"rope_scaling": None},
+            {"rope_scaling": {**YARN, "beta_fast": 4.0, "beta_slow": 1.0}},
+        ],
+    ),
+    "moe/deepseek_v3": (
+        hub_config(
+            "deepseek_v3",
+            **EXPERTS,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_nope_head_dim=12,
+            qk_rope_head_dim=8,
+            v_head_dim=10,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=4,
+            topk_group=2,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            num_nextn_predict_layers=0,
+            ep_size=1,
+            rope_theta=100.0,
+            rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 0.6, "beta_fast": 4.0, "beta_slow": 1.0},
+        ),
+        [
+            {"n_group": 1, "topk_group": 1},
+            {"topk_group": 3},
+            {"norm_topk_prob": False},
+            {"routed_scaling_factor": 1.0},
+            {"rope_interleave": False},
+            {"rope_scaling": {**YARN, "beta_fast": 4.0, "beta_slow": 1.0}},
+            {"rope_scaling": {**YARN, "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        ],
+    ),
+    "moe/gpt_oss": (
+        hub_config(
+            "gpt_oss",
+            num_hidden_layers=3,
+            intermediate_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            experts_per_token=2,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            tie_word_embeddings=False,
+            attention_bias=True,
+            hidden_act="silu",
+            swiglu_limit=7.0,
+            initial_context_length=64,
+            rope_theta=1000.0,
+            rms_norm_eps=1e-5,
+            rope_scaling={**YARN, "beta_fast": 4.0, "beta_slow": 1.0, "truncate": False},
+        ),
+        [
+            {"num_experts_per_tok": 1},
+            {"swiglu_limit": 100.0},
+            {"sliding_window": 9},
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            {"rope_scaling": {**YARN, "beta_fast": 4.0, "beta_slow": 1.0}},
+        ],
+    ),
 }
 
 
@@ -217,14 +315,19 @@ def make_model(hub: dict) -> torch.nn.Module:
 @torch.no_grad()
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Every value random and representable in bfloat16; large enough that attention is peaked and the caps bite."""
-    for name, w in model.named_parameters():
+    biases = [(k, w) for k, w in model.named_buffers() if k.endswith("correction_bias")]  # DeepSeek-V3's choice
+    for name, w in [*model.named_parameters(), *biases]:
         noise = torch.randn(w.shape, generator=generator)
         if "norm" in name:
             centre = 0.0 if model.config.model_type.startswith("gemma") else 1.0
             value = centre + 0.3 * noise
-        elif name.endswith("bias") or "embed_tokens" in name:
+        elif "correction_bias" in name:
+            value = 0.2 * noise
+        elif name.endswith(("bias", "sinks")) or "embed_tokens" in name:
             value = 0.5 * noise
-        elif "q_proj" in name or "k_proj" in name:
+        elif name.endswith("experts.gate_up_proj") and model.config.model_type == "gpt_oss":  # some reach the clamp
+            value = 3.0 * noise / w.shape[1] ** 0.5
+        elif any(part in name for part in ("q_proj", "k_proj", "q_b_proj")):
             value = 1.5 * noise / w.shape[1] ** 0.5
         elif w.ndim == 3:  # experts
             value = noise / max(w.shape[1:]) ** 0.5
@@ -248,6 +351,9 @@ def make_family(name: str, hub: dict, changes: list[dict], seed: int) -> None:
     for change in changes:
         other = make_model(hub | change)
         other.load_state_dict(state)
+        for module in other.modules():  # a constant of the class, which no configuration changes
+            if hasattr(module, "limit"):
+                module.limit = change.get("swiglu_limit", module.limit)
         distance = (logits_of(other, tokens) - logits).abs().max().item()
         print(f"{name:13} {json.dumps(change):100} moves the logits by {distance:.3g}")
         assert distance > 1e-3, f"{name}: {change} moves less than ten times the tolerance of the tests"

@@ -6,10 +6,12 @@ import functools
 import jax
 import numpy as np
 import optax
+import pytest
 
-from jaxscale.config import ModelConfig, RopeScaling
+from jaxscale.config import MLAConfig, ModelConfig, RopeScaling
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
+from jaxscale.parallel.context_cost import Context
 from jaxscale.params import param_shardings
 from jaxscale.parity import parity
 from jaxscale.train import make_train_state, make_train_step, put_batch
@@ -96,6 +98,24 @@ def test_every_bias_and_an_untied_vocabulary_that_does_not_divide(rng):
         BASE, vocab_size=97, qkv_bias=True, out_bias=True, mlp_bias=True, rope_scaling=scaling, window=7
     )
     check(dataclasses.replace(cfg, layer_pattern=("local",)), ["fsdp=2,tp=4"], rng)
+
+
+@pytest.mark.parametrize(("q_rank", "context"), [(24, None), (None, Context("ring", "contiguous"))])
+def test_latent_attention(q_rank, context, rng):
+    """Down-projections where tp splits the sequence, heads over tp; with five heads and odd ranks nothing divides."""
+    mla = MLAConfig(kv_rank=16, q_rank=q_rank, nope_dim=8, rope_dim=4, value_dim=6)
+    cfg = dataclasses.replace(BASE, num_kv_heads=4, head_dim=12, mla=mla)
+    check(cfg, ["fsdp=2,cp=2,tp=2"], rng, context=context)
+    if context is None:
+        mla = dataclasses.replace(mla, kv_rank=15, q_rank=21)
+        check(dataclasses.replace(cfg, num_heads=5, num_kv_heads=5, mla=mla), ["fsdp=2,tp=2"], rng)
+
+
+@pytest.mark.parametrize("context", [None, Context("ring", "contiguous")])
+def test_sinks(context, rng):
+    """GPT-OSS's attention: over a ring the sinks take their share once all blocks are merged."""
+    cfg = dataclasses.replace(BASE, sinks=True, qkv_bias=True, out_bias=True, window=5)
+    check(dataclasses.replace(cfg, layer_pattern=("local", "global")), ["fsdp=2,cp=2,tp=2"], rng, context=context)
 
 
 def test_odd_sizes_keep_dims_whole(rng):

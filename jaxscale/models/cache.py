@@ -1,0 +1,65 @@
+"""What decoding keeps of earlier tokens: arrays [L, B, S, K, H] of all layers, a slot for each token."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxscale.config import ModelConfig
+from jaxscale.sharding import active_mesh, compute_spec, constrain
+from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+Cache = dict[str, Array]
+CACHE = (None, "batch", None, "kv_heads", None)
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, max_len: int, rules: Rules = MEGATRON_FSDP) -> Cache:
+    """An empty cache in cfg.dtype, split over batch and kv heads on the mesh in context.
+
+    Raises ValueError for a model that cannot decode: its router looks at tokens that are still to come.
+    """
+    if cfg.moe is not None and cfg.moe.router == "expert_choice":
+        raise ValueError(
+            f"{cfg.name} cannot decode: with router='expert_choice' each of its {cfg.moe.num_experts} experts chooses "
+            f"among all tokens of a row, later ones too; train with router='softmax' or 'sigmoid' to generate"
+        )
+    shapes = cache_shapes(cfg, batch_size, max_len)
+    return {
+        name: jnp.zeros(shape, cfg.dtype, out_sharding=compute_spec(shape, CACHE, rules))
+        for name, shape in shapes.items()
+    }
+
+
+def cache_shapes(cfg: ModelConfig, batch_size: int, max_len: int) -> dict[str, tuple[int, ...]]:
+    """Keys and values [L, B, S, K, H]; of latent attention the latent and the rotated key, one after the other."""
+    slots = (cfg.num_layers, batch_size, max_len)
+    if cfg.mla is not None:
+        return {"latent": (*slots, 1, cfg.mla.kv_rank + cfg.mla.rope_dim)}
+    return dict.fromkeys(("k", "v"), (*slots, cfg.num_kv_heads, cfg.head_dim))
+
+
+def write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
+    """[L, B, S, K, H] with `new` [B, T, K, H] written to layer `index`, at each row's first position onwards."""
+    new = constrain(new.astype(cache.dtype), CACHE[1:], rules)
+    starts = constrain(positions, ("batch", None), rules)[:, 0]
+
+    def write_local(cache, new, index, starts):
+        # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to
+        # the front, and XLA then transposes the whole cache.
+        rows = jnp.arange(starts.shape[0], dtype=jnp.int32)
+        where = jnp.stack([jnp.full_like(rows, index), rows, starts], axis=1)
+        dims = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+        )
+        unique = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
+        return jax.lax.scatter(cache, where, new, dims, **unique)
+
+    if active_mesh() is not None:
+        write_local = jax.shard_map(write_local, out_specs=jax.typeof(cache).sharding.spec)
+    return write_local(cache, new, index, starts)
+
+
+def read(cache: Array, index: Array, rules: Rules) -> tuple[Array, Array]:
+    """Layer `index` of [L, B, S, K, H], and the positions [B, S] of its slots: those after a query's are hidden."""
+    layer = jax.lax.dynamic_index_in_dim(cache, index, keepdims=False)
+    slots = jnp.broadcast_to(jnp.arange(layer.shape[1], dtype=jnp.int32)[None], layer.shape[:2])
+    return layer, constrain(slots, ("batch", None), rules)
