@@ -29,7 +29,10 @@ from sharding_rules.rules import MEGATRON_FSDP, MESH_AXES, Rules
 # What strategies other than the partitioner's gather send beside attention (jaxscale.parallel.context).
 BESIDE_ATTENTION = ("collective-permute", "all-to-all")
 
-ATTENTION_RATE = 0.65  # of the matmul rate: 461 of 706 TFLOP/s, cuDNN forward and backward on one H200 (docs/LOG.md)
+# Attention's rate as a share of matmuls', by head_dim: kernels of training steps on one H100 (docs/LOG.md, 2026-11-27).
+ATTENTION_RATES = {64: 0.46, 128: 0.67, 256: 0.5}
+LOGIT_PASSES = 5  # over the logits in float32 beside their matmuls: three of the loss, two of its gradient
+HEAD_NORM_PASSES = 16  # over queries and keys in float32 where each head is normed: XLA fuses neither norm nor rotation
 
 # Share of a device's memory that may be planned for: the runtime's own part, and the error of the estimate. On GPU XLA
 # plans for 0.76 of what the driver reports (0.81 of 141 GB): beyond that it computes again and gathers again by itself.
@@ -144,10 +147,8 @@ def estimate(
     matmul, attention = part.flops()
     hw = pod.hardware
     over_cp = part.over_cp(pod)
-    compute = accum_steps * (matmul + attention * over_cp.uneven / ATTENTION_RATE) / hw.flops
-    # Every activation of a layer is written once and read twice; AdamW reads four arrays and writes three.
-    state = memory.params + memory.optimizer
-    moved = accum_steps * 3 * model.num_layers * part.residuals("none") + 2 * state + memory.gradients
+    compute = accum_steps * (matmul + attention * over_cp.uneven / attention_rate(model)) / hw.flops
+    moved = accum_steps * part.activation_traffic() + part.state_traffic(memory, accum_steps)
     # Nothing is hidden on two H200s (measured), nor on v5e and v5p (compiled steps hold synchronous collectives alone).
     # Steps compiled for tpu7x start them early: those of parameters are taken to be hidden, the best case.
     beside = [] if over_cp.exposed is None else [t for t in transfers if t.axes == "cp" and t.kind in BESIDE_ATTENTION]
@@ -169,6 +170,11 @@ def estimate(
         model_flops=model.flops_per_token(seq_len) * batch_size * seq_len / pod.num_devices,
         tokens=batch_size * seq_len,
     )
+
+
+def attention_rate(model: ModelConfig) -> float:
+    """Attention's FLOP/s as a share of large matmuls', of the nearest head_dim that was measured."""
+    return ATTENTION_RATES[min(ATTENTION_RATES, key=lambda dim: abs(dim - model.head_dim))]
 
 
 def cache_bytes(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, max_len: int) -> float:
@@ -214,14 +220,16 @@ def context_of(model: ModelConfig, mesh: MeshConfig, pod: Pod, *, batch_size: in
     """
     if mesh.cp == 1 or (mesh.cp_strategy, mesh.cp_layout) == Context():
         return None
-    return context_cost.plan(mesh, model, batch_size, seq_len, rates=_context_rates(pod, mesh))[0]
+    return context_cost.plan(mesh, model, batch_size, seq_len, rates=_context_rates(model, pod, mesh))[0]
 
 
-def _context_rates(pod: Pod, mesh: MeshConfig) -> context_cost.Rates:
+def _context_rates(model: ModelConfig, pod: Pod, mesh: MeshConfig) -> context_cost.Rates:
     """The rates that strategies are weighed by, on this pod. A TPU's link counts both directions of an axis."""
     hw, tpu = pod.hardware, pod.platform == "tpu"
     link = hw.link("cp", {axis: getattr(mesh, axis) for axis in MESH_AXES}) / (2 if tpu else 1)
-    return context_cost.Rates(flops=ATTENTION_RATE * hw.flops, link=link, both_ways=tpu, memory=hw.memory_bandwidth)
+    return context_cost.Rates(
+        flops=attention_rate(model) * hw.flops, link=link, both_ways=tpu, memory=hw.memory_bandwidth
+    )
 
 
 def _seconds(pod: Pod, shape: dict[str, int], kind: str, axes: tuple[str, ...], count: int, size: float) -> float:
@@ -366,6 +374,22 @@ class _Step:
             batch=4 * 4 * accum_steps * self.rows * self.seq_len / self.mesh.cp,
         )
 
+    def activation_traffic(self) -> float:
+        """Bytes that a micro-batch moves beside its matmuls and attention: elementwise work of the layers, which passes
+        once over what a layer could keep; what is kept, written and read; logits; weights cast forward and backward."""
+        layer = self.residuals("none") + 2 * self.residuals(self.remat)
+        if self.model.qk_norm:
+            layer += HEAD_NORM_PASSES * self.tokens * (self.heads + self.kv_heads) * self.model.head_dim * 4
+        logits = LOGIT_PASSES * self.tokens * self.vocab * 4
+        cast = sum(leaf.used * (4 + self.item) / self.item for leaf in self.leaves if leaf.depth and leaf.matrix)
+        return self.model.num_layers * layer + logits + 2 * cast
+
+    def state_traffic(self, memory: Memory, accum_steps: int) -> float:
+        """Bytes that the update moves: the state read and written; gradients written, normed and read, and summed over
+        micro-batches."""
+        gradients = memory.params * (3 + (3 * accum_steps if accum_steps > 1 else 0))
+        return 2 * (memory.params + memory.optimizer) + gradients
+
     def transfers(self, pod: Pod) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
         """(kind, axes) -> (how many, payload in all), of one micro-batch."""
         L, mesh = self.model.num_layers, self.mesh
@@ -438,7 +462,7 @@ class _Step:
             if count:
                 chosen = strategy
                 if strategy == "auto":
-                    rates = _context_rates(pod, self.mesh)
+                    rates = _context_rates(self.model, pod, self.mesh)
                     chosen = context_cost.choose(self.shape(window), self.mesh.cp, layouts=(layout,), rates=rates)[0]
                 found.append((chosen, window, count))
         return found
@@ -447,7 +471,7 @@ class _Step:
         """What splitting the sequence costs by context_cost's arithmetic."""
         if self.mesh.cp == 1:
             return _OverCp(1.0, None)
-        rates, layout = _context_rates(pod, self.mesh), (self.context or Context()).layout
+        rates, layout = _context_rates(self.model, pod, self.mesh), (self.context or Context()).layout
         attention = even = exposed = 0.0
         for strategy, window, count in self.strategies(pod):
             cost = context_cost.estimate(self.shape(window), self.mesh.cp, strategy, layout, rates)
