@@ -126,7 +126,8 @@ def resnet(W, blocks, C, I, B):
 
     def norm(x, g):
         y = x - x.mean((1, 2), keepdims=True)
-        return y * jax.lax.rsqrt((y * y).mean((1, 2), keepdims=True) + 1e-5) * row(g, x)
+        # A large epsilon: the last stage of the tiny model is one pixel, of which only rounding is left.
+        return y * jax.lax.rsqrt((y * y).mean((1, 2), keepdims=True) + 1e-2) * row(g, x)
 
     def loss(p, image, label):
         x = jax.nn.relu(conv(image, p["stem"], 2))
