@@ -57,8 +57,6 @@ WORKS = {
 # What `tuned` should hold is decided from these: fields of Config that differ from it.
 VARIANTS: dict[str, dict] = {
     "tuned": {},
-    "ping-pong": {"overlap": False, "ping_pong": True},
-    "both": {"ping_pong": True},
     "kv64x4": {"block_kv": 64, "stages": 4},
     "kv128x3": {"stages": 3},
     "kv192": {"block_kv": 192},

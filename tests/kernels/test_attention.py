@@ -256,10 +256,54 @@ def test_mosaic_gpu_causal_documents(rng, monkeypatch):
 
 
 def test_mosaic_gpu_window_positions(rng, monkeypatch):
-    small_blocks(monkeypatch, overlap=False, warpgroups_bwd=1, split_dkv=True)
+    small_blocks(monkeypatch, warpgroups_bwd=1, split_dkv=True)
     positions = jnp.arange(100, dtype=jnp.int32)[None] + 30, jnp.arange(260, dtype=jnp.int32)[None]
     kwargs = {"causal": True, "window": jnp.int32(50), "positions": positions, "soft_cap": 3.0}
     check(rng, "mosaic_gpu", 1, 100, 260, 1, 1, 64, 64, jnp.float16, **kwargs)
+
+
+def test_mosaic_gpu_several_tiles_in_a_block(rng, monkeypatch):
+    """The one block of the forward kernel goes on to the next tile: q from two places in turn, a ring of k and v."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(mosaic_gpu, "SM_COUNT", 1)
+    kwargs = {"window": (17, 0), "soft_cap": 3.0, "sinks": one(rng, (1,))}
+    check(rng, "mosaic_gpu", 1, 270, 330, 1, 1, 64, 64, jnp.float16, **kwargs)
+
+
+def test_mosaic_gpu_one_query_of_many_heads(rng, monkeypatch):
+    small_blocks(monkeypatch)
+    check(rng, "mosaic_gpu", 1, 1, 70, 3, 1, 64, 64, jnp.bfloat16)
+
+
+def test_mosaic_gpu_under_vmap(rng):
+    x = [one(rng, (2, 1, 70, 1, 64), jnp.bfloat16) for _ in range(3)]
+
+    def loss(q, k, v, name):
+        return jnp.sum(jnp.sin(attention(q, k, v, causal=True, implementation=name).astype(jnp.float32)))
+
+    def grads(x, name):
+        return jax.jit(jax.vmap(jax.grad(functools.partial(loss, name=name), argnums=(0, 1, 2))))(*x)
+
+    with plgpu.force_gpu_interpret_mode():
+        got = jax.block_until_ready(grads(x, "mosaic_gpu"))
+    for a, b in zip(got, grads([a.astype(jnp.float32) for a in x], "reference")):
+        close("gradient", a, np.asarray(b, np.float64), 1e-2)
+
+
+def test_every_tile_has_a_block(rng):
+    """Known ranges: each tile once, blocks that end at about the same time; unknown ones: a block for each tile."""
+    tiles = 40
+    for together in (1, 6):
+        ranges = np.sort(rng.integers(0, tiles, (1, tiles, 4)), axis=2).astype(np.int32)
+        table = mosaic_gpu._schedule(ranges, 2, 3, tiles, together)
+        done = [row[1 : 1 + row[0]] for row in table]
+        np.testing.assert_array_equal(np.sort(np.concatenate(done)), np.arange(6 * tiles))
+        steps = [(ranges[0, x % tiles, 3] - ranges[0, x % tiles, 0] + 1).sum() for x in done]
+        assert len(table) == mosaic_gpu.SM_COUNT
+        assert max(steps) - min(steps) <= tiles + 1
+        table = mosaic_gpu._schedule(jnp.asarray(ranges), 2, 3, tiles, together)
+        assert (table[:, 0] == 1).all()
+        np.testing.assert_array_equal(np.sort(table[:, 1]), np.arange(6 * tiles))
 
 
 def test_mosaic_tpu_causal_documents(rng, monkeypatch):
