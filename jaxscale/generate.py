@@ -108,14 +108,18 @@ def prefill(
     Prompts are padded on the right. What the padding writes to the cache is hidden by causality until `decode_step`
     overwrites it.
     """
-    T = tokens.shape[1]
-    cache = decoder.init_cache(cfg, tokens.shape[0], T, rules)  # attention reads T slots here, not max_len
+    T, mesh = tokens.shape[1], active_mesh()
+    # Attention reads T slots here, not max_len. Slots that are split over cp must already lie where they will stay.
+    slots = T if mesh is None or mesh.shape["cp"] == 1 else max_len
+    cache = decoder.init_cache(cfg, tokens.shape[0], slots, rules)
     x, cache = decoder.hidden(params, tokens, cfg, cache=cache, rules=rules)
     assert cache is not None
     last = constrain(jnp.arange(T)[None, :] == lengths[:, None] - 1, ("batch", "norm_seq"), rules)
     x = jnp.where(last[..., None], x, jnp.zeros((), x.dtype)).sum(axis=1, keepdims=True)
-    padding = [(0, 0), (0, 0), (0, max_len - T), (0, 0), (0, 0)]
-    return decoder.logits(params, x, cfg, rules)[:, 0], jax.tree.map(lambda c: jnp.pad(c, padding), cache)
+    if slots < max_len:
+        padding = [(0, 0), (0, 0), (0, max_len - slots), (0, 0), (0, 0)]
+        cache = jax.tree.map(lambda c: jnp.pad(c, padding), cache)
+    return decoder.logits(params, x, cfg, rules)[:, 0], cache
 
 
 def decode_step(

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxscale.config import ModelConfig
-from jaxscale.sharding import active_mesh, compute_spec, constrain
+from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, partitions
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 Cache = dict[str, Array]
-CACHE = (None, "batch", None, "kv_heads", None)
+CACHE = (None, "batch", "seq", "kv_heads", None)
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, max_len: int, rules: Rules = MEGATRON_FSDP) -> Cache:
-    """An empty cache in cfg.dtype, split over batch and kv heads on the mesh in context.
+    """An empty cache in cfg.dtype, split over batch, slots (cp) and kv heads on the mesh in context.
 
     Raises ValueError for a model that cannot decode: its router looks at tokens that are still to come.
     """
@@ -39,8 +39,20 @@ def cache_shapes(cfg: ModelConfig, batch_size: int, max_len: int) -> dict[str, t
 
 def write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
     """[L, B, S, K, H] with `new` [B, T, K, H] written to layer `index`, at each row's first position onwards."""
-    new = constrain(new.astype(cache.dtype), CACHE[1:], rules)
+    new = constrain(new.astype(cache.dtype), ("batch", None, "kv_heads", None), rules)
     starts = constrain(positions, ("batch", None), rules)[:, 0]
+    slots_over = () if active_mesh() is None else tuple(axes_of(partitions(cache)[2:3]))
+
+    def write_part_local(cache, new, index, starts):
+        """Of the tokens, which all devices hold, each writes those whose slots it holds."""
+        first = jax.lax.axis_index(slots_over) * cache.shape[2]
+        slots = starts[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None] - first
+        rows = jnp.broadcast_to(jnp.arange(starts.shape[0], dtype=jnp.int32)[:, None], slots.shape)
+        where = jnp.stack([jnp.full_like(slots, index), rows, slots], axis=2)
+        dims = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3), inserted_window_dims=(0, 1, 2), scatter_dims_to_operand_dims=(0, 1, 2)
+        )
+        return jax.lax.scatter(cache, where, new, dims, unique_indices=True, mode="drop")
 
     def write_local(cache, new, index, starts):
         # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to
@@ -54,7 +66,8 @@ def write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules
         return jax.lax.scatter(cache, where, new, dims, **unique)
 
     if active_mesh() is not None:
-        write_local = jax.shard_map(write_local, out_specs=jax.typeof(cache).sharding.spec)
+        body = write_part_local if slots_over else write_local
+        write_local = jax.shard_map(body, out_specs=jax.typeof(cache).sharding.spec)
     return write_local(cache, new, index, starts)
 
 

@@ -110,6 +110,7 @@ def block(
         o = matmul("BTNR,RNH->BTNH", o, p["wv_up"])
     else:
         over = INSIDE if cache is None else ("batch", None, None)
+        k_rope = constrain(k_rope, over, rules)
         into_k, into_v = enter(latents, over, (p["wk_up"], p["wv_up"]), rules)
         k_nope, v = matmul("BSR,RNH->BSNH", into_k, p["wk_up"]), matmul("BSR,RNH->BSNH", into_v, p["wv_up"])
         k = jnp.concatenate([k_nope, _for_all_heads(k_rope, k_nope)], axis=-1)

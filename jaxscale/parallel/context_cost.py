@@ -165,7 +165,7 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
         uneven = (1 - 1 / split) * (1.0 if shape.window is None else min(1.0, shape.window / shape.seq_len))
     forward, backward = (mean * f * (1 + uneven) for f in (FORWARD, BACKWARD))
 
-    exposed, starts, merges = 0.0, 0, 0
+    exposed, starts, merges = 0.0, 0, 0.0
     if strategy == "all_gather":
         exposed = (cp - 1) * (2 * keys + sums) / wide
         starts = 6
@@ -177,7 +177,11 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
         hops = places - 1
         if shape.window is not None and layout == "contiguous":
             hops = min(hops, -(-shape.window // (shape.seq_len // cp)) * (1 if shape.causal else 2))
+        sums = keys if hops == 1 else sums  # the only part goes home as the kernel returned it
         moved = [hops * keys, hops * (keys + sums)]
+        few = layout == "packed" and group == 1 and shape.span <= shape.seq_len / cp / 24
+        if few:  # documents so short that few are cut: an eighth of the tokens travels
+            moved = [x / 8 for x in moved]
         rate = rates.link
         if strategy == "halo":
             if shape.window is None or layout != "contiguous":
@@ -193,7 +197,7 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
         for bytes_, work in zip(moved, (forward, backward)):
             exposed += max(bytes_ / rate - rates.hidden * work, 0.0) + (1 - rates.hidden) * min(bytes_ / rate, work)
         starts += 2 * hops * 2
-        merges = hops
+        merges = hops / 8 if few else hops
     merging = merges * tokens * N * H * (3 * 4 + 4 * 4) / rates.memory
     attention = forward + backward
     overhead = merging + starts * rates.latency

@@ -8,6 +8,7 @@ from jaxscale.config import CPLayout
 
 _PARTS = 256  # of a device's tokens, at most: what the planner deals
 _PART_TOKENS = 128  # at least, where the row allows it: a kernel's block
+_BALANCED = 1.015  # the busiest device's work over the mean, where documents may stay whole
 
 
 def permute_batch(
@@ -55,8 +56,8 @@ def layout_order(
     - contiguous: as it was.
     - zigzag: 2 cp chunks, the i-th and the i-th from the end together.
     - striped: token t on device t % cp.
-    - packed: parts of the row, given out by the attention work of their documents (`token_work`): in order of work, cp
-      at a time, the largest to the device that has least. Within a device tokens keep their order.
+    - packed: devices do the same attention work (`token_work`), and most documents stay whole. Within a device tokens
+      keep their order.
 
     Raises:
       ValueError: T does not divide by cp (zigzag: 2 cp).
@@ -73,7 +74,8 @@ def layout_order(
     if positions is None:
         raise ValueError("the layout 'packed' balances documents: give it positions and segment_ids of the rows")
     work = token_work(positions, segment_ids, causal=causal, window=window)
-    return np.stack([_deal(row, cp) for row in work])
+    ids = np.ones_like(work) if segment_ids is None else np.asarray(segment_ids)
+    return np.stack([_deal(*row, cp) for row in zip(work, ids)])
 
 
 def permute(x: Any, order: np.ndarray) -> np.ndarray:
@@ -119,8 +121,67 @@ def work_per_device(work: np.ndarray, cp: int) -> np.ndarray:
     return work.reshape(work.shape[0], cp, -1).sum(axis=2)
 
 
-def _deal(work: np.ndarray, cp: int) -> np.ndarray:
-    """The order [T] of one row."""
+def _deal(work: np.ndarray, ids: np.ndarray, cp: int) -> np.ndarray:
+    """The order [T] of one row.
+
+    Little is cut: no document, a single one, at first one of few tokens, some side by side, or else those with the most
+    work. The others stay whole, on the device that has least work and still has room. What is cut, and padding, fills
+    the devices up. Tokens keep their order on a device: kernels skip ranges of keys, by the extremes of segment ids.
+    """
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+    sizes = np.diff(starts, append=len(ids))
+    loads = np.add.reduceat(work, starts)
+    documents = [i for i in np.argsort(-loads, kind="stable") if ids[starts[i]] > 0]
+    document = np.repeat(np.arange(len(starts)), sizes)
+    halvings = range(len(documents).bit_length())
+    single = [documents[len(documents) >> i] for i in halvings[1:]]
+    near = [[i for i in range(d - n, d + n + 1) if i in documents] for n in (0, 1, 2, 4) for d in single]
+    cuts = [[], *near, *(documents[: 2**i] for i in halvings)]
+
+    def excess(order):
+        return work_per_device(work[order][None], cp).max() / max(1.0, work.sum() / cp)
+
+    best = _deal_all(work, cp)
+    for cut in cuts:
+        owner = _owners(work, document, sizes, loads, [i for i in documents if i not in cut], cp)
+        if owner is not None:
+            order = np.argsort(owner, kind="stable").astype(np.int32)
+            if excess(order) <= _BALANCED:
+                return order
+            best = min(best, order, key=excess)
+    return best
+
+
+def _owners(work, document, sizes, loads, whole, cp: int) -> np.ndarray | None:
+    """The device of each token, [T]; None where a whole document finds no room. `whole` in order of work."""
+    T = len(work)
+    room, load = np.full(cp, T // cp), np.zeros(cp)
+    where = np.full(len(sizes), -1)
+    for i in whole:
+        fits = np.flatnonzero(room >= sizes[i])
+        if not fits.size:
+            return None
+        device = fits[np.argmin(load[fits])]
+        where[i], room[device], load[device] = device, room[device] - sizes[i], load[device] + loads[i]
+    owner = where[document]
+    pool = np.flatnonzero(owner < 0)
+    pool = pool[np.argsort(work[pool] > 0, kind="stable")]  # padding first: odd sizes cost nothing there
+    part = min(_PART_TOKENS, max(1, T // cp // 32))
+    odd = room % part
+    owner[pool[: odd.sum()]] = np.repeat(np.arange(cp), odd)
+    load += np.bincount(owner[pool[: odd.sum()]], work[pool[: odd.sum()]], cp)
+    parts, room = pool[odd.sum() :].reshape(-1, part), room // part
+    part_work = work[parts].sum(axis=1)
+    for i in np.argsort(-part_work, kind="stable"):
+        fits = np.flatnonzero(room > 0)
+        device = fits[np.argmin(load[fits])]
+        owner[parts[i]], room[device], load[device] = device, room[device] - 1, load[device] + part_work[i]
+    return owner
+
+
+def _deal_all(work: np.ndarray, cp: int) -> np.ndarray:
+    """The order [T] of a row whose documents are all cut: in order of work, cp parts at a time, the largest to the
+    device that has least."""
     T = len(work)
     local = T // cp
     fitting = [n for n in range(1, min(_PARTS, local) + 1) if local % n == 0]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxscale.layers import soft_cap
 from jaxscale.parallel.context import attention as context_attention
+from jaxscale.parallel.context import decode as context_decode
 from jaxscale.parallel.context_cost import Context
 from jaxscale.sharding import Weight, active_mesh, axes_of, compute_spec, constrain, enter, matmul, partitions
 from pallas_kernels.quantized_matmul.array import QuantizedArray
@@ -38,7 +39,7 @@ def attention(
 
     Args:
       attend: (q, k, v, positions=(q, kv), segment_ids=(q, kv) or None) -> like q: the attention of one device. A
-        partial of `pallas_kernels.attention` where `context` is given.
+        partial of `pallas_kernels.attention` where `context` is given, or where the keys are a cache split over cp.
       context: with it keys stay split over cp, which `jaxscale.parallel.context.attention` then deals with.
       sinks: a logit for each query head, passed on to `attend` where there are any.
     """
@@ -49,6 +50,8 @@ def attention(
         sinks = constrain(sinks, ("q_heads",), rules)
     if context is not None and mesh.shape[CP] > 1:
         return _context_attention(attend, q, k, v, positions[0], segment_ids and segment_ids[0], rules, context, sinks)
+    if CP in axes_of(partitions(k)[1:2]) and CP not in axes_of(partitions(q)[1:2]):
+        return _cached_attention(attend, q, k, v, positions, segment_ids, rules, sinks)
     # `reduced`: the gradients of gathered keys are partial sums, scattered over the sequence again.
     kv_spec = compute_spec(k.shape, ("batch", None, "kv_heads", None), rules) or P()
     gathered = axes_of(partitions(q)[1:2])
@@ -90,12 +93,33 @@ def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: 
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
         if sinks is None:
             return split(q, k, v, positions=positions, segment_ids=segment_ids)
-        # One more key of each row, whose value is zero: it takes its share once all blocks are merged.
-        out, lse = split(q, k, v, positions=positions, segment_ids=segment_ids, return_lse=True)
-        share = jax.nn.sigmoid(lse - sinks.astype(jnp.float32)[None, None])
-        return (out * share[..., None]).astype(q.dtype)
+        return _with_sinks(*split(q, k, v, positions=positions, segment_ids=segment_ids, return_lse=True), sinks)
 
     return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
+
+
+def _cached_attention(attend, q, k, v, positions, segment_ids, rules, sinks):
+    """A few queries, whole on each device of cp, over a cache whose slots are split; what moves is as large as they."""
+    rows = ("batch", "seq")
+    positions = positions[0], constrain(positions[1], rows, rules)
+    if segment_ids is not None:
+        segment_ids = segment_ids[0], constrain(segment_ids[1], rows, rules)
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    pick = partitions(q)[2] is not None and partitions(k)[2] is None
+
+    def attention_local(q, k, v, positions, segment_ids, sinks):
+        if pick:
+            k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
+        out, lse = context_decode(q, k, v, positions=positions, segment_ids=segment_ids, **attend.keywords)
+        return out if sinks is None else _with_sinks(out, lse, sinks)
+
+    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
+
+
+def _with_sinks(out, lse, sinks):
+    """One more key of each row, whose value is zero: it takes its share once all blocks are merged."""
+    share = jax.nn.sigmoid(lse - sinks.astype(jnp.float32)[None, None])
+    return (out * share[..., None]).astype(out.dtype)
 
 
 def embed(table: Any, tokens: Int[Array, "B T"], dtype: Any, rules: Rules = MEGATRON_FSDP) -> Float[Array, "B T D"]:

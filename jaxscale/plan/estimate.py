@@ -505,6 +505,7 @@ class _Step:
             found.append(("collective-permute", 4 * hops, hops * (forward + 2) * queries))
         elif hops:
             part = min(1.0, reach) if strategy == "halo" and hops == 1 and reach is not None else 1.0
+            sums = keys if hops == 1 else sums  # the only part goes home as the kernel returned it
             size = part * copies * hops * ((forward + 1) * keys + sums)
             found.append(("collective-permute", hops * (2 * forward + 4), size))
         return found

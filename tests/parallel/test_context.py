@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from jaxscale.parallel import context
+from jaxscale.parallel import context, context_blocks, context_queries, context_ring
 from jaxscale.parallel.context_layout import layout_order, permute, restore
 from jaxscale.plan.hlo import census
 
@@ -57,11 +58,14 @@ def score(attend, q, k, v, weight, lse_weight):
 grads_of = functools.partial(jax.value_and_grad, argnums=(1, 2, 3), has_aux=True)
 
 
-def compare(rng, cp, cases, N, K, Hv=H):
-    """Runs (strategy, layout, mask) cases in one program on cp devices and checks each against one device."""
+def compare(rng, cp, cases, N, K, Hv=H, rows=None, order=None):
+    """Runs (strategy, layout, mask) cases in one program on cp devices and checks each against one device.
+
+    rows: positions and segment ids; order: that of "packed" rows, by default the planner's.
+    """
     arrays = [rng.normal(size=(B, T, n, h)).astype("f") for n, h in ((N, H), (K, H), (K, Hv), (N, Hv))]
     arrays.append(rng.normal(size=(B, T, N)).astype("f"))
-    rows = documents(rng)
+    rows = documents(rng) if rows is None else rows
     masks = {mask for _, _, mask in cases}
 
     def single(mask):
@@ -74,6 +78,7 @@ def compare(rng, cp, cases, N, K, Hv=H):
     expected = jax.device_get(jax.jit(references)(*arrays))
     mesh = make_mesh(cp)
     orders = {layout: layout_order(layout, T, cp, *rows) for layout in {layout for _, layout, _ in cases}}
+    orders |= {} if order is None else {"packed": order}
     orders = {layout: np.broadcast_to(order, (B, T)) for layout, order in orders.items()}
     with jax.set_mesh(mesh):
         put = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "cp")))
@@ -140,11 +145,48 @@ def test_each_strategy(rng, strategy):
     compare(rng, 4, [(strategy, str(layout), str(mask))], 4, 2)
 
 
+@pytest.mark.parametrize("cp", [2, 4])
+def test_whole_documents_stay(rng, cp, monkeypatch):
+    """Of packed rows only what several devices hold travels: an eighth where that is enough, or else all, by what the
+    rows hold."""
+    taken = []
+    for name in ("_forward", "_backward"):
+        body = getattr(context_ring, name)
+
+        def noted(*args, body=body):
+            part = args[-1] if isinstance(args[-1], context_ring._Part) else None
+            jax.debug.callback(lambda: taken.append(part.length if part else T // cp))
+            return body(*args)
+
+        monkeypatch.setattr(context_ring, name, noted)
+    local = T // cp
+    cut = local // 8  # tokens that a device holds of one document; the second row has none such
+    sizes = [[cut * cp] + [local - cut] * cp, [local] * cp]
+    ids = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in sizes]).astype(np.int32)
+    positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in sizes]).astype(np.int32)
+    parts, whole = np.arange(cut * cp).reshape(cp, cut), np.arange(cut * cp, T).reshape(cp, local - cut)
+
+    def order(places):
+        """The cut document's tokens stand at other places on each device, within a whole one."""
+        row = [np.insert(own, place, part) for own, part, place in zip(whole, parts, places)]
+        return np.stack([np.concatenate(row), np.arange(T)])
+
+    places = rng.integers(0, local - cut, cp, endpoint=True)
+    compare(rng, cp, [("ring", "packed", "packed")], 4, 2, rows=(positions, ids), order=order(places))
+    assert set(taken) == {cut}, taken
+    taken.clear()
+    # Apart from each other they take more than an eighth.
+    apart = order(places)
+    apart[0, :local] = np.concatenate([parts[0][:1], whole[0], parts[0][1:]])
+    compare(rng, cp, [("ring", "packed", "packed window")], 4, 2, rows=(positions, ids), order=apart)
+    assert set(taken) == {local}, taken
+
+
 def test_queries_travel(rng):
     """As many kv heads as query heads: TokenRing moves queries. Fewer: keys go both ways."""
     q, k = (jax.ShapeDtypeStruct((1, 8, n, H), jnp.bfloat16) for n in (8, 4))
-    assert context._queries_travel(q, q, q)
-    assert not context._queries_travel(q, k, k)
+    assert context_queries.queries_travel(q, q, q)
+    assert not context_queries.queries_travel(q, k, k)
     compare(rng, 4, [("bidirectional", "zigzag", "packed"), ("bidirectional", "contiguous", "causal")], 2, 2)
 
 
@@ -164,7 +206,7 @@ def test_parity_of_all(rng, cp, N, K, mask):
 # What travels, as derived on paper.
 
 
-def program(cp, strategy, layout="contiguous", packed=False, N=4, K=2, tokens=T, backward=True, **masks):
+def lowered(cp, strategy, layout="contiguous", packed=False, N=4, K=2, tokens=T, backward=True, **masks):
     mesh = make_mesh(cp)
     spec = P(None, "cp")
     kind = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -179,7 +221,11 @@ def program(cp, strategy, layout="contiguous", packed=False, N=4, K=2, tokens=T,
 
     run = jax.grad(loss, (0, 1, 2)) if backward else lambda *args: jax.shard_map(body, out_specs=spec)(*args)
     with jax.set_mesh(mesh):
-        counted = census(jax.jit(run).lower(*args).compile(), mesh=mesh)
+        return jax.jit(run).lower(*args)
+
+
+def program(cp, *args, **kwargs):
+    counted = census(lowered(cp, *args, **kwargs).compile(), mesh=make_mesh(cp))
     return {kind: axes["cp"] for kind, axes in counted.counts.items()}, counted
 
 
@@ -205,9 +251,11 @@ def test_census_ring(cp):
 
 
 def test_census_packed_rows():
-    """Positions and segment ids of all devices come in one gather a pass."""
-    counts, _ = program(4, "ring", "packed", packed=True, causal=True, backward=False)
+    """Positions and segment ids of all devices come in one gather a pass. Of the two ways to go on the census counts
+    the heavier one: all tokens travel."""
+    counts, bytes_ = program(4, "ring", "packed", packed=True, causal=True, backward=False)
     assert counts == {"collective-permute": 6, "all-gather": 1}
+    assert bytes_.wire_bytes("cp") == 3 * (T // 4) * B * (2 * 2 * H * 4 + 2 * 4)
 
 
 def test_census_bidirectional():
@@ -245,6 +293,15 @@ def test_census_window():
     assert halo.wire_bytes("cp") == 2 * (8 + 1) * token
 
 
+def test_the_past_is_not_sent_to_the_first_device():
+    """Contiguous causal rows: keys go from each device to the next, and not around; gradients do, to come home."""
+    text = lowered(4, "ring", causal=True, backward=False).as_text()
+    pairs = [re.findall(r"\d+", x) for x in re.findall(r"source_target_pairs = dense<\[(.*?)\]>", text)]
+    assert pairs == [["0", "1", "1", "2", "2", "3"]] * 6
+    around = lowered(4, "ring", "zigzag", causal=True, backward=False).as_text()
+    assert around.count("[3, 0]") == 6
+
+
 def test_program_does_not_grow():
     """More steps are more trips of one loop."""
     mesh_sizes = {}
@@ -262,13 +319,14 @@ def test_masked_blocks_are_skipped(monkeypatch):
     """The blocks that attention is computed on, counted as it runs: under a causal mask in a contiguous layout those of
     the past, in rows of two documents that end with a device's tokens none beyond."""
     seen = []
-    block = context._block
+    block = context_blocks.block
 
     def counting(call, q, k, v, *rows):
         jax.debug.callback(lambda _: seen.append(1), q[0, 0, 0, 0])
         return block(call, q, k, v, *rows)
 
-    monkeypatch.setattr(context, "_block", counting)
+    for module in (context_blocks, context_ring):
+        monkeypatch.setattr(module, "block", counting)
     mesh, ids = make_mesh(4), np.repeat(np.array([[1, 2]], np.int32), 32, axis=1)
     x = np.ones((1, 64, 2, H), "f")
 
@@ -301,7 +359,7 @@ def test_decode(rng):
     last = rng.integers(1, T, 3)
     positions = (last[:, None] - np.array([1, 0])).astype(np.int32)
     slots = np.broadcast_to(np.arange(T, dtype=np.int32), (3, T))
-    expected = pallas_kernels.attention(q, k, v, positions=(positions, slots), causal=True)
+    expected, lse = pallas_kernels.attention(q, k, v, positions=(positions, slots), causal=True, return_lse=True)
     mesh = make_mesh(8)
     with jax.set_mesh(mesh):
         split = [jax.device_put(x, NamedSharding(mesh, P(None, "cp"))) for x in (k, v, slots)]
@@ -310,10 +368,11 @@ def test_decode(rng):
         def body(q, positions, k, v, slots):
             return context.decode(q, k, v, positions=(positions, slots))
 
-        run = jax.jit(jax.shard_map(body, out_specs=P()))
-        got = run(*whole, *split)
+        run = jax.jit(jax.shard_map(body, out_specs=(P(), P())))
+        got, got_lse = run(*whole, *split)
         counts = census(run.lower(*whole, *split).compile(), mesh=mesh).counts
     np.testing.assert_allclose(got, expected, atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(got_lse, lse, atol=1e-6, rtol=1e-5)
     assert counts == {"all-reduce": {"cp": 2}}
 
 
@@ -331,8 +390,25 @@ def test_one_device(rng):
         ("positions and segment_ids", {"strategy": "ring", "layout": "packed", "causal": True}),
         ("not 'auto' or one of", {"strategy": "rings"}),
         ("3 query heads are not divisible by 2", {"strategy": "ring", "N": 3}),
+        ("ulysses_size=3 does not divide cp=4", {"strategy": "usp", "ulysses_size": 3}),
+        ("layout='zag' is not one of", {"strategy": "ring", "layout": "zag"}),
+        ("window is static", {"strategy": "halo", "window": np.ones((), np.int32), "causal": True}),
+        (r"a pair >= 0. Got \(3, -2\)", {"strategy": "ring", "window": (3, -2)}),
+        ("an int >= 1, or a pair >= 0. Got 0", {"strategy": "ring", "window": 0}),
     ],
 )
 def test_bad_input(match, kwargs):
     with pytest.raises(ValueError, match=match):
         program(4, **kwargs)
+
+
+def test_keys_split_otherwise_than_queries():
+    mesh, spec = make_mesh(4), P(None, "cp")
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, H), jnp.float32, sharding=NamedSharding(mesh, spec)) for n in (64, 32))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"queries and keys are split alike. Got T=16, S=8"):
+        jax.jit(jax.shard_map(context.attention, out_specs=spec)).lower(q, k, k)
+
+
+def test_two_sides_of_a_window_on_two_devices(rng):
+    """Both devices need what the other holds, and each has one neighbour: keys go around though the window ends."""
+    compare(rng, 2, [("ring", "contiguous", "sides"), ("ring", "contiguous", "window")], 2, 1)

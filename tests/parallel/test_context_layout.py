@@ -85,6 +85,21 @@ def test_packed_balance(rng, cp, masks):
     assert (pairs.max(axis=1) <= 1.02 * pairs.mean(axis=1)).all()
 
 
+def test_whole_documents(rng):
+    """Many short documents: the same work on both devices, all but few documents whole, tokens in their order."""
+    T, documents = 32768, 256
+    positions, ids = packed_rows(rng, 1, T, documents)
+    ids[:, -37:], positions[:, -37:] = 0, 0
+    dealt = context_layout.permute_batch({"positions": positions, "segment_ids": ids}, "packed", 2)
+    local = dealt["segment_ids"].reshape(2, -1)
+    assert all((np.diff(row[row > 0]) >= 0).all() for row in local)
+    cut = np.intersect1d(*local)
+    assert len(cut[cut > 0]) <= 8
+    work = context_layout.token_work(dealt["positions"], dealt["segment_ids"])
+    pairs = context_layout.work_per_device(work, 2)
+    assert (pairs.max(axis=1) <= 1.02 * pairs.mean(axis=1)).all()
+
+
 def test_bad_layouts():
     batch = {"positions": np.array([[0, 1, 2, 0, 1, 2, 3, 4]], np.int32)}
     with pytest.raises(ValueError, match="positions restart inside a row but the batch has no segment_ids"):
@@ -118,6 +133,9 @@ def test_choices():
     few = dataclasses.replace(long, seq_len=4096, num_heads=64, num_kv_heads=1)
     assert context_cost.choose(few, 64, rates=FAST).strategy == "all_gather"
     assert context_cost.estimate(long, 32, "ulysses", "zigzag", FAST) is None
+    short = dataclasses.replace(long, packed=True, document=1024)  # documents stay whole: what is cut is little
+    costs = {a: context_cost.estimate(short, 2, "ring", a, FAST).exposed for a in ("packed", "striped")}
+    assert costs["packed"] < costs["striped"] / 4
     choice = context_cost.choose(long, 2, rates=FAST)
     assert choice.layout == "zigzag" or choice.strategy == "ulysses"
     assert all(name in choice.why for name in ("ring", "ulysses", "all_gather", "ms"))
