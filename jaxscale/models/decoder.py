@@ -4,7 +4,7 @@ Layers are stacked and scanned; plain ones before those with experts (`first_den
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,12 @@ from jaxscale.parallel.context_cost import Context
 from jaxscale.params import ParamSpec, constant, normal
 from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, matmul, saveable
 from pallas_kernels import attention
+from pallas_kernels.quantized_matmul.array import FORMATS, round_to
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 Params = dict[str, Any]
 Cache = dict[str, Array]
+CacheFormat = Literal["int8", "float8_e4m3fn", "int4"]
 Remat = Literal["none", "dots", "full"]
 
 RESIDUAL = ("batch", "norm_seq", "embed")  # between the blocks, split by sequence over tp
@@ -228,11 +230,25 @@ def logits(
     return soft_cap(out, cfg.logit_soft_cap)
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, max_len: int, rules: Rules = MEGATRON_FSDP) -> Cache:
-    """An empty key-value cache [L, B, S, K, H] in cfg.dtype, split over batch and kv heads on the mesh in context."""
+def init_cache(
+    cfg: ModelConfig,
+    batch_size: int,
+    max_len: int,
+    rules: Rules = MEGATRON_FSDP,
+    *,
+    format: CacheFormat | None = None,
+) -> Cache:
+    """An empty key-value cache [L, B, S, K, H] in cfg.dtype, split over batch and kv heads on the mesh in context.
+
+    Args:
+      format: with it values are in 8 or 4 bits, with float32 scales [L, B, S, K, 1]: one for a token and head.
+    """
+    if format not in (None, *get_args(CacheFormat)):
+        raise ValueError(f"a cache in {format!r} is unknown; use one of {', '.join(get_args(CacheFormat))}, or None")
     shape = (cfg.num_layers, batch_size, max_len, cfg.num_kv_heads, cfg.head_dim)
-    spec = compute_spec(shape, CACHE, rules)
-    return {name: jnp.zeros(shape, cfg.dtype, out_sharding=spec) for name in ("k", "v")}
+    zeros = lambda shape, dtype: jnp.zeros(shape, dtype, out_sharding=compute_spec(shape, CACHE, rules))
+    cache = {name: zeros(shape, format or cfg.dtype) for name in ("k", "v")}
+    return cache if format is None else cache | {f"{n}_scale": zeros((*shape[:-1], 1), jnp.float32) for n in cache}
 
 
 @functools.lru_cache(maxsize=32)
@@ -337,11 +353,10 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
 
     kv_positions, segments = positions, None if segment_ids is None else (segment_ids, segment_ids)
     if cache is not None:
-        cache = {
-            "k": _write(cache["k"], k, index, positions, rules),
-            "v": _write(cache["v"], v, index, positions, rules),
-        }
-        k, v = (jax.lax.dynamic_index_in_dim(cache[x], index, keepdims=False) for x in ("k", "v"))
+        new = {"k": k, "v": v} | (_rounded("k", k, cache) | _rounded("v", v, cache) if "k_scale" in cache else {})
+        cache = {name: _write(cache[name], x, index, positions, rules) for name, x in new.items()}
+        held = {name: jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for name, x in cache.items()}
+        k, v = (held[x] if "k_scale" not in held else _widened(held[x], held[f"{x}_scale"], q.dtype) for x in "kv")
         slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
         kv_positions = constrain(slots, ("batch", None), rules)  # slots beyond a query's position are causally hidden
 
@@ -406,6 +421,19 @@ def _gather_layer(p, specs, cfg, rows, rules):
         {k: v for k, v in p.items() if k != "moe"}, {k: v for k, v in specs.items() if k != "moe"}, cfg, rows, rules
     )
     return out if cfg.moe is None else out | {"moe": moe.gather(p["moe"], specs["moe"], cfg, rows, rules)}
+
+
+def _rounded(name: str, x: Array, cache: Cache) -> Cache:
+    """Keys or values [B, T, K, H] in the cache's format, and a scale for each token and head."""
+    format = jnp.dtype(cache[name].dtype).name
+    high = FORMATS[format][2]
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=-1, keepdims=True) / high
+    return {name: round_to(x, scale[..., 0], None, format), f"{name}_scale": scale}  # pyright: ignore
+
+
+def _widened(x: Array, scale: Array, dtype: Any) -> Array:
+    return (x.astype(jnp.float32) * scale).astype(dtype)
 
 
 def _write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
