@@ -19,6 +19,7 @@ jaxscale: shard a model over any mesh, prove it, and run it at the speed of the 
 
   jaxscale train RUN [--options]     train; the same command resumes after a stop
   jaxscale generate [--options]      generate text from a checkpoint or a published model
+  jaxscale convert [--options]       write a model with its weights in 8 or 4 bits, for generate
   jaxscale plan [--options]          will it fit on that pod, with which mesh, how fast
   jaxscale bench links [--options]   measure matmuls, memory and links, for plan --hardware
   jaxscale rules FILE.py:BUILD       tensor-parallel rules of your own model, from its program
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "generate": _generate,
+        "convert": _convert,
         "plan": _plan,
         "bench": _bench,
         "rules": _rules,
@@ -110,6 +112,10 @@ class GenerateOptions:
     """smollm2-135m, a .gguf file, a Hugging Face directory, or the directory of a training run"""
     prompt: tuple[str, ...] = ("What is the capital of France?",)
     """one or more prompts; they are generated in one batch"""
+    quantize: str = ""
+    """round the weights: w8a16, w4a16-g64, w8a8, w8a8-fp8, ...; or stored: keep those of a .gguf file packed"""
+    cache: str = ""
+    """of keys and values: int8, float8_e4m3fn or int4; empty: as they are computed"""
     mesh: str = ""
     """for example fsdp=2,tp=3; empty: the first device alone"""
     max_new_tokens: int = 64
@@ -140,7 +146,7 @@ def _generate(args: list[str]) -> int:
         mesh = make_mesh(devices=jax.devices()[:1])
     else:
         mesh = make_mesh(sizes, jax.devices()[: sizes.num_devices] if sizes.num_devices else None)
-    model = _load(options.model, mesh)
+    model = _load(options.model, mesh, options.quantize)
     for note in model.notes:
         log.print(note, style="yellow", highlight=False)
     prompts = [
@@ -164,6 +170,7 @@ def _generate(args: list[str]) -> int:
         key=jax.random.key(options.seed) if options.temperature else None,
         mesh=mesh,
         on_token=stream_text(model.tokenizer, write),
+        cache_format=options.cache or None,  # pyright: ignore[reportArgumentType]
     )
     print()
     if not single:
@@ -172,15 +179,66 @@ def _generate(args: list[str]) -> int:
     return 0
 
 
-def _load(name: str, mesh: Any) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Write a model with its weights rounded, for jaxscale generate --model OUT."""
+
+    quantize: str
+    """w8a16, w4a16-g64, w8a8, w8a8-fp8, ...; a method with a calibration set, as in w4a16-g64-awq; or stored: the
+    packed weights of a .gguf file"""
+    out: str
+    """a new directory"""
+    model: str = "smollm2-135m"
+    """smollm2-135m, a .gguf file, a Hugging Face directory, or the directory of a training run"""
+    text: str = ""
+    """a text file to calibrate awq, gptq and smoothquant with"""
+    calibration_tokens: int = 8192
+
+
+def _convert(args: list[str]) -> int:
+    options = _parse(ConvertOptions, args, "jaxscale convert")
+    from jaxscale.pretrained import save_model
+    from jaxscale.quantize.apply import summary
+
+    recipe = options.quantize
+    if recipe.rpartition("-")[2] in ("awq", "gptq", "smoothquant"):
+        model = _calibrated(_load(options.model, None), recipe, options)
+    else:
+        model = _load(options.model, None, recipe)
+    save_model(model, options.out)
+    print(f"wrote {options.out}: {summary(model.params)}")
+    return 0
+
+
+def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
+    import jax.numpy as jnp
+
+    from jaxscale.models import decoder
+    from jaxscale.quantize.calibrate import gather_statistics, quantize_calibrated
+
+    if not Path(options.text).is_file():
+        raise ValueError(f"{recipe} needs a calibration set: --text FILE, a text file; {options.text!r} is none")
+    length = min(256, model.cfg.max_seq_len)
+    ids = model.tokenizer.encode(Path(options.text).read_text("utf-8"))[: options.calibration_tokens]
+    batches = [jnp.asarray(ids[None, i : i + length]) for i in range(0, len(ids) - length + 1, length)]
+    specs = decoder.param_specs(model.cfg)
+    run = lambda params, tokens: decoder.forward(params, tokens, model.cfg, remat="full")
+    params = quantize_calibrated(model.params, recipe, specs, gather_statistics(model.params, specs, run, batches))
+    return dataclasses.replace(model, params=params)
+
+
+def _load(name: str, mesh: Any, quantize: str = "") -> Any:
     """A published model, a file or directory of one, or what a training run left behind."""
+    from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import LoadedModel, load_model
+    from jaxscale.quantize.apply import quantize as round_to_nearest
     from jaxscale.run import load_run
 
     if (Path(name) / "checkpoints").is_dir():
         run = load_run(name, mesh)
-        return LoadedModel(cfg=run.cfg, params=run.params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
-    return load_model(name, mesh=mesh)
+        params = round_to_nearest(run.params, quantize, param_specs(run.cfg)) if quantize else run.params
+        return LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
+    return load_model(name, mesh=mesh, quantize=quantize or None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

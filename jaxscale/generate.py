@@ -38,6 +38,7 @@ def generate(
     mesh: Mesh | None = None,
     rules: Rules = MEGATRON_FSDP,
     on_token: Callable[[int, int], None] | None = None,
+    cache_format: decoder.CacheFormat | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt.
 
@@ -52,6 +53,7 @@ def generate(
       key: a PRNG key, for a temperature above 0. What a row draws depends on the key, the row's index and the position.
       mesh, rules: where to compute; parameters that lie elsewhere are moved. By default the mesh that params lie on.
       on_token: called with (row, token) as soon as each token is known.
+      cache_format: of keys and values: "int8", "float8_e4m3fn" or "int4" with scales; None: as they are.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than cfg.max_seq_len, a sampling setting
@@ -78,7 +80,9 @@ def generate(
     answers: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     with jax.set_mesh(mesh) if mesh is not None else jax.named_scope("generate"):
-        new, cache = _prefill_and_sample(params, tokens, lengths, cfg, max_len=max_len, **sampling)
+        new, cache = _prefill_and_sample(
+            params, tokens, lengths, cfg, max_len=max_len, cache_format=cache_format, **sampling
+        )
         for step in range(max_new_tokens):
             last = new
             if step + 1 < max_new_tokens:  # dispatched before the host reads `last`: the device does not wait for it
@@ -102,6 +106,7 @@ def prefill(
     *,
     max_len: int,
     rules: Rules = MEGATRON_FSDP,
+    cache_format: decoder.CacheFormat | None = None,
 ) -> tuple[Float[Array, "B V"], decoder.Cache]:
     """Logits of the token that follows each prompt, and a cache of max_len >= T slots.
 
@@ -111,7 +116,7 @@ def prefill(
     T, mesh = tokens.shape[1], active_mesh()
     # Attention reads T slots here, not max_len. Slots that are split over cp must already lie where they will stay.
     slots = T if mesh is None or mesh.shape["cp"] == 1 else max_len
-    cache = decoder.init_cache(cfg, tokens.shape[0], slots, rules)
+    cache = decoder.init_cache(cfg, tokens.shape[0], slots, rules, format=cache_format)
     x, cache = decoder.hidden(params, tokens, cfg, cache=cache, rules=rules)
     assert cache is not None
     last = constrain(jnp.arange(T)[None, :] == lengths[:, None] - 1, ("batch", "norm_seq"), rules)
@@ -202,9 +207,9 @@ def stream_text(tokenizer: Any, write: Callable[[int, str], None]) -> Callable[[
     return on_token
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "max_len", "top_k", "rules"))
-def _prefill_and_sample(params, tokens, lengths, cfg, *, max_len, rules, **sampling):
-    logits, cache = prefill(params, tokens, lengths, cfg, max_len=max_len, rules=rules)
+@functools.partial(jax.jit, static_argnames=("cfg", "max_len", "top_k", "rules", "cache_format"))
+def _prefill_and_sample(params, tokens, lengths, cfg, *, max_len, rules, cache_format, **sampling):
+    logits, cache = prefill(params, tokens, lengths, cfg, max_len=max_len, rules=rules, cache_format=cache_format)
     return sample(logits, lengths, rules=rules, **sampling), cache
 
 

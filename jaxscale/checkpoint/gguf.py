@@ -7,6 +7,7 @@ The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. What lies where i
 (`gguf_layout`), read through its inverse: rows are dequantized when a shard asks for them.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -207,7 +208,7 @@ def chat_from_gguf(
     default = re.search(r"<\|im_start\|>system\\?\n(.*?)<\|im_end\|>", template, re.DOTALL)
     system = default.group(1) if default and "{" not in default.group(1) else None
     end = _field(reader, "tokenizer.ggml.tokens").index("<|im_end|>")
-    return lambda messages: chatml(messages, system), tuple(dict.fromkeys([end] if stop is None else [stop, end]))
+    return functools.partial(chatml, system=system), tuple(dict.fromkeys([end] if stop is None else [stop, end]))
 
 
 def chatml(messages: list[dict[str, str]], system: str | None = None) -> str:

@@ -1,32 +1,53 @@
 """What decoding keeps of earlier tokens: arrays [L, B, S, K, H] of all layers, a slot for each token."""
 
+from typing import Any, Literal, get_args
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxscale.config import ModelConfig
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, partitions
+from pallas_kernels.quantized_matmul.array import FORMATS, round_to
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 Cache = dict[str, Array]
+CacheFormat = Literal["int8", "float8_e4m3fn", "int4"]
 CACHE = (None, "batch", "seq", "kv_heads", None)
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, max_len: int, rules: Rules = MEGATRON_FSDP) -> Cache:
+def init_cache(
+    cfg: ModelConfig,
+    batch_size: int,
+    max_len: int,
+    rules: Rules = MEGATRON_FSDP,
+    *,
+    format: CacheFormat | None = None,
+) -> Cache:
     """An empty cache in cfg.dtype, split over batch, slots (cp) and kv heads on the mesh in context.
 
-    Raises ValueError for a model that cannot decode: its router looks at tokens that are still to come.
+    Args:
+      format: with it values are in 8 or 4 bits, with float32 scales [L, B, S, K, 1]: one for a token and head.
+
+    Raises:
+      ValueError: an unknown format, or one for latent attention; a model that cannot decode, since its router looks at
+        tokens that are still to come.
     """
+    if format not in (None, *get_args(CacheFormat)):
+        raise ValueError(f"a cache in {format!r} is unknown; use one of {', '.join(get_args(CacheFormat))}, or None")
+    if format is not None and cfg.mla is not None:
+        raise ValueError(f"{cfg.name} keeps latents, which are not rounded to {format}; leave the cache's format out")
     if cfg.moe is not None and cfg.moe.router == "expert_choice":
         raise ValueError(
             f"{cfg.name} cannot decode: with router='expert_choice' each of its {cfg.moe.num_experts} experts chooses "
             f"among all tokens of a row, later ones too; train with router='softmax' or 'sigmoid' to generate"
         )
     shapes = cache_shapes(cfg, batch_size, max_len)
-    return {
-        name: jnp.zeros(shape, cfg.dtype, out_sharding=compute_spec(shape, CACHE, rules))
-        for name, shape in shapes.items()
-    }
+    zeros = lambda shape, dtype: jnp.zeros(shape, dtype, out_sharding=compute_spec(shape, CACHE, rules))
+    cache = {name: zeros(shape, format or cfg.dtype) for name, shape in shapes.items()}
+    return (
+        cache if format is None else cache | {_scale(n): zeros((*x.shape[:-1], 1), "float32") for n, x in cache.items()}
+    )
 
 
 def cache_shapes(cfg: ModelConfig, batch_size: int, max_len: int) -> dict[str, tuple[int, ...]]:
@@ -35,6 +56,21 @@ def cache_shapes(cfg: ModelConfig, batch_size: int, max_len: int) -> dict[str, t
     if cfg.mla is not None:
         return {"latent": (*slots, 1, cfg.mla.kv_rank + cfg.mla.rope_dim)}
     return dict.fromkeys(("k", "v"), (*slots, cfg.num_kv_heads, cfg.head_dim))
+
+
+def update(cache: Cache, new: dict[str, Array], index: Array, positions: Array, rules: Rules) -> Cache:
+    """`cache` with what is new [B, T, K, H] in layer `index`, rounded where the cache holds fewer bits."""
+    for name in [name for name in new if _scale(name) in cache]:
+        new = new | _rounded(name, new[name], cache)
+    return cache | {name: write(cache[name], x, index, positions, rules) for name, x in new.items()}
+
+
+def layer(cache: Cache, name: str, index: Array, dtype: Any, rules: Rules) -> tuple[Array, Array]:
+    """Layer `index` of one of the cache's arrays in `dtype`, and the positions [B, S] of its slots."""
+    x, positions = read(cache[name], index, rules)
+    if _scale(name) in cache:
+        x = (x.astype(jnp.float32) * read(cache[_scale(name)], index, rules)[0]).astype(dtype)
+    return x, positions
 
 
 def write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules) -> Array:
@@ -76,3 +112,16 @@ def read(cache: Array, index: Array, rules: Rules) -> tuple[Array, Array]:
     layer = jax.lax.dynamic_index_in_dim(cache, index, keepdims=False)
     slots = jnp.broadcast_to(jnp.arange(layer.shape[1], dtype=jnp.int32)[None], layer.shape[:2])
     return layer, constrain(slots, ("batch", None), rules)
+
+
+def _scale(name: str) -> str:
+    return f"{name}_scale"
+
+
+def _rounded(name: str, x: Array, cache: Cache) -> Cache:
+    """Keys or values [B, T, K, H] in the cache's format, and a scale for each token and head."""
+    format = jnp.dtype(cache[name].dtype).name
+    high = FORMATS[format][2]
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=-1, keepdims=True) / high
+    return {name: round_to(x, scale[..., 0], None, format), _scale(name): scale}  # pyright: ignore

@@ -16,6 +16,7 @@ from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_ca
 from jaxscale.models import cache as kv
 from jaxscale.models import mla, moe
 from jaxscale.models.cache import Cache
+from jaxscale.models.cache import CacheFormat as CacheFormat
 from jaxscale.models.cache import init_cache as init_cache
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
@@ -338,9 +339,9 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
 
     kv_positions, segments = positions, None if segment_ids is None else (segment_ids, segment_ids)
     if cache is not None:
-        cache = {name: kv.write(cache[name], x, index, positions, rules) for name, x in (("k", k), ("v", v))}
-        k, kv_positions = kv.read(cache["k"], index, rules)
-        v, _ = kv.read(cache["v"], index, rules)
+        cache = kv.update(cache, {"k": k, "v": v}, index, positions, rules)
+        k, kv_positions = kv.layer(cache, "k", index, q.dtype, rules)
+        v, _ = kv.layer(cache, "v", index, q.dtype, rules)
 
     def attend(is_local: bool, q, k, v):
         attend_one = functools.partial(

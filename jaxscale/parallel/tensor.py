@@ -154,10 +154,10 @@ def _rows(table, tokens, dtype, rules) -> Array:
         table = table.value
     if not isinstance(table, QuantizedArray):
         return take(table).astype(dtype)
-    rows = jax.tree.map(take, dataclasses.replace(table, inputs=None))
     if table.contraction != (-1,):
         raise ValueError(f"a table [V, D] is quantized along its rows, contraction (-1,). Got {table.contraction}")
-    return rows.dequantize(dtype)
+    rows = jax.tree.map(take, dataclasses.replace(table, inputs=None))
+    return dataclasses.replace(rows, inputs=table.inputs).dequantize(dtype)
 
 
 def token_losses(

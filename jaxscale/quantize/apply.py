@@ -32,8 +32,8 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
       specs: a tree of ParamSpec like params; its axes say what a matmul contracts.
 
     Raises:
-      ValueError: weights that are quantized already, a rule that no weight obeys, groups that do not divide, shards
-        inside of groups.
+      ValueError: weights that are quantized already or not finite, a rule that no weight obeys, groups that do not
+        divide, shards inside of groups.
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     if recipe.method != "rtn":
@@ -44,7 +44,8 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
         name = path_name(path)
         if name not in chosen:
             return w
-        return on_its_mesh(functools.partial(round_weight, spec, chosen[name], name), name, spec, w, rules)
+        out = on_its_mesh(functools.partial(round_weight, spec, chosen[name], name), name, spec, w, rules)
+        return require_finite(name, out)
 
     return jax.tree.map_with_path(round_one, specs, params)
 
@@ -58,12 +59,16 @@ def select(params: Any, recipe: Recipe, specs: Any) -> dict[str, Rounding]:
             f"{len(done)} weights are quantized already, {done[0]} the first; quantize the parameters that they were "
             f"made from, or name it in a rule (pattern, None)"
         )
-    matrices = [name for name in named if name.rpartition("/")[2] in MATRICES and "/moe/" not in name]
+    matrices = list(filter(is_matrix, named))
     chosen = {name: found for name in matrices if (found := recipe.rounding(name)) is not None}
     if not chosen:
         some = ", ".join(matrices) or "none"
         raise ValueError(f"no rule of the recipe chooses a weight; the weights that can be quantized are {some}")
     return chosen
+
+
+def is_matrix(name: str) -> bool:
+    return name.rpartition("/")[2] in MATRICES and "/moe/" not in name
 
 
 def contraction_of(spec: ParamSpec) -> tuple[int, ...]:
@@ -87,6 +92,17 @@ def round_weight(spec: ParamSpec, rounding: Rounding, name: str, w: jax.Array) -
         )
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from None
+
+
+def require_finite(name: str, w: QuantizedArray) -> QuantizedArray:
+    """`w`; ValueError where a scale is nan or infinite."""
+    wrong = int((~jnp.isfinite(w.scales.astype(jnp.float32))).sum())
+    if wrong:
+        raise ValueError(
+            f"{name}: {wrong} of {w.scales.size} scales are not finite: the weights that they were made from hold "
+            "nan or infinities; restore an earlier checkpoint"
+        )
+    return w
 
 
 def on_its_mesh(fn: Any, name: str, spec: ParamSpec, w: jax.Array, rules: Rules, *more: Any) -> Any:

@@ -168,8 +168,6 @@ def quantize_array(
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
-    _, low, high = FORMATS[format]
-    symmetric = symmetric and format != "uint4"
     if not symmetric and format not in ("uint4", "int4", "int8"):
         raise ValueError(f"{format} is symmetric about zero; offsets are for int4, uint4 and int8")
     contraction = tuple(sorted(d if d < 0 else d - w.ndim for d in contraction))
@@ -186,18 +184,24 @@ def quantize_array(
     stored = w.astype(jnp.float32).transpose(*outputs, *contracted)
     lead = stored.shape[: len(outputs)]
     groups = stored.reshape(*lead, K // group, group)
-    top, bottom = groups.max(axis=-1), groups.min(axis=-1)
-    if symmetric:
-        scales, offsets = jnp.maximum(top / high, bottom / low), None
-    else:
-        scales = (top - bottom) / (high - low)
-        offsets = (bottom - low * scales).astype(scale_dtype)
-    scales = scales.astype(scale_dtype)
+    scales, offsets = group_scales(groups, format, symmetric, scale_dtype)
     values = round_to(groups, scales, offsets, format)
     unsigned = format == "uint4"
     return QuantizedArray(
         values.reshape(stored.shape), scales, offsets, None, contraction, unsigned=unsigned, activations=activations
     )
+
+
+def group_scales(
+    groups: jax.Array, format: Format, symmetric: bool = True, scale_dtype=jnp.bfloat16
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales, and offsets of what is not symmetric, [...] for groups [..., group]: they span the group's numbers."""
+    _, low, high = FORMATS[format]
+    top, bottom = groups.max(axis=-1), groups.min(axis=-1)
+    if symmetric and format != "uint4":
+        return jnp.maximum(top / high, bottom / low).astype(scale_dtype), None
+    scales = (top - bottom) / (high - low)
+    return scales.astype(scale_dtype), (bottom - low * scales).astype(scale_dtype)
 
 
 def round_to(w: jax.Array, scales: jax.Array, offsets: jax.Array | None, format: Format) -> jax.Array:

@@ -106,3 +106,11 @@ def test_notebook():
     assert "float32[2,64@fsdp,192@tp]" in printed
     assert "def " in printed
     assert float(re.search(r"'loss': ([\d.]+)", printed)[1]) < 7
+
+
+@pytest.mark.slow
+def test_quantize_and_generate():
+    """The real SmolLM2, rounded to 8 bits: the right answer before, after, and from disk."""
+    out = python(EXAMPLES / "quantize_and_generate.py", "--cache", "int8")
+    assert out.count("The capital of France is Paris.") == 3, out
+    assert "quantized 8 of 11 arrays: 8.0" in out

@@ -1,0 +1,103 @@
+"""Quantized models as files: bit for bit, half a byte a value; the commands that write and read them."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxscale
+from jaxscale.cli import main
+from jaxscale.mesh import make_mesh
+from jaxscale.models import decoder
+from jaxscale.params import init_params
+from jaxscale.pretrained import load_model, save_model
+from jaxscale.quantize.files import load_quantized, save_quantized
+from jaxscale.quantize.recipe import Recipe, Rounding
+from pallas_kernels import QuantizedArray
+from pallas_kernels.quantized_matmul.array import FORMATS
+
+spec = importlib.util.spec_from_file_location("test_gguf", Path(__file__).parents[1] / "generate" / "test_gguf.py")
+assert spec is not None and spec.loader is not None
+gguf_tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gguf_tests)
+CFG = gguf_tests.CFG
+SPECS = decoder.param_specs(CFG)
+
+
+def command(*arguments) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([str(a) for a in arguments]) == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_comes_back_bit_for_bit(rng, tmp_path, format):
+    params = init_params(jax.random.key(int(rng.integers(1 << 30))), SPECS)
+    recipe = Recipe(rules=(("mlp/w_up", Rounding(format=format, group=32)),))
+    small = jaxscale.quantize(params, recipe, SPECS)
+    up = small["layers"]["mlp"]["w_up"]
+    small["layers"]["mlp"]["w_up"] = dataclasses.replace(up, inputs=jnp.ones((3, 64)))
+    save_quantized(small, tmp_path / "w.safetensors")
+    back = load_quantized(tmp_path / "w.safetensors", SPECS)
+    assert jax.tree.structure(back) == jax.tree.structure(small)
+    jax.tree.map(np.testing.assert_array_equal, back, small)
+    numbers = up.values.size
+    rest = sum(x.nbytes for x in jax.tree.leaves(params)) - 4 * numbers
+    held = (tmp_path / "w.safetensors").stat().st_size - rest
+    assert held < numbers * (0.5 if format in ("int4", "uint4", "float4_e2m1fn") else 1) + 4 * numbers / 32 + 8192
+
+
+def test_a_file_goes_into_shards_and_damage_is_noticed(rng, tmp_path):
+    params = init_params(jax.random.key(int(rng.integers(1 << 30))), SPECS)
+    small = jaxscale.quantize(params, "w4a16-g32", SPECS)
+    path = tmp_path / "w.safetensors"
+    save_quantized(small, path)
+    got = load_quantized(path, SPECS, make_mesh(devices=jax.devices()[:6], fsdp=2, tp=3))
+    jax.tree.map(np.testing.assert_array_equal, got, small)
+    values = got["layers"]["mlp"]["w_up"].values
+    assert values.sharding.shard_shape(values.shape) == (3, 32, 32)
+    other = decoder.param_specs(dataclasses.replace(CFG, mlp_dim=64))
+    with pytest.raises(ValueError, match=r"w_down has shape \(3, 96, 64\) but the configuration says \(3, 64, 64\)"):
+        load_quantized(path, other)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_quantized(path, SPECS)
+
+
+def test_convert_then_generate(rng, tmp_path):
+    """What convert wrote generates what quantizing on the fly does; packed, calibrated, refused twice."""
+    import gguf
+
+    params = init_params(jax.random.key(int(rng.integers(1 << 30))), SPECS)
+    source = gguf_tests.write(tmp_path / "m.gguf", params, quantize=gguf.GGMLQuantizationType.Q4_1)
+    said = command("convert", "--model", source, "--quantize", "w4a16-g32", "--out", tmp_path / "small")
+    assert "quantized 9 of 12 arrays: 5.0" in said
+    options = ("--prompt", "abc ab", "--max-new-tokens", "4")
+    want = command("generate", "--model", source, "--quantize", "w4a16-g32", *options)
+    assert command("generate", "--model", tmp_path / "small", *options) == want
+    packed = command("convert", "--model", source, "--quantize", "stored", "--out", tmp_path / "packed")
+    assert "quantized 9 of 12 arrays" in packed
+    model = load_model(tmp_path / "packed")
+    assert model.stop_tokens == (1,) and dataclasses.replace(model.cfg, name="tiny") == CFG and model.chat is None
+    assert isinstance(model.params["embed"], QuantizedArray) and model.params["embed"].unsigned
+    text = tmp_path / "t.txt"
+    text.write_text("ab abc cab bac " * 60)
+    command(
+        "convert", "--model", source, "--quantize", "w8a8-smoothquant", "--text", text, "--out", tmp_path / "smooth"
+    )
+    assert load_model(tmp_path / "smooth").params["layers"]["mlp"]["w_up"].inputs is not None
+
+    with pytest.raises(ValueError, match="is not empty"):
+        save_model(model, tmp_path / "packed")
+    with pytest.raises(ValueError, match="quantized already"):
+        load_model(tmp_path / "packed", quantize="w8a16")
+    with pytest.raises(ValueError, match=r"no \.gguf file to keep packed"):
+        load_model(tmp_path / "packed", quantize="stored")
+    assert main(["convert", "--model", str(source), "--quantize", "w4a16-g32-awq", "--out", str(tmp_path / "x")]) == 2
