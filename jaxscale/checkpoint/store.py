@@ -150,19 +150,11 @@ class Checkpointer:
         """
         self._background.finish()
         newest = self._known(step)
-        candidates = [s for s in reversed(self.steps()) if s <= newest] if step is None else [step]
-        for candidate in candidates:
-            try:
-                folder = self.directory / str(candidate)
-                restored = reading.restore_step(folder, target, layout=layout, only=only, missing=missing)
-            except reading.CorruptCheckpointError as error:
-                if candidate == candidates[-1]:
-                    raise
-                log.warning("%s; falling back to the step before", error)
-            else:
-                self._verified.add(candidate)
-                return restored
-        raise AssertionError("unreachable")
+        candidates = [s for s in self.steps() if s <= newest] if step is None else [step]
+        options: dict[str, Any] = {"layout": layout, "only": only, "missing": missing}
+        found, restored = reading.restore_newest(self.directory, candidates, target, **options)
+        self._verified.add(found)
+        return restored
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given, and under "jaxscale": the step, the versions and the arrays' shapes and checksums."""
