@@ -116,8 +116,8 @@ class Levels:
         writers = [store for store in due if not hasattr(store, "copy")]
         json.dumps(dict(metadata or {}))
         if writers:
-            # A keeper's memory is filled straight from copies on the devices; Orbax wants all of it on the host.
-            fetch = not all(isinstance(store, MemoryCheckpointer) for store in writers)
+            # Several processes start a save on disk in this thread, with all of it on the host.
+            fetch = jax.process_count() > 1 and not all(isinstance(store, MemoryCheckpointer) for store in writers)
             snapshot = take_snapshot(state, axes=getattr(writers[-1], "axes", None), pool=self.pool, fetch=fetch)
             try:
                 for store in writers:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from jaxscale.checkpoint.maps import Lazy
 from jaxscale.checkpoint.snapshot import rests_on_host
 from jaxscale.checkpoint.tree import Record, describe, named_leaves, num_bytes, show_record, tree_problem
 
+log = logging.getLogger("jaxscale.checkpoint")
+
 FORMAT = 1  # of commit.json; raised when an older reader could not understand it
 
 
@@ -34,6 +37,18 @@ def read_commit(step: Any) -> dict[str, Any] | None:
             f"checkpoint {step} has format {commit['format']}, this jaxscale reads up to {FORMAT}; upgrade it"
         )
     return commit
+
+
+def restore_newest(directory: Any, steps: Sequence[int], target: Any, **options: Any) -> tuple[int, Any]:
+    """(step, tree) of the newest of `steps` that is not damaged; the options are those of `restore_step`."""
+    for step in sorted(steps, reverse=True):
+        try:
+            return step, restore_step(directory / str(step), target, **options)
+        except CorruptCheckpointError as error:
+            if step == min(steps):
+                raise
+            log.warning("%s; falling back to the step before", error)
+    raise AssertionError("unreachable")
 
 
 def restore_step(

@@ -10,7 +10,6 @@ application default credentials). No byte passes through the loop or through hos
 """
 
 import concurrent.futures
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,8 +20,6 @@ from jaxscale.checkpoint.background import Background, OnError, one_line
 from jaxscale.checkpoint.layout import Layout
 from jaxscale.checkpoint.remote_path import RemotePath
 from jaxscale.checkpoint.store import Checkpointer
-
-log = logging.getLogger("jaxscale.checkpoint")
 
 FILES_AT_ONCE = 4  # held in host memory while they are sent, 256 MiB each at most
 
@@ -84,16 +81,9 @@ class RemoteCheckpointer:
         known = self.steps()
         if not known or (step is not None and step not in known):
             raise FileNotFoundError(f"no complete checkpoint {'' if step is None else step} in {self.directory}")
-        candidates = known[::-1] if step is None else [step]
-        for candidate in candidates:
-            try:
-                folder = self.directory / str(candidate)
-                return reading.restore_step(folder, target, layout=layout, only=only, missing=missing)
-            except reading.CorruptCheckpointError as error:
-                if candidate == candidates[-1]:
-                    raise
-                log.warning("%s; falling back to the step before", error)
-        raise AssertionError("unreachable")
+        candidates = known if step is None else [step]
+        options: dict[str, Any] = {"layout": layout, "only": only, "missing": missing}
+        return reading.restore_newest(self.directory, candidates, target, **options)[1]
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         step = self.latest_step() if step is None else step

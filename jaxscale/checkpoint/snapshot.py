@@ -28,7 +28,7 @@ def take_snapshot(
       state: any pytree of jax arrays, PRNG keys, numpy arrays and Python numbers.
       axes: logical axes of the parameters by path; they go into the records.
       pool: waits until it has room.
-      fetch: False leaves what could be copied on its device there, for whoever writes it to fetch piece by piece.
+      fetch: False leaves what could be copied on its device there, for whoever writes it to fetch in the background.
 
     Raises:
       ValueError: there is nothing to save, or the pool is smaller than the state.
@@ -75,6 +75,17 @@ class Snapshot:
         with self.lock:
             self.users += 1
         return self
+
+    def fetch(self) -> None:
+        """Brings what is still on devices to the host, one array after the other.
+
+        In the background, while steps run. All at once would be no slower by itself, but the next step then waited for
+        all of it (244 ms for 12 GB on an H100), although nothing that it donates was on its way.
+        """
+        with self.lock:
+            for name, copy in self.copies.items():
+                if _on_device(copy):
+                    self.copies[name] = jax.block_until_ready(fetch_all({name: copy})[name])
 
     def release(self) -> None:
         with self.lock:
@@ -148,9 +159,13 @@ def fetch_all(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 def on_host(part: Any) -> np.ndarray:
     """A shard as numpy sees it; one that is still on its device comes through pinned memory, which is then free."""
-    if isinstance(part, jax.Array) and not _can_hold(part) and part.sharding.memory_kind != "pinned_host":
+    if _on_device(part):
         (part,) = fetch_all({"": part}).values()
     return np.asarray(part)
+
+
+def _on_device(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not _can_hold(array) and array.sharding.memory_kind != "pinned_host"
 
 
 def _can_hold(array: jax.Array) -> bool:

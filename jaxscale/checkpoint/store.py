@@ -91,7 +91,9 @@ class Checkpointer:
         if self._commit(step) is not None:
             return False
         json.dumps(dict(metadata or {}))  # a TypeError now rather than later
-        snapshot = take_snapshot(state, axes=self.axes, pool=self.pool)
+        # Several processes start the save in this thread, all of it on the host; one fetches in the background.
+        fetch = jax.process_count() > 1
+        snapshot = take_snapshot(state, axes=self.axes, pool=self.pool, fetch=fetch)
         return self.save_snapshot(step, snapshot, metadata=metadata)
 
     def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
@@ -148,19 +150,11 @@ class Checkpointer:
         """
         self._background.finish()
         newest = self._known(step)
-        candidates = [s for s in reversed(self.steps()) if s <= newest] if step is None else [step]
-        for candidate in candidates:
-            try:
-                folder = self.directory / str(candidate)
-                restored = reading.restore_step(folder, target, layout=layout, only=only, missing=missing)
-            except reading.CorruptCheckpointError as error:
-                if candidate == candidates[-1]:
-                    raise
-                log.warning("%s; falling back to the step before", error)
-            else:
-                self._verified.add(candidate)
-                return restored
-        raise AssertionError("unreachable")
+        candidates = [s for s in self.steps() if s <= newest] if step is None else [step]
+        options: dict[str, Any] = {"layout": layout, "only": only, "missing": missing}
+        found, restored = reading.restore_newest(self.directory, candidates, target, **options)
+        self._verified.add(found)
+        return restored
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given, and under "jaxscale": the step, the versions and the arrays' shapes and checksums."""
@@ -225,6 +219,7 @@ class Checkpointer:
         self, step: int, path: str, snapshot: Snapshot, metadata: dict[str, Any], started: Any, failure_key: str
     ) -> None:
         records = snapshot.records
+        snapshot.fetch()
         with arrays.ONE_OPERATION:
             started = started or arrays.start_save(path, snapshot.copies)
             try:

@@ -1,5 +1,7 @@
 """Copies on the devices: which arrays fit, and that a donated state is saved as it was whichever way its arrays go."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +95,25 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, meshes, rng, monkeypatch, 
         for store in stores.values():
             assert bits(store.restore(abstract(state))) == want
     assert copied == [{0: 0, 1300: 4, 1 << 20: 5}[room]]
+
+
+def test_copies_leave_one_by_one_behind_training(tmp_path, meshes, rng, monkeypatch):
+    """Sent all at once they held up the next step for as long as they took, on a GPU."""
+    monkeypatch.setattr(snapshot, "_can_hold", lambda array: False)
+    rooms = dict.fromkeys(meshes["fsdp8"].devices.flat, 500)
+    monkeypatch.setattr(beside, "room_on", lambda device: rooms[device])
+    sent = []
+    fetch_all = snapshot.fetch_all
+
+    def watched(group):
+        sent.append((threading.current_thread() is threading.main_thread(), sorted(group)))
+        return fetch_all(group)
+
+    monkeypatch.setattr(snapshot, "fetch_all", watched)
+    state = arrays(rng, meshes["fsdp8"], {"a": 20, "b": 30, "c": 40, "d": 200})  # d, of 800 bytes, has no room
+    want = bits(state)
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state)
+        ckpt.wait()
+        assert bits(ckpt.restore(abstract(state))) == want
+    assert sent == [(True, ["d"]), (False, ["a"]), (False, ["b"]), (False, ["c"])]

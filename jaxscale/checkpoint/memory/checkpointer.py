@@ -178,10 +178,14 @@ class MemoryCheckpointer:
                 raise OSError(f"step {self._last} is not protected by the other hosts: {answer['failure']}")
 
     def close(self, *, stop: bool = True) -> None:
-        """Waits for the save under way; with `stop`, ends this host's keeper and what it holds."""
+        """Waits for the save under way; with `stop`, until it is protected, and ends this host's keeper.
+
+        Without `stop`, as after an error, the keeper goes on by itself and nobody waits for the other hosts.
+        """
         try:
             self._background.close()
-            self.wait()
+            if stop:
+                self.wait()
         finally:
             if stop:
                 self._own.ask("stop")
