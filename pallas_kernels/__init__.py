@@ -4,7 +4,7 @@ from pallas_kernels.attention.api import attention, attention_backward, attentio
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
-from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation
+from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation, ragged_dots
 
 __all__ = [
     "QuantizedArray",
@@ -18,4 +18,5 @@ __all__ = [
     "quantized_matmul_implementation",
     "ragged_dot",
     "ragged_dot_implementation",
+    "ragged_dots",
 ]

@@ -1,4 +1,4 @@
-"""Compiles every kernel of ragged_dot for hardware that is not here, and prints what the compilers say.
+"""Compiles every kernel of ragged_dot and ragged_dots for hardware that is not here, and prints what the compilers say.
 
     JAX_PLATFORMS=cpu python benchmarks/moe/compile_ahead.py                  # H200 and four TPUs
     JAX_PLATFORMS=cpu python benchmarks/moe/compile_ahead.py --targets h200   # one of them
@@ -26,15 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import ragged_dot
+from pallas_kernels import ragged_dots
 
-# M, K, N, G, dtype
+# M, K, N, G, dtype, matrices for each group
 CALLS = {
     "Mixtral": (16384, 4096, 14336, 8, jnp.bfloat16),
     "Mixtral down": (16384, 14336, 4096, 8, jnp.bfloat16),
     "64 groups": (32768, 2048, 1408, 64, jnp.bfloat16),
     "64 groups f16": (32768, 2048, 1408, 64, jnp.float16),
-    "Qwen3-MoE": (262144, 2048, 768, 128, jnp.bfloat16),
+    "Qwen3-MoE": (262144, 2048, 768, 128, jnp.bfloat16, 2),
     "decode": (512, 2048, 768, 128, jnp.bfloat16),
     "decode down": (512, 768, 2048, 128, jnp.bfloat16),
     "GPT-OSS": (16384, 2880, 2880, 32, jnp.bfloat16),
@@ -44,23 +44,25 @@ CALLS = {
 
 def compile_call(target: str, sizes) -> str:
     """Forward and backward in one program; what the compiler printed."""
-    M, K, N, G, dtype = sizes
+    M, K, N, G, dtype, *count = sizes
     mesh = Mesh(np.array([device(target)]), ("x",))
     here = NamedSharding(mesh, PartitionSpec())
     new = lambda shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
     implementation = "mosaic_gpu" if target == "h200" else "mosaic_tpu"
 
     def run(lhs, rhs, sizes, grad):
-        f = lambda lhs, rhs: ragged_dot(lhs, rhs, sizes, implementation=implementation)
+        f = lambda lhs, rhs: ragged_dots(lhs, rhs, sizes, implementation=implementation)
         out, vjp = jax.vjp(f, lhs, rhs)
         return out, vjp(grad)
+
+    matrices, grads = (tuple(new(s) for _ in range(*count or (1,))) for s in ((G, K, N), (M, N)))
 
     with jax.set_mesh(mesh), tempfile.TemporaryFile() as file:
         kept = os.dup(1), os.dup(2)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            jax.jit(run).lower(new((M, K)), new((G, K, N)), new((G,), jnp.int32), new((M, N))).compile()
+            jax.jit(run).lower(new((M, K)), matrices, new((G,), jnp.int32), grads).compile()
         finally:
             os.dup2(kept[0], 1)
             os.dup2(kept[1], 2)
@@ -79,7 +81,7 @@ def main() -> int:
     print(f"{'target':8}{'call':16}{'kernel':24}{'registers':>10}{'spilled B':>10}{'most SMEM B':>13}")
     for target in args.targets:
         for name, sizes in CALLS.items():
-            if args.only not in name or (target != "h200" and sizes[-1] == jnp.float16):
+            if args.only not in name or (target != "h200" and sizes[4] == jnp.float16):
                 continue
             started = time.perf_counter()
             try:

@@ -22,8 +22,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.layers import act
+from jaxscale.parallel.permute import Places, collect, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
-from pallas_kernels import ragged_dot
+from pallas_kernels import ragged_dot, ragged_dots
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -168,22 +169,23 @@ def _all_to_all(call: _Call, x, experts, weights, p):
     slots = min(n * min(K, mine), math.ceil(_SLACK * n * K / ep))
     key = jnp.where((experts >= 0) & (experts < call.num_experts), experts, call.num_experts).reshape(-1)
     to = key // mine  # ep: nobody
-    counts = jnp.zeros((ep + 1,), jnp.int32).at[to].add(1)[:ep]
+    pairs = sort_pairs(to, ep)
+    counts = jnp.diff(pairs.starts)
 
     def exchange(x):
-        order = jnp.argsort(to, stable=True)
-        starts = jnp.cumsum(counts) - counts
-        at = starts[:, None] + jnp.arange(slots, dtype=jnp.int32)[None]  # [ep, slots] places in the order
-        used = jnp.arange(slots, dtype=jnp.int32)[None] < counts[:, None]
-        pair = order[jnp.where(used, at, 0)]
-        local = jnp.where(used, key[pair] % mine, mine)
-        sent = jnp.where(used[..., None], x[pair // K], jnp.zeros((), x.dtype))
-        got, ids = (lax.all_to_all(a, EP, 0, 0, tiled=True) for a in (sent, local))
-        one = jnp.ones_like(ids, jnp.float32).reshape(-1, 1)
-        y = _experts_local(call, got.reshape(-1, x.shape[-1]), ids.reshape(-1, 1), one, p, rows=ep * slots)
+        slot = jnp.arange(ep * slots, dtype=jnp.int32)
+        used = slot % slots < counts[slot // slots]
+        pair = jnp.where(used, pairs.pair[jnp.where(used, pairs.starts[slot // slots] + slot % slots, 0)], n * K)
+        to_first = jnp.append(pairs.starts[:ep], 0)[to]
+        place = jnp.where(to < ep, to * slots + pairs.place - to_first, ep * slots)
+        tokens, single = Places(pair // K, place.reshape(n, K)), Places(pair, place[:, None])
+        ids = jnp.where(used, key[jnp.where(used, pair, 0)] % mine, mine)
+        sent = spread(x, tokens), ids, spread(weights.reshape(-1, 1), single)
+        got, ids, w = (lax.all_to_all(a.reshape(ep, slots, -1), EP, 0, 0, tiled=True) for a in sent)
+        rows = ep * slots
+        y = _experts_local(call, got.reshape(rows, -1), ids.reshape(rows, 1), w.reshape(rows, 1), p, rows=rows)
         back = lax.all_to_all(y.reshape(got.shape), EP, 0, 0, tiled=True)
-        w = jnp.where(used, weights.reshape(-1)[pair], 0.0)
-        return jnp.zeros_like(x, jnp.float32).at[pair // K].add(back.astype(jnp.float32) * w[..., None]).astype(x.dtype)
+        return collect(back.reshape(rows, -1), tokens).astype(x.dtype)
 
     if slots >= n * min(K, mine):
         return exchange(x)
@@ -234,39 +236,55 @@ def _experts_local(call: _Call, x, experts, weights, p, *, first: Any = 0, rows:
     """
     n, K = experts.shape
     here = p["w_up"].shape[0]
-    if rows is None:
-        rows = n * min(K, here)
+    most = n * min(K, here) if rows is None else rows
     local = (experts - first).reshape(-1)
     local = jnp.where((local >= 0) & (local < here), local, here)
-    order = jnp.argsort(local, stable=True)[:rows]
-    sizes = jnp.zeros((here + 1,), jnp.int32).at[local].add(1)[:here]
-    group = local[order]
-    used = (group < here)[:, None]
-    h = jnp.where(used, x[order // K], jnp.zeros((), x.dtype))
-    y = _expert_mlp(call, h, sizes, jnp.minimum(group, here - 1), p)
-    w = jnp.where(used[:, 0], weights.reshape(-1)[order], 0.0)
-    # Rows beyond the groups are whatever the kernel leaves there.
-    y = jnp.where(used, y, jnp.zeros((), y.dtype)).astype(jnp.float32) * w[:, None]
-    return (jnp.zeros_like(x, jnp.float32).at[order // K].add(y)).astype(x.dtype)
+    pairs = sort_pairs(local, here)
+    tokens, single = pairs.expand(most, K)
+    group = local[pairs.pair[:most]]
+    h, w = spread(x, tokens), spread(weights.reshape(-1, 1), single)
+    y = _expert_mlp(call, h, w, jnp.diff(pairs.starts), jnp.minimum(group, here - 1), p)
+    return collect(y, tokens).astype(x.dtype)
 
 
-def _expert_mlp(call: _Call, h, sizes, group, p):
-    gate, up = _grouped(h, p["w_gate"], sizes), _grouped(h, p["w_up"], sizes)
+def _expert_mlp(call: _Call, h, w, sizes, group, p):
+    """The weights come in before the last matmul: its output is then needed by no gradient."""
+    gate, up = ragged_dots(h, (p["w_gate"], p["w_up"]), sizes)
     if "b_gate" in p:
         gate, up = gate + p["b_gate"][group], up + p["b_up"][group]
-    if call.activation == "gpt_oss":
-        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
-        hidden = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
-    else:
-        hidden = act(gate, call.activation) * up
-    y = _grouped(hidden, p["w_down"], sizes)
+    y = ragged_dot(_hidden(call.activation, gate, up, w), p["w_down"], sizes)
     if "b_down" in p:
-        y = y + p["b_down"][group]
+        y = y + (w * p["b_down"][group].astype(jnp.float32)).astype(y.dtype)
     return y
 
 
-def _grouped(lhs: Array, rhs: Array, sizes: Array) -> Array:
-    return ragged_dot(lhs, rhs, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hidden(activation: str, gate, up, w):
+    """The hidden layer times the weights, in float32 inside. The backward pass computes it again from its inputs."""
+    return _weighed(activation, gate, up, w)
+
+
+def _hidden_fwd(activation: str, *args):
+    """Residuals: the inputs."""
+    return _weighed(activation, *args), args
+
+
+def _hidden_bwd(activation: str, args, grad):
+    return jax.vjp(functools.partial(_weighed, activation), *args)[1](grad)
+
+
+_hidden.defvjp(_hidden_fwd, _hidden_bwd)
+
+
+def _weighed(activation: str, gate, up, w):
+    dtype = gate.dtype
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if activation == "gpt_oss":
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+        hidden = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        hidden = act(gate, activation) * up
+    return (hidden * w).astype(dtype)
 
 
 def _max_everywhere(x):

@@ -311,8 +311,8 @@ class _Step:
             kept = 2 * carry + 2 * q + 4 * t * self.heads + 2 * kv
             if self.experts is None:
                 return kept + 2 * t * self.mlp * self.item
-            # The router's logits; what each of the three grouped matmuls gave; of shared experts gate and up.
-            pairs = self.experts.rows * (2 * self.experts.width + D) * self.item
+            # The router's logits; gate and up, of shared experts too. What experts return is needed by no gradient.
+            pairs = self.experts.rows * 2 * self.experts.width * self.item
             return kept + 4 * t * self.model.moe.num_routed + pairs + 2 * t * self.experts.shared * self.item
         # Both norms keep two float32 arrays; the gated MLP six; attention q, k, v, its output and its logsumexp.
         norms = (8 if self.model.post_norms else 4) * t / self.mesh.tp * D * 4
@@ -321,10 +321,10 @@ class _Step:
         kept = norms + 2 * carry + 2 * q + 2 * kv + 4 * t * self.heads
         if self.experts is None:
             return kept + 6 * t * self.mlp * self.item
-        # The router's input and five arrays of its logits' size in float32; of each pair of token and expert two masks,
-        # the input, the output in float32, and six arrays of the hidden layer.
+        # The router's input and five arrays of its logits' size in float32; of each pair of token and expert the input,
+        # gate, up and their product.
         routed = 4 * t * (D + 5 * self.model.moe.num_routed)
-        pair = D * (2 + self.item + 4) + 6 * self.experts.width * self.item
+        pair = D * self.item + 3 * self.experts.width * self.item
         weights = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.experts and leaf.matrix)
         pairs = self.experts.rows * pair + self.experts.travelled(D, self.item)
         return kept + weights + routed + pairs + 6 * t * self.experts.shared * self.item

@@ -25,7 +25,7 @@ class Experts(NamedTuple):
 
     def transfers(self, row: int, remat: str) -> list[tuple[str, int, float]]:
         """(kind, count, payload) of a layer, forward and backward, for rows of `row` bytes. A layer that is computed
-        again dispatches again; the way back is needed again only where it is weighted afterwards."""
+        again dispatches again; the way back is not needed again: weights are in before it."""
         again = remat != "none"
         pairs = self.ep * self.tokens * self.top_k * 4  # expert numbers, weights
         if self.way == "all_gather":
@@ -34,7 +34,7 @@ class Experts(NamedTuple):
             return [gathers, ("reduce-scatter", 3, 2 * size + pairs)]
         if self.way == "all_to_all":
             size = self.rows * row
-            return [("all-to-all", 5 + 3 * again, (4 + 2 * again) * size + (1 + again) * self.rows * 4)]
+            return [("all-to-all", 7 + 3 * again, (4 + again) * size + (3 + 2 * again) * self.rows * 4)]
         return []
 
 

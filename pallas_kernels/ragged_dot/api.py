@@ -12,7 +12,8 @@ from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
 
 # In the order of preference. Each module has supported(lhs, rhs, dtype) -> None | reason, and the functions
-# grouped(lhs, rhs, group_sizes, dtype, transposed=) and contraction(lhs, grad, group_sizes, dtype).
+# grouped(lhs, rhs, group_sizes, dtype, transposed=) and contraction(lhs, grad, group_sizes, dtype), and maybe
+# grouped_sum, which adds up `grouped` of several.
 BACKENDS = {
     "mosaic_gpu": "pallas_kernels.ragged_dot.pallas_mosaic_gpu",
     "mosaic_tpu": "pallas_kernels.ragged_dot.pallas_mosaic_tpu",
@@ -54,11 +55,31 @@ def ragged_dot(
       ValueError: shapes or dtypes that disagree, an unknown implementation.
       NotImplementedError: the named implementation cannot run this call.
     """
-    dtype = _check(lhs, rhs, group_sizes, preferred_element_type)
-    backend = _choose(lhs, rhs, dtype, implementation)
-    if 0 in (*lhs.shape, *rhs.shape):
-        return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
-    return _ragged_dot(*unify_vma((lhs, rhs, group_sizes)), dtype, backend)
+    return ragged_dots(
+        lhs, (rhs,), group_sizes, preferred_element_type=preferred_element_type, implementation=implementation
+    )[0]
+
+
+def ragged_dots(
+    lhs: jax.Array,
+    rhs: tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    *,
+    preferred_element_type=None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """`ragged_dot` of the same rows with several matrices of one shape for each group (gate and up of an expert).
+
+    Their gradients to lhs are one sum, in float32 inside the kernel where there is one for it.
+    """
+    if not rhs or len({r.shape for r in rhs}) > 1 or len({r.dtype for r in rhs}) > 1:
+        raise ValueError(f"ragged_dots takes matrices of one shape and dtype. Got {[(r.shape, r.dtype) for r in rhs]}")
+    dtype = _check(lhs, rhs[0], group_sizes, preferred_element_type)
+    backend = _choose(lhs, rhs[0], dtype, implementation)
+    if 0 in (*lhs.shape, *rhs[0].shape):
+        return tuple(jnp.zeros((lhs.shape[0], r.shape[2]), dtype) for r in rhs)
+    lhs, group_sizes, *matrices = unify_vma((lhs, group_sizes, *rhs))
+    return _ragged_dots(lhs, tuple(matrices), group_sizes, dtype, backend)
 
 
 def ragged_dot_implementation(lhs, rhs, group_sizes, *, preferred_element_type=None, implementation=None) -> str:
@@ -67,27 +88,31 @@ def ragged_dot_implementation(lhs, rhs, group_sizes, *, preferred_element_type=N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, backend: str) -> jax.Array:
-    return _module(backend).grouped(lhs, rhs, group_sizes, dtype)
+def _ragged_dots(lhs: jax.Array, rhs: tuple[jax.Array, ...], group_sizes: jax.Array, dtype, backend: str):
+    return tuple(_module(backend).grouped(lhs, r, group_sizes, dtype) for r in rhs)
 
 
-def _ragged_dot_fwd(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, backend: str):
+def _ragged_dots_fwd(lhs: jax.Array, rhs: tuple[jax.Array, ...], group_sizes: jax.Array, dtype, backend: str):
     """Residuals: the inputs."""
     # Without the barrier XLA may run a kernel twice whose output a scan stacks: for the stack, and for its other users.
-    out = jax.lax.optimization_barrier(_ragged_dot(lhs, rhs, group_sizes, dtype, backend))
-    return checkpoint_name(out, RAGGED_DOT), (lhs, rhs, group_sizes)
+    out = jax.lax.optimization_barrier(_ragged_dots(lhs, rhs, group_sizes, dtype, backend))
+    return tuple(checkpoint_name(x, RAGGED_DOT) for x in out), (lhs, rhs, group_sizes)
 
 
-def _ragged_dot_bwd(dtype, backend: str, residuals, grad: jax.Array):
+def _ragged_dots_bwd(dtype, backend: str, residuals, grads: tuple[jax.Array, ...]):
     del dtype
     lhs, rhs, group_sizes = residuals
-    grad = grad.astype(lhs.dtype)
+    grads = tuple(g.astype(lhs.dtype) for g in grads)
     run = _module(backend)
-    d_lhs = run.grouped(grad, rhs, group_sizes, lhs.dtype, transposed=True)
-    return d_lhs, run.contraction(lhs, grad, group_sizes, rhs.dtype), None
+    if hasattr(run, "grouped_sum"):
+        d_lhs = run.grouped_sum(grads, rhs, group_sizes, lhs.dtype, transposed=True)
+    else:
+        first, *others = (run.grouped(g, r, group_sizes, lhs.dtype, transposed=True) for g, r in zip(grads, rhs))
+        d_lhs = sum(others, start=first)
+    return d_lhs, tuple(run.contraction(lhs, g, group_sizes, r.dtype) for g, r in zip(grads, rhs)), None
 
 
-_ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd)
+_ragged_dots.defvjp(_ragged_dots_fwd, _ragged_dots_bwd)
 
 
 def _module(backend: str) -> types.ModuleType:

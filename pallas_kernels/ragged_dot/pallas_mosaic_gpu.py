@@ -12,6 +12,7 @@ results repeat bit by bit.
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -73,22 +74,42 @@ def grouped(
     config: Config | None = None,
 ) -> jax.Array:
     """[M, N]: rows of group g times rhs[g] [K, N], or times the transpose of rhs[g] [N, K]; zeros past the groups."""
-    (M, K), G = lhs.shape, rhs.shape[0]
-    N = rhs.shape[1 if transposed else 2]
+    return grouped_sum((lhs,), (rhs,), group_sizes, dtype, transposed=transposed, config=config)
+
+
+def grouped_sum(
+    lhs: tuple[jax.Array, ...],
+    rhs: tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    dtype,
+    *,
+    transposed: bool,
+    config: Config | None = None,
+) -> jax.Array:
+    """The sum over i of `grouped(lhs[i], rhs[i])`, all of one shape: one longer sum for each tile."""
+    (M, K), G = lhs[0].shape, rhs[0].shape[0]
+    N = rhs[0].shape[1 if transposed else 2]
     c = config or tuned(-(-M // G), N)
-    lhs = jnp.pad(lhs, ((0, -M % _ALIGN), (0, 0)))  # TMA takes whole units of 8 rows
-    tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, _ALIGN)
+    lhs = tuple(jnp.pad(x, ((0, -M % _ALIGN), (0, 0))) for x in lhs)  # TMA takes whole units of 8 rows
+    terms, depth = len(lhs), K // _UNIT
+    tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, _ALIGN, unit=_UNIT)
     across = -(-N // c.columns)
 
-    def kernel(lhs_ref, rhs_ref, table_ref, count_ref, out_ref, a_smem, b_smem, store_smem, full, free):
+    def kernel(*refs):
+        operands, (table_ref, count_ref, short_ref, out_ref, a_smem, b_smem, store_smem, full, free) = (
+            list(zip(refs[:terms], refs[terms : 2 * terms])),
+            refs[2 * terms :],
+        )
         wg = lax.axis_index("wg")
         count = count_ref[0] + 0
+        # Short groups wait for memory, and come last: half of the blocks begin with them.
+        late = (short_ref[0] * across >= c.blocks) if across <= c.wide else False
 
         def tile(i):
             """Of the i-th tile: group, first row, first column, its group's rows [begin, end), steps."""
             t, n = _walk(i, count, across, c.wide)
             group, start, begin, end = (table_ref[t, x] + 0 for x in range(4))
-            steps = jnp.where(group < G, K // _UNIT, 0)  # past the groups: zeros
+            steps = jnp.where(group < G, terms * depth, 0)  # past the groups: zeros
             return jnp.minimum(group, G - 1), start, n * c.columns, begin, end, steps
 
         @pl.when(wg < c.warpgroups)
@@ -97,19 +118,25 @@ def grouped(
 
             def one_tile(i, done):
                 start, column, begin, end, steps = tile(i)[1:]
-                start += wg * c.rows
-                mine = (begin < start + c.rows) & (end > start)
+                units = lax.div(end - start + _UNIT - 1, jnp.int32(_UNIT))  # that hold rows of the group
+                share = lax.div(units + c.warpgroups - 1, jnp.int32(c.warpgroups))
+                mine = jnp.clip(units - wg * share, 0, share)
 
-                @pl.when(mine)
-                def _():
+                def multiply(height):
+                    at = wg * share * _UNIT
+
                     def step(slot, acc_ref):
+                        a = a_smem.at[slot, pl.ds(pl.multiple_of(at, _UNIT), height)]
                         b = b_smem.at[slot]
-                        plgpu.wgmma(acc_ref, a_smem.at[slot, wg], b.transpose((1, 0)) if transposed else b)
+                        plgpu.wgmma(acc_ref, a, b.transpose((1, 0)) if transposed else b)
 
-                    acc = _multiply(c, step, steps, done, full, free)
-                    _store(c, acc, store_smem, out_ref, dtype, start, column, begin, end)
+                    acc = _multiply(c, step, steps, done, full, free, height=height)
+                    _store(c, acc, store_smem, out_ref, dtype, start + at, column, begin, end)
 
-                @pl.when(jnp.logical_not(mine))  # a short group: the other warpgroup has the tensor cores alone
+                for n in range(1, c.rows // _UNIT + 1):
+                    pl.when(mine == n)(functools.partial(multiply, n * _UNIT))
+
+                @pl.when(mine == 0)  # the other warpgroup has the tensor cores alone
                 def _():
                     @pl.loop(0, steps)
                     def _(k):
@@ -119,7 +146,7 @@ def grouped(
 
                 return done + steps
 
-            _for_each_tile(c, count * across, one_tile)
+            _for_each_tile(c, count * across, one_tile, late)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
@@ -130,29 +157,38 @@ def grouped(
                 group, start, column, _, _, steps = tile(i)
 
                 def copy(k, slot):
+                    for i, (lhs_ref, rhs_ref) in enumerate(operands):
+                        part = functools.partial(copy_term, lhs_ref, rhs_ref, k - i * depth, slot)
+                        if terms == 1:
+                            part()
+                        else:
+                            pl.when((k >= i * depth) & (k < (i + 1) * depth))(part)
+
+                def copy_term(lhs_ref, rhs_ref, k, slot):
                     step = pl.ds(pl.multiple_of(k * _UNIT, _UNIT), _UNIT)
                     columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
                     for w in range(c.warpgroups):
                         rows = pl.ds(pl.multiple_of(start + w * c.rows, _ALIGN), c.rows)
-                        plgpu.copy_gmem_to_smem(lhs_ref.at[rows, step], a_smem.at[slot, w], full.at[slot])
+                        a = a_smem.at[slot, pl.ds(w * c.rows, c.rows)]
+                        plgpu.copy_gmem_to_smem(lhs_ref.at[rows, step], a, full.at[slot])
                     b = rhs_ref.at[group, columns, step] if transposed else rhs_ref.at[group, step, columns]
                     plgpu.copy_gmem_to_smem(b, b_smem.at[slot], full.at[slot])
 
                 return _fill(c, copy, steps, done, free)
 
-            _drain(c, _for_each_tile(c, count * across, one_tile), free)
+            _drain(c, _for_each_tile(c, count * across, one_tile, late), free)
 
     b_shape = (c.columns, _UNIT) if transposed else (_UNIT, c.columns)
     scratch = (
-        _tiled((c.stages, c.warpgroups, c.rows, _UNIT), lhs.dtype),
-        _tiled((c.stages, *b_shape), lhs.dtype),
+        _tiled((c.stages, c.warpgroups * c.rows, _UNIT), lhs[0].dtype),
+        _tiled((c.stages, *b_shape), lhs[0].dtype),
         _store_buffer(c, dtype),
         plgpu.Barrier(num_arrivals=c.warpgroups + 1, num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
     )
-    out = jax.ShapeDtypeStruct((lhs.shape[0], N), dtype)
+    out = jax.ShapeDtypeStruct((lhs[0].shape[0], N), dtype)
     name = "ragged_dot_transposed" if transposed else "ragged_dot"
-    return _call(c, kernel, name, out, scratch, (lhs, rhs, *tiles))[:M]
+    return _call(c, kernel, name, out, scratch, (*lhs, *rhs, *tiles))[:M]
 
 
 def contraction(
@@ -162,7 +198,9 @@ def contraction(
     (M, K), N, G = lhs.shape, grad.shape[1], group_sizes.shape[0]
     c = config or tuned(K, N)
     lhs, grad = (jnp.pad(x, ((0, -M % _ALIGN), (0, 0))) for x in (lhs, grad))
-    ranges = jnp.stack(bounds(group_sizes, M), axis=1)
+    begins, ends = bounds(group_sizes, M)
+    order = jnp.argsort(begins - ends, stable=True)  # the largest first: see _for_each_tile
+    ranges = jnp.stack([order, begins[order], ends[order]], axis=1)
     down, across = -(-K // (c.warpgroups * c.rows)), -(-N // c.columns)
     share = c.columns // c.warpgroups  # columns of grad that a warpgroup masks
 
@@ -171,9 +209,9 @@ def contraction(
 
         def tile(i):
             """Of the i-th tile: group, first row and column of the output, its group's rows [begin, end), steps."""
-            group = lax.div(i, jnp.int32(down * across))
+            turn = lax.div(i, jnp.int32(down * across))
             m, n = _walk(lax.rem(i, jnp.int32(down * across)), jnp.int32(down), across, c.wide)
-            begin, end = (ranges_ref[group, x] + 0 for x in range(2))
+            group, begin, end = (ranges_ref[turn, x] + 0 for x in range(3))
             first = lax.div(begin, jnp.int32(_ALIGN)) * _ALIGN
             steps = jnp.where(end > begin, lax.div(end - first + _UNIT - 1, jnp.int32(_UNIT)), 0)
             return group, m * (c.warpgroups * c.rows), n * c.columns, first, begin, end, steps
@@ -250,8 +288,11 @@ def contraction(
 # Pieces.
 
 
-def _multiply(c: Config, step, steps, done, full, free, prepare=None) -> jax.Array:
-    """The sum of step(slot, acc_ref) over a tile's steps, of which `done` came before; prepare(slot, k) comes first."""
+def _multiply(c: Config, step, steps, done, full, free, prepare=None, height: int | None = None) -> jax.Array:
+    """The sum of step(slot, acc_ref) over a tile's steps, of which `done` came before; prepare(slot, k) comes first.
+
+    Its height is that of a full tile's share by default.
+    """
 
     def scope(acc_ref):
         @pl.loop(0, steps)
@@ -268,7 +309,7 @@ def _multiply(c: Config, step, steps, done, full, free, prepare=None) -> jax.Arr
         pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[_slot(done + steps - 1, c)]))
         return acc
 
-    return pl.run_scoped(scope, plgpu.ACC((c.rows, c.columns), jnp.float32))
+    return pl.run_scoped(scope, plgpu.ACC((height or c.rows, c.columns), jnp.float32))
 
 
 def _store(c: Config, acc, store_smem, out_ref, dtype, start, column, begin, end) -> None:
@@ -276,8 +317,8 @@ def _store(c: Config, acc, store_smem, out_ref, dtype, start, column, begin, end
     wg = lax.axis_index("wg")
     swizzled, plain = store_smem
     width = 128 // jnp.dtype(dtype).itemsize
-    assert c.rows * c.columns % (2 * _UNIT * width) == 0  # the next tile begins with the first slot, as this one
-    for r in range(0, c.rows, _UNIT):
+    assert c.columns % (2 * width) == 0  # the next tile begins with the first slot, as this one
+    for r in range(0, acc.shape[0], _UNIT):
         first = start + r
         lo = jnp.clip(begin - first, 0, _UNIT)
         rows = jnp.clip(end - first, 0, _UNIT) - lo
@@ -334,11 +375,22 @@ def _drain(c: Config, done, free) -> None:
         pl.when(done + k >= c.stages)(lambda: plgpu.barrier_wait(free.at[_slot(done + k, c)]))
 
 
-def _for_each_tile(c: Config, count, one_tile):
-    """one_tile(i, carry) for the tiles of this block, from a carry of 0; the last carry."""
+def _for_each_tile(c: Config, count, one_tile, late: Any = False):
+    """one_tile(i, carry) for the tiles of this block, from a carry of 0; the last carry.
+
+    Blocks take turns, forth and back: where tiles go from the longest to the shortest, all blocks get about as much
+    work. late: half of the blocks begin with the second half of their turns.
+    """
     block = lax.axis_index("block")
-    turns = lax.div(jnp.maximum(count - block, 0) + c.blocks - 1, jnp.int32(c.blocks))
-    return lax.fori_loop(0, turns, lambda j, carry: one_tile(block + j * c.blocks, carry), jnp.int32(0))
+    turns = lax.div(count + c.blocks - 1, jnp.int32(c.blocks))
+    shift = jnp.where(late & (block >= c.blocks // 2), lax.div(turns, jnp.int32(2)), 0)
+
+    def turn(j, carry):
+        j = lax.rem(j + shift, turns)
+        i = j * c.blocks + jnp.where(lax.rem(j, jnp.int32(2)) == 0, block, c.blocks - 1 - block)
+        return lax.cond(i < count, lambda: one_tile(i, carry), lambda: carry)
+
+    return lax.fori_loop(0, turns, turn, jnp.int32(0))
 
 
 def _walk(i, down, across: int, wide: int):

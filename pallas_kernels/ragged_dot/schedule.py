@@ -9,11 +9,13 @@ import jax.numpy as jnp
 class Tiles(NamedTuple):
     """A tile holds rows of one group, so one that starts in the middle of a block of rows is no special case.
 
-    Tiles stand in the order of their rows. The rows after the last group count as one more group, number G.
+    Tiles stand in the order of their rows, or those of large groups first. The rows after the last group count as one
+    more group, number G, the last one.
     """
 
     table: jax.Array  # [T, 4] int32: group; first row, a multiple of `align`; the group's rows in the tile [begin, end)
     count: jax.Array  # [1] int32: tiles in use; the others have no rows, and the number and place of the last row
+    short: jax.Array  # [1] int32: how many groups are smaller than a tile
 
 
 def bounds(group_sizes: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
@@ -23,27 +25,44 @@ def bounds(group_sizes: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(ends - sizes, 0, M), jnp.clip(ends, 0, M)
 
 
-def make_tiles(group_sizes: jax.Array, M: int, block: int, align: int = 1, *, empty: bool = False) -> Tiles:
-    """Tiles of `block` rows that cover all M rows, each row once; `align` divides `block`.
+def make_tiles(
+    group_sizes: jax.Array, M: int, block: int, align: int = 1, *, empty: bool = False, unit: int | None = None
+) -> Tiles:
+    """Tiles of up to `block` rows that cover all M rows, each row once; `align` divides `block`.
 
     empty: a group without rows has a tile too.
+    unit: for workers that take tiles in turns. Large groups come first, and each is cut into tiles of as many units of
+      this many rows, give or take one: a whole tile and a sliver would keep workers waiting for each other.
     """
     begins, ends = bounds(group_sizes, M)
     begins, ends = jnp.append(begins, ends[-1:]), jnp.append(ends, jnp.int32(M))
+    group = jnp.arange(ends.shape[0], dtype=jnp.int32)
+    if unit is not None:
+        group = jnp.append(jnp.argsort(begins[:-1] - ends[:-1], stable=True).astype(jnp.int32), group[-1:])
+        begins, ends = begins[group], ends[group]
     first = begins // align * align
-    counts = jnp.where(ends > begins, -(-(ends - first) // block), 0)
+    length = jnp.where(ends > begins, ends - first, 0)
+    counts = -(-length // block)
     if empty:
         counts = jnp.append(jnp.maximum(counts[:-1], 1), counts[-1:])
+    step = unit or block
+    units = -(-length // step)
+    least, more = units // jnp.maximum(counts, 1), units % jnp.maximum(counts, 1)  # the first `more` have one more
+
     upto = jnp.cumsum(counts, dtype=jnp.int32)
     index = jnp.arange(_most_tiles(M, group_sizes.shape[0], block, align), dtype=jnp.int32)
-    group = jnp.searchsorted(upto, index, side="right", method="compare_all").astype(jnp.int32)
+    at = jnp.searchsorted(upto, index, side="right", method="compare_all").astype(jnp.int32)
     used = index < upto[-1]
-    group = jnp.where(used, group, ends.shape[0] - 1)
-    start = first[group] + (index - (upto - counts)[group]) * block
+    at = jnp.where(used, at, ends.shape[0] - 1)
+    index -= (upto - counts)[at]
+    start = first[at] + step * (index * least[at] + jnp.minimum(index, more[at]))
+    height = step * jnp.where(index < more[at], least[at] + 1, least[at])
     start = jnp.where(used, start, M)
-    begin = jnp.where(used, jnp.maximum(begins[group], start), M)
-    end = jnp.where(used, jnp.minimum(ends[group], start + block), M)
-    return Tiles(jnp.stack([group, start, begin, end], axis=1), upto[-1:])
+    begin = jnp.where(used, jnp.maximum(begins[at], start), M)
+    end = jnp.where(used, jnp.minimum(ends[at], start + height), M)
+    short = (length[:-1] > 0) & (length[:-1] < block)
+    table = jnp.stack([group[at], start, begin, end], axis=1)
+    return Tiles(table, upto[-1:], short.sum(dtype=jnp.int32)[None])
 
 
 def _most_tiles(M: int, G: int, block: int, align: int) -> int:

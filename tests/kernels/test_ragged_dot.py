@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import ragged_dot, ragged_dot_implementation
+from pallas_kernels import ragged_dot, ragged_dot_implementation, ragged_dots
 from pallas_kernels.ragged_dot import pallas_mosaic_gpu, pallas_mosaic_tpu, schedule, xla
 
 PLAIN = ["xla", "xla loop", "reference"]
@@ -198,10 +198,10 @@ def test_mosaic_says_what_it_cannot_do(name, words, shape, dtype):
 @pytest.mark.parametrize(
     ("config", "dtype", "M", "K", "N", "sizes"),
     [
-        # Two warpgroups; ends in the middle of units of 8 rows; columns past the end; rows past the groups.
-        ({"stages": 2, "wide": 1}, jnp.bfloat16, 150, 64, 192, [71, 0, 60, 3]),
-        # Tiles of 128 rows for each warpgroup; full pieces of 64; the second warpgroup has no rows of a tile.
-        ({"rows": 128}, jnp.float16, 264, 128, 128, [136, 128]),
+        # Two warpgroups; ends inside of units of 8 rows; a full tile; columns past the end; rows past the groups.
+        ({"stages": 2, "wide": 1}, jnp.bfloat16, 150, 64, 192, [3, 0, 131, 10]),
+        # Tiles of 128 rows for each warpgroup: of 3, 2 and 1 units of 64. Half of the blocks start in the middle.
+        ({"rows": 128}, jnp.float16, 304, 128, 128, [136, 128, 40]),
         ({"warpgroups": 1}, jnp.bfloat16, 20, 128, 128, [0, 7, 0, 5]),  # decode
     ],
     ids=["ragged", "tall", "short"],
@@ -210,6 +210,34 @@ def test_mosaic_gpu(rng, monkeypatch, config, dtype, M, K, N, sizes):
     config = pallas_mosaic_gpu.Config(**({"blocks": 2, "columns": 128, "stages": 3} | config))
     monkeypatch.setattr(pallas_mosaic_gpu, "tuned", lambda height, width: config)
     check(rng, "mosaic_gpu", sizes, M=M, K=K, N=N, dtype=dtype)
+
+
+def two_matrices(rng, name, sizes, *, M, K, N, dtype):
+    """Values and gradients of ragged_dots with two matrices for each group, against the oracle of both."""
+    new = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
+    lhs, a, b = new(M, K), new(len(sizes), K, N), new(len(sizes), K, N)
+    grads = new(M, N), new(M, N)
+    with running(name) as implementation:
+        f = lambda lhs, a, b, sizes: ragged_dots(lhs, (a, b), sizes, implementation=implementation)
+        out, vjp = jax.vjp(lambda *x: f(*x, jnp.asarray(sizes, jnp.int32)), lhs, a, b)
+        d_lhs, d_a, d_b = vjp(grads)
+    one, two = (oracle(lhs, r, sizes, g) for r, g in zip((a, b), grads, strict=True))
+    want = one[0], two[0], one[1] + two[1], one[2], two[2]
+    for x, y in zip((*out, d_lhs, d_a, d_b), want, strict=True):
+        assert x.dtype == dtype
+        bound = 1e-5 if dtype == jnp.float32 else 1e-2
+        np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=bound * np.abs(y).max())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_two_matrices(rng, name):
+    two_matrices(rng, name, random_sizes(rng, 30, 4), M=30, K=7, N=9, dtype=jnp.float32)
+
+
+def test_two_matrices_mosaic_gpu(rng, monkeypatch):
+    config = pallas_mosaic_gpu.Config(warpgroups=1, blocks=2, columns=128, stages=3)
+    monkeypatch.setattr(pallas_mosaic_gpu, "tuned", lambda height, width: config)
+    two_matrices(rng, "mosaic_gpu", [0, 13, 5], M=24, K=64, N=128, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -244,20 +272,38 @@ def test_mosaic_types_under_shard_map(name, check_vma):
     assert [(x.shape, x.dtype) for x in grads] == shapes[:2]
 
 
-@pytest.mark.parametrize(("block", "align"), [(16, 1), (16, 8), (64, 8), (128, 128)])
-def test_tiles_cover_each_row_once(rng, block, align):
+@pytest.mark.parametrize(
+    ("block", "align", "unit"),
+    [(16, 1, None), (16, 8, None), (64, 8, None), (128, 128, None), (16, 8, 8), (128, 8, 64)],
+)
+def test_tiles_cover_each_row_once(rng, block, align, unit):
     for M, total in ((300, 300), (300, 211), (64, 64), (5, 5), (128, 0)):
         sizes = random_sizes(rng, M, 7, total=total)
-        table, (count,) = (np.asarray(x) for x in schedule.make_tiles(jnp.asarray(sizes, jnp.int32), M, block, align))
+        tiles = schedule.make_tiles(jnp.asarray(sizes, jnp.int32), M, block, align, unit=unit)
+        table, (count,), (short,) = (np.asarray(x) for x in tiles)
         owner = np.full(M, -1)
         for group, start, begin, end in table[:count]:
             assert start % align == 0 and start <= begin < end <= start + block
             assert np.all(owner[begin:end] == -1)
             owner[begin:end] = group
-        groups = np.asarray(schedule.make_tiles(jnp.asarray(sizes, jnp.int32), M, block, align, empty=True).table)[:, 0]
-        assert set(range(7)) <= set(groups.tolist()) and np.all(np.diff(groups) >= 0)
         assert np.array_equal(owner, np.repeat(np.arange(8), [*sizes, M - total]))
         assert np.all(table[count:, 2] == table[count:, 3])
+        begins = np.cumsum(sizes) - sizes
+        length = np.where(sizes, begins % align + sizes, 0)
+        assert short == np.sum((length > 0) & (length < block))
+        if unit is not None:
+            own = table[:count][table[:count, 0] < 7]
+            assert np.all(np.diff(np.asarray(sizes)[own[:, 0]]) <= 0)  # large groups first
+            for group in set(own[:, 0].tolist()):
+                units = [-(-(end - start) // unit) for g, start, _, end in own if g == group]
+                assert max(units) - min(units) <= 1 and len(units) == -(-length[group] // block)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_groups_without_rows_have_a_tile_when_asked(rng, block):
+    sizes = jnp.asarray(random_sizes(rng, 300, 7), jnp.int32)
+    groups = np.asarray(schedule.make_tiles(sizes, 300, block, empty=True).table)[:, 0]
+    assert set(range(7)) <= set(groups.tolist()) and np.all(np.diff(groups) >= 0)
 
 
 def test_no_gradient_is_dense_over_groups():

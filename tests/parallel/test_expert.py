@@ -1,6 +1,7 @@
 """Experts over ep equal a loop over experts on one device: outputs within 1e-5 and every gradient, in float32."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.moe import devices, layer
+from jaxscale.config import MoEConfig
 from jaxscale.mesh import make_mesh
+from jaxscale.models.routing import route
+from jaxscale.parallel import chunks
+from jaxscale.parallel.chunks import fastest_chunks
 from jaxscale.parallel.expert import apply_experts, choose, gather_experts
 from jaxscale.params import ParamSpec, constant
 
@@ -27,6 +33,14 @@ def loop(x, experts, weights, p):
 
 def make(rng, rows, length, top_k, routing):
     shape = (rows, length, top_k)
+    size = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
+    p = {k: 0.4 * rng.standard_normal(s, np.float32) for k, s in size.items()}
+    x = rng.standard_normal((rows, length, D), np.float32)
+    if routing in ROUTERS:
+        cfg = MoEConfig(num_experts=E, top_k=2, mlp_dim=F, router=routing, **ROUTERS[routing])
+        logits = rng.standard_normal((rows, length, E), np.float32)
+        chosen = route(logits, None, rng.random((rows, length)) < 0.8, cfg)
+        return x, np.asarray(chosen.experts), np.asarray(chosen.weights), p
     ranked = np.argsort(rng.random((rows, length, E)), axis=-1)[..., :top_k]
     experts = {
         "random": ranked,
@@ -34,10 +48,7 @@ def make(rng, rows, length, top_k, routing):
         "one device": np.argsort(rng.random((rows, length, 2)), axis=-1)[..., :top_k] + 2,
         "few": np.where(rng.random(shape) < 0.3, ranked, E + 1),  # most are nobody's
     }[routing].astype(np.int32)
-    weights = rng.random(shape, np.float32)
-    size = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
-    p = {k: 0.4 * rng.standard_normal(s, np.float32) for k, s in size.items()}
-    return rng.standard_normal((rows, length, D), np.float32), experts, weights, p
+    return x, experts, rng.random(shape, np.float32), p
 
 
 AXES = {
@@ -82,11 +93,20 @@ def check(rng, mesh_text, dispatch, routing, rows=8, length=5, top_k=2, chunks=1
 
 
 ROUTINGS = ["random", "one expert", "one device", "few"]
+ROUTERS = {
+    "softmax": {},
+    "sigmoid": {"num_groups": 4, "top_groups": 2},
+    "gshard": {"capacity_factor": 1.0, "dropless": False},  # -1 for what finds no place
+    "cosine": {"num_zero": 2, "num_copy": 1},  # numbers past E for experts that are not here
+    "expert_choice": {"dropless": False},  # a token has up to E experts
+}
 
 
 @pytest.mark.parametrize(
     ("mesh", "dispatch"),
     [
+        ("ep=1", "auto"),
+        ("ep=2", "all_gather"),
         ("ep=2", "all_to_all"),
         ("ep=4", "all_gather"),
         ("ep=4", "all_to_all"),
@@ -95,8 +115,10 @@ ROUTINGS = ["random", "one expert", "one device", "few"]
     ],
 )
 def test_every_routing(mesh, dispatch, rng):
-    for routing in ROUTINGS:
+    for routing in ROUTINGS + [r for r in ROUTERS if r != "expert_choice"]:
         check(rng, mesh, dispatch, routing)
+    if mesh != "ep=4":  # compiled again for E experts a token
+        check(rng, mesh, dispatch, "expert_choice", length=3, top_k=E)
 
 
 @pytest.mark.parametrize(("mesh", "dispatch"), [("fsdp=2,ep=2,tp=2", "all_to_all"), ("ep=2,cp=2,tp=2", "all_gather")])
@@ -108,6 +130,21 @@ def test_with_other_axes(mesh, dispatch, rng):
 def test_in_chunks(rng):
     for routing in ("random", "one device"):
         check(rng, "ep=4", "all_to_all", routing, length=7, chunks=3)
+
+
+def test_fastest_chunks(rng):
+    x, experts, weights, p = make(rng, 4, 6, 2, "random")
+    mesh = make_mesh(devices=jax.devices()[:2], ep=2)
+    with jax.set_mesh(mesh):
+        specs = {k: ParamSpec(v.shape, AXES[k], constant(0.0)) for k, v in p.items()}
+        p = gather_experts(jax.device_put(p, jax.NamedSharding(mesh, P())), specs, jnp.float32, x.shape[:2])
+        split = lambda a: jax.device_put(a, jax.NamedSharding(mesh, P("ep")))
+        count, times = fastest_chunks(*map(split, (x, experts, weights)), p, counts=(2, 1), rounds=1)
+    assert list(times) == [1, 2] and count == min(times, key=times.__getitem__) and all(t > 0 for t in times.values())
+    slow = {1: lambda: time.sleep(0.03), 2: lambda: time.sleep(0.001), 4: lambda: time.sleep(0.02)}
+    assert chunks._fastest(slow, rounds=3)[0] == 2
+    with pytest.raises(ValueError, match=r"counts=\[0, 2\] must be"):
+        fastest_chunks(x, experts, weights, p, counts=(2, 0))
 
 
 def test_rows_that_do_not_divide(rng):
@@ -132,3 +169,12 @@ def test_ep_that_does_not_divide(rng):
             apply_experts(x, experts, weights, p)
         with pytest.raises(ValueError, match="dispatch='none'"):
             apply_experts(x, experts, weights, p, dispatch="none")
+
+
+@pytest.mark.slow
+def test_benchmarks_run_in_small(capsys):
+    """The scripts of a GPU: the layer is right and has a time, alone and over all devices."""
+    assert layer.main(["--tiny", "--remat", "dots"]) == 0
+    assert devices.main(["--tiny", "--transfers", "all_gather", "--ways", "all_to_all/2"]) == 0
+    out = capsys.readouterr().out
+    assert "layer, remat dots" in out and "GB/s leave each device" in out and "ep=8 all_to_all, 2 parts" in out

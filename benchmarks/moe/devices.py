@@ -1,0 +1,101 @@
+"""Experts over several GPUs: the layer beside one GPU, and its transfers beside a plain all_to_all.
+
+    python benchmarks/moe/devices.py                   # all GPUs of this host: ep of them
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 JAX_PLATFORMS=cpu python benchmarks/moe/devices.py --tiny
+
+The layer is that of layer.py, the same tokens in all, remat dots. GB/s are bytes that leave a device, in one direction:
+the (ep - 1) / ep of its rows that an all_to_all sends, and a psum_scatter (the combine of all_gather) too; the ep - 1
+times its rows that an all_gather sends (its dispatch). Times are medians of rounds of calls issued back to back.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.moe.layer import configuration, inputs, layer, measure, parameters
+from jaxscale.mesh import make_mesh
+
+EP = "ep"
+WAYS = [f"{dispatch}/{chunks}" for dispatch in ("all_gather", "all_to_all") for chunks in (1, 2, 4)]
+
+
+def transfers(ep: int, n: int, D: int, dtype):
+    """(name, function of a device's [n, D], bytes that leave each device)."""
+    row = D * jnp.dtype(dtype).itemsize
+    yield "all_to_all", lambda x: lax.all_to_all(x, EP, 0, 0, tiled=True), n * row * (ep - 1) / ep
+    yield "all_gather", lambda x: lax.all_gather(x, EP, tiled=True), n * row * (ep - 1)
+    yield "psum_scatter", lambda x: lax.psum_scatter(x, EP, tiled=True), n * row * (ep - 1) / ep
+
+    def ragged(x):
+        """An even exchange through the ragged primitive: what it costs by itself."""
+        part = jnp.full((ep,), n // ep, jnp.int32)
+        starts = jnp.arange(ep, dtype=jnp.int32) * (n // ep)
+        there = jnp.full((ep,), n // ep, jnp.int32) * lax.axis_index(EP)
+        return lax.ragged_all_to_all(x, jnp.zeros_like(x), starts, part, there, part, axis_name=EP)
+
+    yield "ragged_all_to_all", ragged, n * row * (ep - 1) / ep
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on any devices")
+    parser.add_argument("--transfers", nargs="*", default=None, help="of these alone, by name; without a name none")
+    parser.add_argument("--ways", nargs="*", default=WAYS, help="dispatch/chunks of the layer; none: no layer")
+    args = parser.parse_args(argv)
+    cfg = configuration(args.tiny, "float32" if args.tiny else "bfloat16")
+    assert cfg.moe is not None
+    ep = len(jax.devices())
+    if ep < 2:
+        raise SystemExit("devices.py compares devices with each other: it needs two or more. Got 1")
+    rows, length = (2 * ep, 32) if args.tiny else (8, 4096)
+    print(json.dumps({"device": jax.devices()[0].device_kind, "devices": ep, "jax": jax.__version__}))
+    mesh = make_mesh(ep=ep)
+    split = NamedSharding(mesh, P(EP))
+
+    n = rows * length // ep * (cfg.moe.top_k if not args.tiny else 1)
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (ep * n, cfg.embed_dim), cfg.dtype), split)
+    for name, f, size in transfers(ep, n, cfg.embed_dim, cfg.dtype):
+        if args.transfers is not None and name not in args.transfers:
+            continue
+        with jax.set_mesh(mesh):
+            try:
+                ms = measure(jax.shard_map(f, in_specs=P(EP), out_specs=P(EP)), (x,))
+            except Exception as e:
+                print(f"{name:24} {type(e).__name__}: {str(e)[:160]}", flush=True)
+                continue
+        print(f"{name:24}{ms:9.3f} ms {size / ms / 1e6:7.1f} GB/s leave each device", flush=True)
+    del x
+    if not args.ways:
+        return 0
+
+    params, specs = parameters(cfg)
+    values = inputs(cfg, rows, length)
+    alone = measure(layer(cfg, specs, "dots"), (params, *values))
+    print(f"{'one device':34}{alone:9.3f} ms", flush=True)
+    where = {
+        "experts": jax.tree.map(lambda _: split, params["experts"]),
+        "router": jax.tree.map(lambda _: NamedSharding(mesh, P()), params["router"]),
+    }
+    params = jax.device_put(params, where)
+    values = [jax.device_put(v, split) for v in values]
+    for way in args.ways:
+        dispatch, chunks = way.split("/")
+        part = configuration(args.tiny, cfg.dtype, dispatch=dispatch, dispatch_chunks=int(chunks))
+        with jax.set_mesh(mesh):
+            ms = measure(layer(part, specs, "dots"), (params, *values))
+        print(f"{f'ep={ep} {dispatch}, {chunks} parts':34}{ms:9.3f} ms {alone / ms:6.3f} x one device", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

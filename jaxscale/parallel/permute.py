@@ -1,0 +1,99 @@
+"""Rows of tokens to where their experts want them, and back: two gathers, each the gradient of the other.
+
+Left to itself XLA adds rows up one by one (a scatter-add) where a gather finds each token's rows and adds them in
+registers: the sum has one order, so results repeat bit by bit.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+_ONE_NUMBER = 2**31  # int32
+_UNROLLED = 16  # places of a token whose sum is written out
+
+
+class Places(NamedTuple):
+    """Which token stands at each of R places, and at which places each of n tokens stands, at most K of them.
+
+    Out of range (n, R): none. Both say the same: place[t, k] = r if and only if token[r] = t.
+    """
+
+    token: Int[Array, " R"]
+    place: Int[Array, "n K"]
+
+
+class Sorted(NamedTuple):
+    """Pairs in the order of a key of theirs. As `Places`, the pairs are the tokens: one place each."""
+
+    pair: Int[Array, " m"]  # of each place
+    place: Int[Array, " m"]  # of each pair
+    starts: Int[Array, " G+1"]  # the first place of each key, and the end of the last
+
+    def expand(self, rows: int, top_k: int) -> tuple[Places, Places]:
+        """Places of tokens and of their pairs, `top_k` each, where the first `rows` places are kept and those of
+        keys 0..G-1 used."""
+        m, used = self.pair.shape[0], self.starts[-1]
+        kept = jnp.arange(rows, dtype=jnp.int32) < used
+        pair = jnp.where(kept, self.pair[:rows], m)
+        place = jnp.where(self.place < used, self.place, rows)
+        return Places(pair // top_k, place.reshape(-1, top_k)), Places(pair, place[:, None])
+
+
+def sort_pairs(key: Int[Array, " m"], keys: int) -> Sorted:
+    """Pairs with equal keys 0..keys-1 side by side, in their old order; those with the key `keys` last."""
+    m = key.shape[0]
+    index = jnp.arange(m, dtype=jnp.int32)
+    if (keys + 1) * m < _ONE_NUMBER:  # one number for both, and no two alike: the fastest sort that a GPU has
+        both = lax.sort(key * m + index, is_stable=False)
+        pair, key = both % m, both // m
+    else:
+        key, pair = lax.sort((key, index), num_keys=1, is_stable=True)
+    starts = jnp.searchsorted(key, jnp.arange(keys + 1, dtype=jnp.int32), method="compare_all").astype(jnp.int32)
+    place = jnp.zeros_like(pair).at[pair].set(index, unique_indices=True)
+    return Sorted(pair, place, starts)
+
+
+@jax.custom_vjp
+def spread(x: Array, places: Places) -> Array:
+    """[n, D] -> [R, D]: each place's token, zeros where there is none."""
+    return _take(x, places.token)
+
+
+@jax.custom_vjp
+def collect(y: Array, places: Places) -> Array:
+    """[R, D] -> float32 [n, D]: the sum over each token's places."""
+    first, *others = (places.place[:, k] for k in range(min(places.place.shape[1], _UNROLLED)))
+    total = _take(y, first).astype(jnp.float32)
+    for at in others:
+        total = total + _take(y, at).astype(jnp.float32)
+    more = places.place[:, _UNROLLED:].T
+    return lax.scan(lambda acc, at: (acc + _take(y, at).astype(jnp.float32), None), total, more)[0]
+
+
+def _take(x: Array, at: Array) -> Array:
+    return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+
+
+def _spread_fwd(x, places):
+    return spread(x, places), (places, jnp.zeros((0,), x.dtype))
+
+
+def _spread_bwd(residuals, grad):
+    places, like = residuals
+    return collect(grad, places).astype(like.dtype), None
+
+
+def _collect_fwd(y, places):
+    return collect(y, places), (places, jnp.zeros((0,), y.dtype))
+
+
+def _collect_bwd(residuals, grad):
+    places, like = residuals
+    return spread(grad.astype(like.dtype), places), None
+
+
+spread.defvjp(_spread_fwd, _spread_bwd)
+collect.defvjp(_collect_fwd, _collect_bwd)
