@@ -88,6 +88,7 @@ class MoEConfig:
     balance_weight: float = 0.01
     balance_rows: int | None = None  # rows whose load is balanced: None: the whole batch; 1: each sequence
     router_z_weight: float = 0.0
+    num_replicas: int = 0  # places for further copies of busy experts (jaxscale.plan.placement); not to be trained
     dispatch: Literal["auto", "all_gather", "all_to_all"] = "auto"  # over ep: jaxscale.parallel.expert
     dispatch_chunks: int = 1  # parts of a device's tokens, one travels while another is computed
 
@@ -129,10 +130,17 @@ class MoEConfig:
                 "expert_choice leaves tokens without an expert and knows no zero-computation experts; "
                 "set dropless=False and num_zero=num_copy=num_constant=0"
             )
+        if self.num_replicas < 0:
+            raise ValueError(f"num_replicas={self.num_replicas} must be at least 0")
         if (self.balance_rows is not None and self.balance_rows < 1) or self.dispatch_chunks < 1:
             raise ValueError(
                 f"balance_rows={self.balance_rows} and dispatch_chunks={self.dispatch_chunks} must be at least 1"
             )
+
+    @property
+    def num_places(self) -> int:
+        """How many experts with weights there are, copies included: what is split over ep."""
+        return self.num_experts + self.num_replicas
 
     @property
     def num_routed(self) -> int:
@@ -309,10 +317,11 @@ class MeshConfig:
     def check_model(self, model: ModelConfig) -> None:
         """Refuse a mesh that cannot share out the experts, or on which tensor parallelism splits neither attention
         nor MLP."""
-        if model.moe is not None and model.moe.num_experts % self.ep:
+        if model.moe is not None and (places := model.moe.num_places) % self.ep:
+            copies = f" + num_replicas={model.moe.num_replicas}" if model.moe.num_replicas else ""
             raise ValueError(
-                f"num_experts={model.moe.num_experts} is not divisible by ep={self.ep}; "
-                f"use ep in {_divisors(model.moe.num_experts)}"
+                f"num_experts={model.moe.num_experts}{copies} is not divisible by ep={self.ep}; "
+                f"use ep in {_divisors(places)}"
             )
         if self.tp > 1 and model.num_heads % self.tp and model.mlp_dim % self.tp:
             both = math.gcd(model.num_heads, model.mlp_dim)

@@ -12,7 +12,7 @@ from jaxscale.layers import gated_mlp
 from jaxscale.models import routing
 from jaxscale.parallel.expert import apply_experts, gather_experts
 from jaxscale.params import ParamSpec, constant, normal, path_name
-from jaxscale.sharding import active_mesh, constrain, einsum, enter, gather_params
+from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params
 from sharding_rules.rules import Rules
 
 RESIDUAL = ("batch", "norm_seq", "embed")
@@ -49,7 +49,7 @@ def block(
     with jax.named_scope("experts"):
         out = apply_experts(
             y,
-            chosen.experts,
+            _spread(p["places"], chosen.experts, m, rules) if m.num_replicas else chosen.experts,
             chosen.weights,
             p["experts"],
             activation=m.activation if m.activation == "gpt_oss" else cfg.activation,
@@ -105,12 +105,12 @@ def with_bias_balancing(optimizer: optax.GradientTransformation, rate: float) ->
 def param_specs(cfg: ModelConfig, L: int) -> dict[str, Any]:
     """Those of L layers with experts."""
     m, D = _moe(cfg), cfg.embed_dim
-    E, F, R = m.num_experts, m.mlp_dim, m.num_routed
+    F, R = m.mlp_dim, m.num_routed
 
     def spec(*dims: tuple[int, str | None], init):
         return ParamSpec((L, *(n for n, _ in dims)), ("layers", *(a for _, a in dims)), init, cfg.param_dtype)
 
-    embed, experts, mlp = (D, "embed"), (E, "experts"), (F, "mlp")
+    embed, experts, mlp = (D, "embed"), (m.num_places, "experts"), (F, "mlp")
     into, zeros = normal(D**-0.5), constant(0.0)
     out_of = lambda fan_in: normal(fan_in**-0.5 * (2 * cfg.num_layers) ** -0.5)
     router = {"w": spec(embed, (R, None), init=into)}
@@ -138,6 +138,9 @@ def param_specs(cfg: ModelConfig, L: int) -> dict[str, Any]:
             "b_down": spec(experts, embed, init=zeros),
         }
     specs: dict[str, Any] = {"router": router, "experts": weights}
+    if m.num_replicas:
+        shape = (L, m.num_experts, 1 + m.num_replicas)
+        specs["places"] = ParamSpec(shape, ("layers", None, None), _own_places, "int32")
     if m.num_constant:
         specs["constant"] = {
             "value": spec((m.num_constant, None), embed, init=zeros),
@@ -160,7 +163,7 @@ def gather(params: Any, specs: Any, cfg: ModelConfig, rows: Any, rules: Rules) -
         if name == "experts":
             out[name] = gather_experts(part, specs[name], jnp.dtype(cfg.dtype), rows, rules)
         else:
-            dtype = jnp.float32 if name == "router" else jnp.dtype(cfg.dtype)
+            dtype = jnp.dtype({"router": "float32", "places": "int32"}.get(name, cfg.dtype))
             out[name] = gather_params(part, specs[name], dtype, rows, rules)
     return out
 
@@ -200,6 +203,25 @@ def _route(logits, bias, mask, m: MoEConfig, rules: Rules) -> routing.Routing:
     route = lambda logits, mask, bias=None: routing.route(logits, bias, mask, m)
     out = jax.shard_map(route, out_specs=spec)(*arrays)
     return routing.Routing(*(constrain(x, ("batch", "seq", None), rules) for x in out))
+
+
+def _own_places(key, shape, dtype, *, out_sharding=None):
+    """Of each expert the place with its number, and no copy."""
+    return jax.lax.broadcasted_iota(dtype, shape, 1, out_sharding=out_sharding)
+
+
+def _spread(places: Array, experts: Array, m: MoEConfig, rules: Rules) -> Array:
+    """Expert numbers [B, T, K] -> the places of copies, which tokens take in turn; -1 for what has no place.
+
+    places: [E, C], each expert's copies, again and again.
+    """
+    B, T, K = experts.shape
+    token = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T, 1) % places.shape[1]
+    turn = constrain(jnp.broadcast_to(token, (B, T, K)), ("batch", "seq", None), rules)
+    experts = constrain(experts, ("batch", "seq", None), rules)
+    known = (experts >= 0) & (experts < m.num_experts)
+    spec = compute_spec(experts.shape, ("batch", "seq", None), rules)
+    return jnp.where(known, places.at[jnp.where(known, experts, 0), turn].get(out_sharding=spec), -1)
 
 
 def _cheap(p, y, chosen: routing.Routing, m: MoEConfig, rules: Rules):

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxscale.config import MeshConfig, ModelConfig, MoEConfig
+from jaxscale.config import MeshConfig, MLAConfig, ModelConfig, MoEConfig
+from jaxscale.generate import generate
 from jaxscale.models import decoder, moe, routing
 from jaxscale.parity import parity
 from jaxscale.train import make_train_state, make_train_step
@@ -152,16 +153,45 @@ def test_it_trains_and_the_bias_goes_its_own_way(rng):
     assert 0 < moved.max() <= 12 * 0.01 + 1e-6
 
 
+def test_a_router_that_looks_ahead_cannot_decode(rng):
+    cfg = model(router="expert_choice", dropless=False)
+    with pytest.raises(ValueError, match=r"cannot decode: with router='expert_choice' each of its 4 experts chooses"):
+        generate(jax.tree.map(jnp.asarray, random_params(cfg, rng)), cfg, [[1, 2, 3]], max_new_tokens=2)
+
+
+def test_groups_whose_best_expert_scores_highest(rng):
+    """DeepSeek-V2, spelled out for each token."""
+    _, logits, chosen = route(rng, num_groups=4, top_groups=2, top_k=3, weight_scale=4.0, norm_top_k=False)
+    for z, experts, weights in zip(*(x.reshape(-1, x.shape[-1]) for x in (logits, chosen.experts, chosen.weights))):
+        score = np.exp(z) / np.exp(z).sum()
+        best = np.argsort(-score.reshape(4, 2).max(axis=1))[:2]
+        expected = sorted((e for e in range(8) if e // 2 in best), key=lambda e: -score[e])[:3]
+        assert experts.tolist() == expected
+        np.testing.assert_allclose(weights, 4.0 * score[expected], rtol=1e-4)
+
+
 def test_bad_configurations_say_the_numbers():
     for changes, said in (
         ({"top_k": 5}, "top_k=5 must lie between 1 and the 4 experts"),
         ({"router": "gshard", "capacity_factor": 1.0}, "drops tokens but dropless=True promises not to"),
         ({"router": "sigmoid", "num_groups": 3}, "num_groups=3"),
         ({"router": "expert_choice"}, "leaves tokens without an expert"),
+        ({"num_groups": 2, "top_groups": 1, "top_k": 3}, "top_k=3 experts do not lie in 1 groups of 2 experts"),
+        ({"router": "cosine", "num_groups": 2}, "num_groups=2 needs router='softmax' or 'sigmoid'"),
+        ({"num_replicas": -1}, "num_replicas=-1 must be at least 0"),
     ):
         with pytest.raises(ValueError, match=said):
             model(**changes)
     with pytest.raises(ValueError, match=r"num_experts=4 is not divisible by ep=8; use ep in \[1, 2, 4\]"):
         MeshConfig(ep=8).check_model(BASE)
+    with pytest.raises(ValueError, match=r"num_experts=4 \+ num_replicas=2 is not divisible by ep=4; use ep in \[1, 2"):
+        MeshConfig(ep=4).check_model(model(num_replicas=2))
     with pytest.raises(ValueError, match="first_dense=2 leaves no layer"):
         model(first_dense=2)
+    mla = MLAConfig(kv_rank=8, q_rank=None, nope_dim=8, rope_dim=4, value_dim=8)
+    with pytest.raises(ValueError, match=r"set head_dim=12 \(got 8\) and num_kv_heads=2 \(got 2\)"):
+        dataclasses.replace(BASE, mla=mla)
+    with pytest.raises(ValueError, match="latent attention has no sinks"):
+        dataclasses.replace(BASE, mla=mla, head_dim=12, sinks=True)
+    with pytest.raises(ValueError, match="rope_dim=3 is odd"):
+        dataclasses.replace(mla, rope_dim=3)
