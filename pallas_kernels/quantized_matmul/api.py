@@ -16,6 +16,8 @@ from pallas_kernels.quantized_matmul.array import QuantizedArray
 # In the order of preference. Each module has matmul(x [M, K], w, dtype) -> [M, N] for a w from `QuantizedArray.flat`
 # without `inputs`, and may have supported(x, w, dtype) -> None | reason.
 BACKENDS = {
+    "mosaic_gpu": "pallas_kernels.quantized_matmul.pallas_mosaic_gpu",
+    "mosaic_tpu": "pallas_kernels.quantized_matmul.pallas_mosaic_tpu",
     "xla": "pallas_kernels.quantized_matmul.xla",
     "reference": "pallas_kernels.quantized_matmul.reference",
 }

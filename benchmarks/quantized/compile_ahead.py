@@ -1,0 +1,83 @@
+"""Compiles every kernel of quantized_matmul for hardware that is not here, and prints what the compilers say.
+
+    JAX_PLATFORMS=cpu python benchmarks/quantized/compile_ahead.py                      # H200
+    JAX_PLATFORMS=cpu python benchmarks/quantized/compile_ahead.py --only "int4"        # calls whose name holds this
+
+Needs jax[cuda13] in an environment of its own (5 GB), and no device. A row shows ptxas' report: registers, bytes of
+them spilled, shared memory, and C7512 to C7514, which say that tensor core instructions run one after another. Exits
+with 1 when a kernel does not compile, spills more than 64 bytes or is serialised.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+# This import comes before JAX: it says what to dump.
+from benchmarks.attention.compile_ahead import device  # isort: skip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.quantized.bench import CHECKS, WORKS, Work
+from pallas_kernels import QuantizedArray, quantized_matmul
+
+
+def compile_call(work: Work) -> str:
+    """What the compiler printed."""
+    mesh = Mesh(np.array([device("h200")]), ("x",))
+    here = NamedSharding(mesh, PartitionSpec())
+    new = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+    G = work.K // work.group if work.group else 1
+    scales = new((work.N // 128 if work.tiles else work.N, G), jnp.dtype(work.scales))
+    unsigned = work.format == "uint4"
+    values = new((work.N, work.K), jnp.dtype("int4" if unsigned else work.format))
+    w = QuantizedArray(values, scales, activations=work.activations, unsigned=unsigned)  # pyright: ignore
+    run = lambda x, w: quantized_matmul(x, w, implementation="mosaic_gpu")
+    with jax.set_mesh(mesh), tempfile.TemporaryFile() as file:
+        kept = os.dup(1), os.dup(2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            jax.jit(run).lower(new((work.M, work.K), jnp.bfloat16), w).compile()
+        finally:
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
+            file.seek(0)
+            printed = file.read().decode(errors="replace")
+    return printed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="calls whose name holds this")
+    args = parser.parse_args()
+    failed = 0
+    print(f"jax {jax.__version__}")
+    print(f"{'call':24}{'kernel':20}{'registers':>10}{'spilled B':>10}{'SMEM B':>9}")
+    for name, work in (WORKS | CHECKS).items():
+        if args.only not in name:
+            continue
+        try:
+            printed = compile_call(work)
+        except Exception as e:
+            failed += 1
+            print(f"{name:24}FAILED {type(e).__name__}: {str(e)[:1000]}", flush=True)
+            continue
+        smem = max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", printed)), default=0)
+        pattern = r"properties for (\w+?)_mosaic_gpu_kernel\s+.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+        codes = " ".join(sorted(set(re.findall(r"C751[234]", printed))))
+        for kernel, spilled, registers in re.findall(pattern, printed, re.DOTALL):
+            failed += bool(codes) or int(spilled) > 64
+            print(f"{name:24}{kernel:20}{registers:>10}{spilled:>10}{smem:>9}  {codes}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The Mosaic kernels of quantized_matmul against the dequantized weight in float64 numpy.
+
+They run in JAX's interpreter here; benchmarks/quantized/bench.py repeats the comparison on the device.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import QuantizedArray, quantize_array, quantized_matmul, quantized_matmul_implementation
+from pallas_kernels.quantized_matmul import pallas_mosaic_gpu as gpu
+from pallas_kernels.quantized_matmul import pallas_mosaic_gpu_few as few
+from pallas_kernels.quantized_matmul import pallas_mosaic_gpu_many as many
+
+
+def dense(w: QuantizedArray) -> np.ndarray:
+    """[N, K] float64."""
+    q = np.asarray(w.values.astype(jnp.float32), np.float64) + (8 if w.unsigned else 0)
+    n, k = (np.arange(size) * parts // size for size, parts in zip(q.shape, w.scales.shape))
+    full = np.asarray(w.scales, np.float64)[n][:, k] * q
+    return full if w.offsets is None else full + np.asarray(w.offsets, np.float64)[n][:, k]
+
+
+def weight(rng, N, K, format, group=None, **options) -> QuantizedArray:
+    w = rng.normal(size=(K, N)) * rng.uniform(0.1, 10, size=(1, N))
+    return quantize_array(jnp.asarray(w, jnp.float32), format, group=group, **options)
+
+
+def rows(rng, M, K) -> jax.Array:
+    return jnp.asarray(rng.normal(size=(M, K)), jnp.bfloat16)
+
+
+def check(x, w, got):
+    """Products are exact and sums float32: what is left is the order of summation."""
+    x = np.asarray(x, np.float64)
+    want, size = x @ dense(w).T, np.abs(x) @ np.abs(dense(w)).T
+    assert got.shape == want.shape and got.dtype == jnp.float32
+    assert (np.abs(np.asarray(got) - want) <= 2.0**-20 * size + 1e-30).all()
+
+
+def run(x, w, dtype=jnp.float32):
+    with plgpu.force_gpu_interpret_mode():
+        return quantized_matmul(x, w, implementation="mosaic_gpu", preferred_element_type=dtype)
+
+
+@contextlib.contextmanager
+def configured(module, config):
+    before = module.tuned
+    module.tuned = lambda *_: config
+    try:
+        yield
+    finally:
+        module.tuned = before
+
+
+FEW = [  # M, N, K, format, group, options
+    (1, 64, 512, "int4", 128, {}),
+    (5, 72, 192, "int4", 32, {"symmetric": False}),  # N and K that tiles do not divide
+    (3, 64, 512, "uint4", 64, {"scale_dtype": jnp.float16}),
+    (9, 128, 768, "int4", 256, {"scale_dtype": jnp.float32}),
+    (2, 64, 256, "int4", None, {}),
+    (6, 64, 384, "int8", 128, {"symmetric": False}),
+    (16, 256, 256, "int8", None, {}),
+    (70, 256, 256, "int4", 128, {}),  # two parts, the second with few rows
+    (4, 64, 256, "float8_e4m3fn", None, {}),
+    (4, 64, 256, "float8_e5m2", 64, {}),
+    (4, 64, 256, "float4_e2m1fn", 32, {}),
+]
+
+
+@pytest.mark.parametrize(("M", "N", "K", "format", "group", "options"), FEW)
+def test_few_rows(rng, M, N, K, format, group, options):
+    w, x = weight(rng, N, K, format, group, **options), rows(rng, M, K)
+    check(x, w, run(x, w))
+
+
+@pytest.mark.parametrize("config", [few.Config(2, 2, 2, 2), few.Config(1, 3, 1, 2, 64)], ids=str)
+def test_few_rows_shared_by_warpgroups_and_blocks(rng, config):
+    """Shares of K that differ in length, one of them empty; more steps than stages."""
+    w, x = weight(rng, 128, 1280, "int4", 128), rows(rng, 17, 1280)
+    with configured(few, config):
+        check(x, w, run(x, w))
+
+
+@pytest.mark.parametrize("scales", [(1, 1), (32, 2)])
+def test_few_rows_scales_of_tensors_and_tiles(rng, scales):
+    values = jnp.asarray(rng.integers(-8, 8, size=(64, 256)), jnp.int4)
+    w = QuantizedArray(values, jnp.asarray(rng.uniform(0.5, 2, size=scales), jnp.float32))
+    x = rows(rng, 3, 256)
+    check(x, w, run(x, w))
+
+
+def test_zero_scales_and_extreme_values(rng):
+    """A group of zeros gives zeros whatever its values; the ends of each format survive widening."""
+    values = jnp.asarray(np.tile([-8, 7], (64, 128)), jnp.int4)
+    scales = jnp.asarray(rng.uniform(0.5, 2, size=(64, 2)), jnp.bfloat16).at[::2, 0].set(0).at[5].set(0)
+    w, x = QuantizedArray(values, scales), rows(rng, 2, 256)
+    got = run(x, w)
+    check(x, w, got)
+    assert (got[:, 5] == 0).all()
+
+
+MANY = [  # M, N, K, format, activations, group, config: blocks with several tiles, more steps than stages
+    (100, 256, 384, "float8_e4m3fn", "float8_e4m3fn", 128, many.Config(2, 128, 2, blocks=2, wide=1)),
+    (70, 192, 512, "float8_e4m3fn", "float8_e4m3fn", None, many.Config(3, 128, 3, 3, blocks=2)),
+    (
+        130,
+        384,
+        384,
+        "int8",
+        "int8",
+        None,
+        many.Config(2, 192, 2, None, blocks=3, wide=2),
+    ),  # an odd number of pieces in a tile
+    (200, 64, 256, "int4", "int8", None, many.Config(3, 128, 2, None, blocks=1)),
+    (200, 64, 256, "int4", "float8_e4m3fn", None, many.Config(3, 128, 2, 2, blocks=1)),
+]
+
+
+@pytest.mark.parametrize(("M", "N", "K", "format", "activations", "group", "config"), MANY)
+def test_both_in_8_bits(rng, M, N, K, format, activations, group, config):
+    w = weight(rng, N, K, format, group, activations=activations, scale_dtype=jnp.float32)
+    if group:  # tiles of 128 x 128
+        w = QuantizedArray(w.values, w.scales[::128], activations=activations)
+    x = rows(rng, M, K).at[3].set(0).at[4, 5].set(1e4)  # one row of zeros, one outlier that all else is small beside
+    with configured(many, config):
+        got = run(x, w)
+    want = quantized_matmul(x, w, implementation="reference", preferred_element_type=jnp.float32)
+    size = np.abs(np.asarray(want)).max(axis=1, keepdims=True)
+    assert (np.abs(np.asarray(got) - np.asarray(want)) <= 2e-6 * size).all()
+    assert (got[3] == 0).all()
+
+
+@pytest.mark.parametrize("activations", ["int8", "float8_e4m3fn"])
+def test_few_rows_of_8_bits(rng, activations):
+    """They meet 4-bit values too."""
+    w = weight(rng, 64, 256, "int4", activations=activations)
+    x = rows(rng, 3, 256)
+    want = quantized_matmul(x, w, implementation="reference", preferred_element_type=jnp.float32)
+    got = run(x, w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+TPU = [  # M, N, K, format, group, activations, options
+    (5, 256, 512, "int4", 128, None, {}),
+    (33, 128, 768, "uint4", 384, None, {"scale_dtype": jnp.float16}),
+    (3, 128, 256, "int8", None, None, {}),
+    (9, 128, 512, "int8", None, "int8", {}),
+    (2, 128, 256, "int4", None, "int8", {}),
+]
+
+
+@pytest.mark.parametrize(("M", "N", "K", "format", "group", "activations", "options"), TPU)
+def test_tpu(rng, M, N, K, format, group, activations, options):
+    w, x = weight(rng, N, K, format, group, activations=activations, **options), rows(rng, M, K)
+    with pltpu.force_tpu_interpret_mode():
+        got = quantized_matmul(x, w, implementation="mosaic_tpu", preferred_element_type=jnp.float32)
+    if activations is None:
+        check(x, w, got)
+    else:
+        want = quantized_matmul(x, w, implementation="reference", preferred_element_type=jnp.float32)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+REFUSED = {
+    "rows": ({"M": 193}, "at most 192 rows"),
+    "rows of 8 bits": ({"M": 17, "format": "int8", "group": None}, "at most 16 rows"),
+    "dtype": ({"dtype": jnp.float32}, "bfloat16"),
+    "N": ({"N": 68}, "multiple of 8"),
+    "K": ({"K": 96}, "multiple of 64"),
+    "group": ({"group": 16}, "groups of 32"),
+    "tiles": ({"activations": "int8", "format": "int8", "group": 64}, "scales of channels"),
+    "mixed": ({"M": 17, "format": "int8", "activations": "float8_e4m3fn", "group": None}, "dtype of the activations"),
+    "offsets": ({"M": 193, "format": "uint4", "activations": "int8", "group": None}, "no offsets"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_calls_say_why_and_fall_back(rng, name):
+    case, reason = REFUSED[name]
+    case = {"M": 3, "N": 64, "K": 256, "dtype": jnp.bfloat16, "format": "int4", "group": 32, "activations": None} | case
+    w = weight(rng, case["N"], case["K"], case["format"], case["group"], activations=case["activations"])
+    x = rows(rng, case["M"], case["K"]).astype(case["dtype"])
+    with plgpu.force_gpu_interpret_mode():
+        assert quantized_matmul_implementation(x, w) != "mosaic_gpu"
+        with pytest.raises(NotImplementedError, match=reason):
+            quantized_matmul(x, w, implementation="mosaic_gpu")
+
+
+def test_which_backend_runs(rng):
+    x, w = rows(rng, 3, 256), weight(rng, 64, 256, "int4", 128)
+    assert quantized_matmul_implementation(x, w) == "xla"
+    assert "Hopper" in (gpu.supported(x, w.flat(), jnp.float32) or "")
+    with plgpu.force_gpu_interpret_mode():
+        assert quantized_matmul_implementation(x, w) == "mosaic_gpu"
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("hardware", "M", "options"),
+    [
+        ("mosaic_gpu", 8, {"group": 64, "symmetric": False}),
+        ("mosaic_gpu", 512, {"activations": "int8"}),
+        ("mosaic_tpu", 8, {"group": 128, "symmetric": False}),
+    ],
+)
+def test_types_under_shard_map(rng, hardware, M, options, check_vma):
+    """Only traced: what differs from outside of shard_map is which mesh axes a value varies over."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    w, x = weight(rng, 256, 256, "int4", **options), rows(rng, M, 256)
+    interpreted = {"mosaic_gpu": plgpu.force_gpu_interpret_mode, "mosaic_tpu": pltpu.force_tpu_interpret_mode}[hardware]
+
+    def loss(x, w):
+        local = lambda x, w: quantized_matmul(x, w, implementation=hardware)
+        specs = P("dp", None), jax.tree.map(lambda _: P("tp", None), w)
+        return jax.shard_map(local, in_specs=specs, out_specs=P("dp", "tp"), check_vma=check_vma)(x, w).sum()
+
+    with jax.set_mesh(mesh), interpreted():
+        put = lambda v, *spec: jax.device_put(v, jax.NamedSharding(mesh, P(*spec)))
+        grad = jax.eval_shape(jax.grad(loss), put(x, "dp", None), jax.tree.map(lambda v: put(v, "tp", None), w))
+    assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
