@@ -93,7 +93,8 @@ def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: 
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
         if sinks is None:
             return split(q, k, v, positions=positions, segment_ids=segment_ids)
-        return _with_sinks(*split(q, k, v, positions=positions, segment_ids=segment_ids, return_lse=True), sinks)
+        out, lse = split(q, k, v, positions=positions, segment_ids=segment_ids, return_lse=True)
+        return _with_sinks(out, lse, sinks)
 
     return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
 
@@ -238,7 +239,8 @@ def _chunk_losses_bwd(cap, axis_name, keep, residuals, cotangents):
     d_logits = jnp.exp(capped - lse[:, None]) * (d_nll + d_lse)[:, None] - jnp.where(is_label, d_nll[:, None], 0.0)
     if cap is not None:
         d_logits *= 1 - jnp.square(capped / cap)
-    return *pull(d_logits), None
+    d_x, d_head = pull(d_logits)
+    return d_x, d_head, None
 
 
 _chunk_losses.defvjp(_chunk_losses_fwd, _chunk_losses_bwd)
