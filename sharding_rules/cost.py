@@ -95,7 +95,7 @@ class CostModel:
         for out, axes in reduced.items():
             n = len(step.ins) + out
             payload = self.bytes(step, arrays[n], layouts[n])
-            if exchanged := self._columns(step, axes, layouts):
+            if exchanged := self._columns(step, axes):
                 traffic += self._exchange(step, count, exchanged, layouts)
                 axes = [a for a in axes if a not in exchanged]
             scattered = tuple(a for a in axes if a in self.stored_over and step.gradient and self.hardware.scatters)
@@ -110,11 +110,11 @@ class CostModel:
         moved = sum(self.bytes(step, a, x) for a, x in zip(arrays, layouts, strict=True)) if step.flops else 0.0
         return StepCost(tuple(traffic), seconds + count * max(compute, moved / self.hardware.memory_bandwidth))
 
-    def _columns(self, step: Step, axes: Iterable[str], layouts) -> tuple[str, ...]:
-        """Storage axes of a looked-up table whose gradient the partitioner makes by columns: rows are whole."""
-        if not (step.gradient and step.primitive.startswith("scatter")) or layouts[-1]:
-            return ()
-        return tuple(a for a in axes if a in self.stored_over)
+    def _columns(self, step: Step, axes: Iterable[str]) -> tuple[str, ...]:
+        """Storage axes of a looked-up table whose gradient is made by columns: they are the whole mesh."""
+        found = tuple(a for a in axes if a in self.stored_over)
+        alone = math.prod(self.mesh.values()) == math.prod(self.mesh[a] for a in found)
+        return found if step.gradient and step.primitive.startswith("scatter") and alone else ()
 
     def _exchange(self, step: Step, count: int, axes: tuple[str, ...], layouts) -> list[Traffic]:
         """Every device gets its columns of all rows to be added, and all indices."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from sharding_rules.applied import Cut, by_segments
 from sharding_rules.dims import Atom, Dim, expand, nearly_whole, size_of, unify
-from sharding_rules.propagate import Dims, Op, Walker, fresh_dims, itemsize
+from sharding_rules.primitives import Dims, fresh_dims
+from sharding_rules.propagate import Op, Walker, itemsize
 
 
 def infer(fn: Callable, params: Any, *args: Any) -> "Inferred":

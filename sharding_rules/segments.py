@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from sharding_rules.propagate import ELEMENTWISE
+from sharding_rules.primitives import ELEMENTWISE
 
 
 @dataclasses.dataclass(frozen=True)
