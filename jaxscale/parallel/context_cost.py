@@ -55,11 +55,11 @@ class Rates:
     hidden: float = 0.9  # share of a transfer beside which attention runs at full speed
 
 
-# H200: two of them measured (329 GB/s for ppermute, attention fwd+bwd 461 to 553 TFLOP/s). The others are derived from
-# vendors' peaks: 60 % of the matmul peak for attention, 90 % of a link's.
+# Two of them measured: H200 (329 GB/s for ppermute, attention fwd+bwd 461 to 553 TFLOP/s) and H100 (250 GB/s, 494
+# TFLOP/s). The others are derived from vendors' peaks: 60 % of the matmul peak for attention, 90 % of a link's.
 DEVICES = {
     r"H200|GH200": Rates(flops=480e12, link=329e9, both_ways=False, memory=4.3e12),
-    r"H100|H800": Rates(flops=450e12, link=329e9, both_ways=False, memory=3.0e12),
+    r"H100|H800": Rates(flops=500e12, link=250e9, both_ways=False, memory=3.0e12),
     r"A100": Rates(flops=190e12, link=250e9, both_ways=False, memory=1.8e12),
     r"TPU (v5p|v5$)": Rates(flops=275e12, link=90e9, both_ways=True, memory=2.5e12),
     r"TPU v5 ?(lite|e)": Rates(flops=118e12, link=45e9, both_ways=True, memory=0.75e12),
@@ -189,8 +189,9 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
             far = min(1.0, shape.window / (shape.seq_len / cp)) if hops == 1 else 1.0
             moved = [x * far for x in moved]
         if strategy == "bidirectional":
-            if queries * 2 <= keys:  # heads for heads: queries travel, parts come back
+            if queries * 2 <= keys:  # heads for heads: queries travel, parts come back, the last one when all is done
                 moved, rate = [hops * queries, hops * 2 * queries], wide / 2
+                exposed += (queries + queries / shape.itemsize * 4) / rate
             else:
                 rate = wide
             hops = (places - 1) if queries * 2 <= keys else places // 2
@@ -198,7 +199,8 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
             exposed += max(bytes_ / rate - rates.hidden * work, 0.0) + (1 - rates.hidden) * min(bytes_ / rate, work)
         starts += 2 * hops * 2
         merges = hops / 8 if few else hops
-    merging = merges * tokens * N * H * (3 * 4 + 4 * 4) / rates.memory
+    # Bytes of a block beyond the own one, its queries and parts read and written: 1.6 times merging's, as measured.
+    merging = merges * tokens * N * H * 45 / rates.memory
     attention = forward + backward
     overhead = merging + starts * rates.latency
     return Cost(attention, attention - mean * (FORWARD + BACKWARD), exposed, overhead)

@@ -1,5 +1,6 @@
 """Generation over cp: the cache's slots are split, answers are those of one device, traffic does not grow with it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxscale import generate as gen
-from jaxscale.config import ModelConfig
+from jaxscale.config import MLAConfig, ModelConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params, param_shardings
@@ -30,18 +31,32 @@ CFG = ModelConfig(
 )
 
 
-def params_on(mesh):
-    params = jax.tree.map(lambda x: x * 1.5, init_params(jax.random.key(0), decoder.param_specs(CFG)))
-    return jax.device_put(params, param_shardings(decoder.param_specs(CFG), mesh, MEGATRON_FSDP)) if mesh else params
+LATENT = dataclasses.replace(
+    CFG,
+    window=None,
+    layer_pattern=("global",),
+    num_kv_heads=4,
+    head_dim=12,
+    mla=MLAConfig(kv_rank=16, q_rank=None, nope_dim=8, rope_dim=4, value_dim=6),
+)
+SINKS = dataclasses.replace(CFG, sinks=True)
 
 
-@pytest.mark.parametrize("sizes", [{"cp": 4}, {"cp": 2, "tp": 2, "fsdp": 2}])
-def test_generation_over_cp(rng, sizes):
-    """Prompts of unequal lengths, so that new tokens go to slots of several devices, local and global layers."""
+def params_on(mesh, cfg=CFG):
+    params = jax.tree.map(lambda x: x * 1.5, init_params(jax.random.key(0), decoder.param_specs(cfg)))
+    return jax.device_put(params, param_shardings(decoder.param_specs(cfg), mesh, MEGATRON_FSDP)) if mesh else params
+
+
+@pytest.mark.parametrize(
+    ("cfg", "sizes"), [(CFG, {"cp": 4}), (CFG, {"cp": 2, "tp": 2, "fsdp": 2}), (LATENT, {"cp": 2}), (SINKS, {"cp": 2})]
+)
+def test_generation_over_cp(rng, cfg, sizes):
+    """Prompts of unequal lengths, so that new tokens go to slots of several devices; local and global layers, latents,
+    sinks."""
     mesh = make_mesh(devices=jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
-    prompts = [rng.integers(0, CFG.vocab_size, n).tolist() for n in (130, 5)]
-    want = gen.generate(params_on(None), CFG, prompts, max_new_tokens=5)
-    assert gen.generate(params_on(mesh), CFG, prompts, max_new_tokens=5) == want
+    prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (130, 5)]
+    want = gen.generate(params_on(None, cfg), cfg, prompts, max_new_tokens=5)
+    assert gen.generate(params_on(mesh, cfg), cfg, prompts, max_new_tokens=5) == want
 
 
 def test_cache_is_split_and_traffic_does_not_grow(rng):
