@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--transfers", nargs="*", default=None, help="of these alone, by name; without a name none")
     parser.add_argument("--ways", nargs="*", default=WAYS, help="dispatch/chunks of the layer; none: no layer")
     args = parser.parse_args(argv)
-    cfg = configuration(args.tiny, "float32" if args.tiny else "bfloat16")
+    dtype = "float32" if args.tiny else "bfloat16"
+    cfg = configuration(args.tiny, dtype)
     assert cfg.moe is not None
     ep = len(jax.devices())
     if ep < 2:
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     split = NamedSharding(mesh, P(EP))
 
     n = rows * length // ep * (cfg.moe.top_k if not args.tiny else 1)
-    x = jax.device_put(jax.random.normal(jax.random.key(0), (ep * n, cfg.embed_dim), cfg.dtype), split)
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (ep * n, cfg.embed_dim), dtype), split)
     for name, f, size in transfers(ep, n, cfg.embed_dim, cfg.dtype):
         if args.transfers is not None and name not in args.transfers:
             continue
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     values = [jax.device_put(v, split) for v in values]
     for way in args.ways:
         dispatch, chunks = way.split("/")
-        part = configuration(args.tiny, cfg.dtype, dispatch=dispatch, dispatch_chunks=int(chunks))
+        part = configuration(args.tiny, dtype, dispatch=dispatch, dispatch_chunks=int(chunks))
         with jax.set_mesh(mesh):
             ms = measure(layer(part, specs, "dots"), (params, *values))
         print(f"{f'ep={ep} {dispatch}, {chunks} parts':34}{ms:9.3f} ms {alone / ms:6.3f} x one device", flush=True)

@@ -18,6 +18,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Literal
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -35,7 +36,7 @@ from sharding_rules.rules import MEGATRON_FSDP
 REMATS = ("none", "dots", "full")
 
 
-def configuration(tiny: bool, dtype: str, **options) -> ModelConfig:
+def configuration(tiny: bool, dtype: Literal["float32", "bfloat16"], **options) -> ModelConfig:
     size = lambda n, k, f: MoEConfig(num_experts=n, top_k=k, mlp_dim=f, **options)
     D, experts = (64, size(8, 2, 64)) if tiny else (2048, size(128, 8, 768))
     return ModelConfig(
@@ -127,11 +128,10 @@ def kernels(run: jax.stages.Compiled, args) -> list[tuple[str, float, int]]:
     from jax.experimental.mosaic.gpu import profiler
 
     _, timings = profiler.measure(run, aggregate=False)(*args)
-    total, count = collections.Counter(), collections.Counter()
+    times = collections.defaultdict(list)
     for name, ms in timings or []:
-        total[name] += ms
-        count[name] += 1
-    return [(name, ms, count[name]) for name, ms in total.most_common()]
+        times[name].append(ms)
+    return sorted(((name, sum(ms), len(ms)) for name, ms in times.items()), key=lambda kernel: -kernel[1])
 
 
 def main(argv: list[str] | None = None) -> int:
