@@ -19,7 +19,7 @@ from sharding_rules.rules import MEGATRON_FSDP
 QUICK = ("smollm2-135m", "gemma3-1b")
 
 
-# Layers with experts compile for minutes at their published widths; their steps are traced, and compiled small elsewhere.
+# Layers with experts compile for minutes at their published widths: their steps are traced, and compiled where small.
 COMPILED = [n for n in presets.PRESETS if presets.preset(n).moe is None]
 
 
