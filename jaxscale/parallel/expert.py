@@ -89,6 +89,8 @@ def apply_experts(
 
     def apply_local(x, experts, weights, p):
         x, experts, weights, p = jax.tree.map(lambda a: _vary(a, axes), (x, experts, weights, p))
+        if tp and "b_down" in p:  # once: what the devices of tp return is summed
+            p = p | {"b_down": p["b_down"] * (lax.axis_index(TP) == 0).astype(p["b_down"].dtype)}
         fn = functools.partial(_dispatched, call, split=split) if ep > 1 else functools.partial(_experts_local, call)
         out = _flat(fn, x, experts, weights, p)
         if scatter:
@@ -293,5 +295,7 @@ def _max_everywhere(x):
 
 
 def _vary(x, axes):
-    missing = tuple(sorted(frozenset(axes) - jax.typeof(x).mat.varying))
-    return lax.pcast(x, missing, to="varying") if missing else x
+    missing, reduced = frozenset(axes) - jax.typeof(x).mat.varying, jax.typeof(x).mat.reduced
+    for part in (missing & reduced, missing - reduced):  # one cast takes axes of one kind
+        x = lax.pcast(x, tuple(sorted(part)), to="varying") if part else x
+    return x

@@ -19,13 +19,13 @@ from sharding_rules.rules import MEGATRON_FSDP
 QUICK = ("smollm2-135m", "gemma3-1b")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in presets.PRESETS]
-)
+# Layers with experts compile for minutes at their published widths: their steps are traced, and compiled where small.
+COMPILED = [n for n in presets.PRESETS if presets.preset(n).moe is None]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in COMPILED])
 def test_no_findings(name):
     cfg = presets.preset(name)
-    if cfg.moe is not None:
-        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, first_dense=min(cfg.moe.first_dense, 1)))
     cfg = dataclasses.replace(cfg, num_layers=2 * len(cfg.layer_pattern))  # scanned: the depth changes a trip count
     mesh = make_mesh(fsdp=2, cp=2, tp=2)
     params = abstract_params(decoder.param_specs(cfg), mesh, MEGATRON_FSDP)

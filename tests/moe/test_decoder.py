@@ -33,6 +33,7 @@ ROUTERS = {
     "gshard": {"router": "gshard", "capacity_factor": 1.0, "dropless": False},
     "cosine": {"router": "cosine", "cosine_dim": 8, "balance_rows": 1},
     "expert_choice": {"router": "expert_choice", "dropless": False, "balance_rows": 2},
+    "gpt_oss": {"activation": "gpt_oss", "router_bias": True},
     "moe++": {"num_zero": 1, "num_copy": 1, "num_constant": 2, "gating_residual": True},
 }
 
