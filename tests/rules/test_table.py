@@ -35,7 +35,7 @@ def test_the_derived_plan(name):
 
 # Each model on one more mesh, and Llama on all: stored parameters are gathered in the loop, tp beyond the kv heads
 # leaves them whole. Every model on every mesh: python -m tests.rules.table --meshes.
-OTHERS = [(name, OTHER_MESHES[i % len(OTHER_MESHES)]) for i, name in enumerate(CASES) if name not in SLOW]
+OTHERS = [(name, OTHER_MESHES[i % len(OTHER_MESHES)]) for i, name in enumerate(CASES) if name not in (*SLOW, "DiT")]
 OTHERS += [("Llama (raw JAX, scanned)", mesh) for mesh in OTHER_MESHES[1:]]
 
 
