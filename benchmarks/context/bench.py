@@ -261,7 +261,8 @@ class Bench:
         compiled = self.compile_all(tasks)
         with alone(120):
             for shape in shapes:
-                arrays = self.random(self.shapes(*shape[:3], 128, jnp.bfloat16, (), self.mesh))
+                T, N, K, _ = shape
+                arrays = self.random(self.shapes(T, N, K, 128, jnp.bfloat16, (), self.mesh))
                 found = {
                     (s, layout): self.seconds(fn, arrays, self.mesh)
                     for (other, s, layout), fn in compiled.items()
