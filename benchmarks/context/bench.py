@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the devices
@@ -173,7 +174,7 @@ class Bench:
 
     def check(self):
         """Every strategy against one device, packed and not: in float32, and with the kernels in bfloat16."""
-        kinds = [(jnp.float32, "xla", 512 if self.quick else 2048, 1e-5)]
+        kinds: list[Any] = [(jnp.float32, "xla", 512 if self.quick else 2048, 1e-5)]
         if self.gpu:
             kinds.append((jnp.bfloat16, None, 8192, 2e-2))
         for dtype, implementation, T, tolerance in kinds:
@@ -197,7 +198,8 @@ class Bench:
             worst, expected = {}, {}
             with alone(120):
                 for case in cases:
-                    strategy, layout, packed, window = case
+                    strategy, packed, window = case[0], *case[2:]
+                    layout: Any = case[1]
                     given = arrays + list(rows if packed else ())
                     if (base := (packed, window)) not in expected:
                         expected[base] = jax.device_get(compiled[base](*self.put(given, self.one)))
@@ -215,13 +217,13 @@ class Bench:
     def speedup(self, T, documents):
         N, H = (4, 64) if self.quick else (16, 128)
         rows = rows_of(T, documents, self.rng) if documents else ()
-        layout = "packed" if documents else "zigzag"
+        balanced = "packed" if documents else "zigzag"
         plain = {"xla_gpu_enable_latency_hiding_scheduler": False}
         shapes = {mesh: self.shapes(T, N, N, H, jnp.bfloat16, rows, mesh) for mesh in (self.one, self.mesh)}
         split = functools.partial(self.split, causal=True)
-        tasks = {"one device": (functools.partial(self.single, causal=True), shapes[self.one])}
+        tasks: dict[str, Any] = {"one device": (functools.partial(self.single, causal=True), shapes[self.one])}
         tasks["plain ring (contiguous)"] = (split, shapes[self.mesh], "ring", "contiguous", plain)
-        tasks |= {f"{s} ({layout})": (split, shapes[self.mesh], s, layout) for s in STRATEGIES}
+        tasks |= {f"{s} ({balanced})": (split, shapes[self.mesh], s, balanced) for s in STRATEGIES}
         if documents:
             tasks |= {f"{s} (striped)": (split, shapes[self.mesh], s, "striped") for s in ("ring", "ulysses")}
         tasks = {name: task for name, task in tasks.items() if name.split(" (")[0] in ("one device", *self.strategies)}
@@ -230,7 +232,7 @@ class Bench:
         with alone(120):
             for name in tasks:
                 mesh = self.one if name == "one device" else self.mesh
-                layout = "contiguous" if mesh is self.one else name.rpartition("(")[2][:-1]
+                layout: Any = "contiguous" if mesh is self.one else name.rpartition("(")[2][:-1]
                 order = layout_order(layout, T, self.cp, *rows)
                 arrays = self.random(shapes[mesh][:4], order) + self.put([permute(x, order) for x in rows], mesh)
                 with jax.set_mesh(mesh):
@@ -261,7 +263,8 @@ class Bench:
         compiled = self.compile_all(tasks)
         with alone(120):
             for shape in shapes:
-                arrays = self.random(self.shapes(*shape[:3], 128, jnp.bfloat16, (), self.mesh))
+                T, N, K, _ = shape
+                arrays = self.random(self.shapes(T, N, K, 128, jnp.bfloat16, (), self.mesh))
                 found = {
                     (s, layout): self.seconds(fn, arrays, self.mesh)
                     for (other, s, layout), fn in compiled.items()
