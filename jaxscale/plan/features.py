@@ -29,6 +29,9 @@ BASE: Mapping[str, Any] = {
 }
 
 
+_LATENT = {"kv_rank": 32, "q_rank": 48, "nope_dim": 32, "rope_dim": 32, "value_dim": 64}
+
+
 def _model(kind: str, **fields: Any) -> Feature:
     return Feature(kind, {"model": fields})
 
@@ -91,9 +94,9 @@ FEATURES: Mapping[str, Feature] = {
     "head_dim=80": _model("head_dim", head_dim=80),
     "head_dim=128": _model("head_dim", head_dim=128),
     "head_dim=256": _model("head_dim", head_dim=256),
-    # Names of other libraries' fields: the configuration says itself that it has none.
-    "MLA": _model("mla", kv_lora_rank=64),
-    "quantized weights": _model("quantized", quantization="int8"),
+    "latent attention": _model("attention", num_kv_heads=16, mla=_LATENT),
+    # A field that there is not: the configuration says itself that it has none.
+    "training with quantized weights": _model("quantized", quantization="int8"),
     "decode": Feature("use", {}, use="decode"),
     "export to Hugging Face": Feature("use", {}, use="export"),
 }
