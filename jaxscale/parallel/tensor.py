@@ -201,7 +201,7 @@ def _token_losses_local(x, head, labels, chunk, logit_soft_cap, axis_name):
     shape, rows = labels.shape, labels.size
     x, labels = x.reshape(rows, x.shape[-1]), labels.reshape(rows)
     if rows <= chunk:
-        nll, lse = _chunk_losses(x, head, labels, logit_soft_cap, axis_name, True)
+        nll, lse = _chunk_losses(x, head, labels, logit_soft_cap, axis_name, True)  # pyright: ignore
         return nll.reshape(shape), lse.reshape(shape)
     padding = -rows % chunk
     x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
@@ -232,15 +232,15 @@ def _chunk_losses_fwd(x, head, labels, cap, axis_name, keep):
 def _chunk_losses_bwd(cap, axis_name, keep, residuals, cotangents):
     x, head, labels, lse, logits = residuals
     d_nll, d_lse = cotangents
-    again, pull = jax.vjp(_head_logits, x, head)
+    again, pull = jax.vjp(_head_logits, x, head)  # unused where logits are kept: not computed
     capped = soft_cap(logits if keep else again, cap)
     local, _ = _own_labels(labels, capped.shape[-1], axis_name)
     is_label = jnp.arange(capped.shape[-1])[None] == local[:, None]
     d_logits = jnp.exp(capped - lse[:, None]) * (d_nll + d_lse)[:, None] - jnp.where(is_label, d_nll[:, None], 0.0)
     if cap is not None:
         d_logits *= 1 - jnp.square(capped / cap)
-    d_x, d_head = pull(d_logits)
-    return d_x, d_head, None
+    gradients: Any = pull(d_logits)
+    return (*gradients, None)
 
 
 _chunk_losses.defvjp(_chunk_losses_fwd, _chunk_losses_bwd)
