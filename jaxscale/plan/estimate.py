@@ -348,8 +348,8 @@ class _Step:
         # and their gradients, gathered weights and their gradients.
         keys = 2 * (self.keys - self.tokens) * self.kv_heads * self.model.head_dim * self.item
         backward = self.residuals("none") + keys + 4 * rows + 2 * layer + tables
-        # Loss: head, logits and their gradient in float32, the rows and their gradient.
-        loss = head + tables + 2 * self.loss_rows * self.vocab * 4 + 3 * rows
+        # Loss: head, logits in float32 and their gradient in the model's dtype, the rows and their gradient.
+        loss = head + tables + self.loss_rows * self.vocab * (4 + self.item) + 3 * rows
         if pod.platform == "tpu":
             # As buffers of compiled programs show (jaxscale.plan.buffers): the norms' float32 arrays are fused away,
             # four arrays of the MLP live at once, weights are gathered one matrix at a time, the zeros for the
