@@ -197,10 +197,11 @@ class ConvertOptions:
 
 def _convert(args: list[str]) -> int:
     options = _parse(ConvertOptions, args, "jaxscale convert")
-    from jaxscale.pretrained import save_model
+    from jaxscale.pretrained import require_new, save_model
     from jaxscale.quantize.apply import summary
 
     recipe = options.quantize
+    require_new(options.out)  # before the work
     if recipe.rpartition("-")[2] in ("awq", "gptq", "smoothquant"):
         model = _calibrated(_load(options.model, None), recipe, options)
     else:
@@ -211,15 +212,24 @@ def _convert(args: list[str]) -> int:
 
 
 def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
+    import jax
     import jax.numpy as jnp
 
     from jaxscale.models import decoder
     from jaxscale.quantize.calibrate import gather_statistics, quantize_calibrated
+    from pallas_kernels import QuantizedArray
 
     if not Path(options.text).is_file():
         raise ValueError(f"{recipe} needs a calibration set: --text FILE, a text file; {options.text!r} is none")
+    quantized = lambda x: isinstance(x, QuantizedArray)
+    if any(map(quantized, jax.tree.leaves(model.params, is_leaf=quantized))):
+        raise ValueError(f"{options.model} is quantized already; {recipe} takes the model that it was made from")
     length = min(256, model.cfg.max_seq_len)
     ids = model.tokenizer.encode(Path(options.text).read_text("utf-8"))[: options.calibration_tokens]
+    if len(ids) < length:
+        raise ValueError(
+            f"{len(ids)} tokens of {options.text} fill no row of {length}; use a longer --text, --calibration-tokens"
+        )
     batches = [jnp.asarray(ids[None, i : i + length]) for i in range(0, len(ids) - length + 1, length)]
     specs = decoder.param_specs(model.cfg)
     run = lambda params, tokens: decoder.forward(params, tokens, model.cfg, remat="full")
@@ -229,14 +239,22 @@ def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
 
 def _load(name: str, mesh: Any, quantize: str = "") -> Any:
     """A published model, a file or directory of one, or what a training run left behind."""
+    import jax
+
+    from jaxscale.mesh import make_mesh
     from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import LoadedModel, load_model
     from jaxscale.quantize.apply import quantize as round_to_nearest
     from jaxscale.run import load_run
 
     if (Path(name) / "checkpoints").is_dir():
-        run = load_run(name, mesh)
-        params = round_to_nearest(run.params, quantize, param_specs(run.cfg)) if quantize else run.params
+        if quantize == "stored":
+            raise ValueError(f"{name} is no .gguf file to keep packed; name a recipe, as in w8a16")
+        first = jax.devices()[0]
+        run = load_run(name, mesh or make_mesh(devices=[first]))
+        params = run.params if mesh else jax.device_put(run.params, first)
+        if quantize:
+            params = round_to_nearest(params, quantize, param_specs(run.cfg))
         return LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
     return load_model(name, mesh=mesh, quantize=quantize or None)
 

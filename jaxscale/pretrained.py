@@ -114,19 +114,30 @@ def save_model(model: LoadedModel, path: str | Path) -> None:
     """A directory that `load_model` reads: a model with quantized parameters, configuration, tokenizer, chat.
 
     Raises:
-      ValueError: the directory is not empty.
+      ValueError: the directory is not empty, or Hugging Face's configuration cannot say what the model is.
     """
-    path = Path(path)
-    if path.exists() and any(path.iterdir()):
-        raise ValueError(f"{path} is not empty; name a new directory to write to")
+    path = require_new(path)
+    config = json.dumps(config_to_hf(model.cfg), indent=2)  # refused, if it is, before anything is written
     path.mkdir(parents=True, exist_ok=True)
     chat = None if model.chat is None else {"system": getattr(model.chat, "keywords", {}).get("system")}
     model.tokenizer.save(path / "tokenizer.json")
     # dtype is of the computation: config.json has none of its own for it.
     about = {"dtype": model.cfg.dtype, "param_dtype": model.cfg.param_dtype, "chat": chat, "stop": model.stop_tokens}
-    (path / "config.json").write_text(json.dumps(config_to_hf(model.cfg), indent=2), "utf-8")
+    (path / "config.json").write_text(config, "utf-8")
     (path / "quantized.json").write_text(json.dumps(about, indent=2), "utf-8")
     save_quantized(model.params, path / QUANTIZED)  # last: a directory without it is half-written
+
+
+def require_new(path: str | Path) -> Path:
+    """The path, which must be free or an empty directory.
+
+    Raises:
+      ValueError: it is not.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not empty; name a new directory to write to")
+    return path
 
 
 def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 from pathlib import Path
 
 import jax
@@ -101,3 +102,43 @@ def test_convert_then_generate(rng, tmp_path):
     with pytest.raises(ValueError, match=r"no \.gguf file to keep packed"):
         load_model(tmp_path / "packed", quantize="stored")
     assert main(["convert", "--model", str(source), "--quantize", "w4a16-g32-awq", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
+    from jaxscale.checkpoint import Checkpointer
+    from jaxscale.config import TrainConfig
+    from jaxscale.data.tokenizers import train_bpe
+    from jaxscale.optim import make_optimizer
+    from jaxscale.train import make_train_state
+
+    run = tmp_path / "run"
+    tokenizer = train_bpe(["ab abc cab bac " * 60], 300)
+    train = TrainConfig(model=dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size, max_seq_len=512))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = init_params(jax.random.key(0), decoder.param_specs(train.model), mesh, jaxscale.MEGATRON_FSDP)
+    with jax.set_mesh(mesh), Checkpointer(run / "checkpoints") as ckpt:
+        ckpt.save(1, make_train_state(params, make_optimizer(train.optimizer, train.steps), jax.random.key(1)))
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(train)))
+    tokenizer.save(run / "tokenizer.json")
+    text = tmp_path / "t.txt"
+    text.write_text("ab abc cab bac " * 300)
+    small = tmp_path / "small"
+    assert "quantized" in command("convert", "--model", run, "--quantize", "w8a16", "--out", small)
+    options = ("--prompt", "ab", "--max-new-tokens", "4")
+    want = command("generate", "--model", run, "--quantize", "w8a16", *options)
+    assert command("generate", "--model", small, *options) == want
+    awq = ("--quantize", "w8a16-awq", "--text", text)
+    command("convert", "--model", run, *awq, "--out", tmp_path / "awq")
+    capsys.readouterr()
+    new = ("--out", tmp_path / "new")
+    for args, message in [
+        (("--model", small, *awq, *new), "is quantized already"),
+        (("--model", run, *awq, "--out", small), "is not empty"),
+        (("--model", run, *awq, "--calibration-tokens", "5", *new), "5 tokens of"),
+        (("--model", run, "--quantize", "stored", *new), "is no .gguf file to keep packed"),
+    ]:
+        assert main(["convert", *map(str, args)]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()
