@@ -123,8 +123,8 @@ def choose(
     why = (
         f"cp={cp}: {strategy} on {layout} rows, about {best.seconds * 1e3:.3g} ms a layer forward and backward "
         f"(attention {best.attention * 1e3:.3g}, of it unbalanced {best.unbalanced * 1e3:.3g}, "
-        f"transfers not hidden {best.exposed * 1e3:.3g}, merging and launches {best.overhead * 1e3:.3g}) "
-        f"against {text}"
+        f"transfers not hidden {best.exposed * 1e3:.3g}, merging and launches {best.overhead * 1e3:.3g})"
+        + (f" against {text}" if text else "")
     )
     return Choice(strategy, layout, best.seconds, why)
 
