@@ -42,9 +42,14 @@ TRAINING = ("balance_weight", "balance_rows", "router_z_weight", "cheap_balance"
 
 
 def model_type(cfg: ModelConfig) -> str:
-    """The model_type of Hugging Face that is nearest to a configuration with experts or latent attention."""
+    """The model_type of Hugging Face that is nearest to a configuration with experts or latent attention.
+
+    Raises ValueError for latent attention without experts, which no model_type has.
+    """
     if cfg.mla is not None:
-        return "deepseek_v3" if cfg.moe is not None and cfg.moe.router == "sigmoid" else "deepseek_v2"
+        if cfg.moe is None:
+            raise ValueError("deepseek_v2, the nearest model_type of Hugging Face, cannot say moe=None")
+        return "deepseek_v3" if cfg.moe.router == "sigmoid" else "deepseek_v2"
     return "gpt_oss" if cfg.sinks else "qwen3_moe" if cfg.qk_norm else "mixtral"
 
 
