@@ -64,7 +64,7 @@ def check(cfg, mesh_config):
     assert [(m.shape, m.dtype, spec_of(m)) for m in moments] == wanted * 2  # AdamW's two
     assert [spec_of(m) for m in jax.tree.leaves(after.opt_state) if m.ndim] == [spec_of(m) for m in moments]
     assert {"loss", "nll", "grad_norm"} <= set(metrics)
-    # Nothing large rests whole: a device holds a 64th of a matrix at most. (Biases of experts rest over ep and tp alone.)
+    # Nothing large rests whole: a device holds a 64th of a matrix at most. Biases of experts rest over ep and tp alone.
     for p, spec in zip(jax.tree.leaves(state.params), jax.tree.leaves(decoder.param_specs(cfg))):
         if p.size > 10_000_000 and len(set(spec.axes) - {"layers", "experts"}) > 1:
             assert math.prod(p.sharding.shard_shape(p.shape)) <= p.size / 64
