@@ -1,6 +1,6 @@
 """Traces every pair of features for hardware that is not here, and writes the table of docs/planner.md.
 
-python benchmarks/plan/composition.py                # about 15 minutes on one core; needs no accelerator
+python benchmarks/plan/composition.py                # about 40 minutes on one core; needs no accelerator
 python benchmarks/plan/composition.py --kernels      # the table of attention's kernels alone: seconds
 """
 
