@@ -26,6 +26,7 @@ from pallas_kernels.attention.inputs import ATTENTION, Inputs, Options, visible
 xla = importlib.import_module("pallas_kernels.attention.xla")
 mosaic_tpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_tpu")
 mosaic_gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
+mosaic_gpu_bwd = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu_bwd")
 
 
 def oracle(q, k, v, *, do, dlse, causal=False, segment_ids=None, positions=None, window=None, soft_cap=None, scale=None,
@@ -249,17 +250,81 @@ def small_blocks(monkeypatch, **gpu):
 
 
 def test_mosaic_gpu_causal_documents(rng, monkeypatch):
-    small_blocks(monkeypatch)
+    small_blocks(monkeypatch, fused=False)
     ids = documents(rng, 1, 150, padding=20)
     kwargs = {"causal": True, "segment_ids": ids, "sinks": one(rng, (2,))}
     check(rng, "mosaic_gpu", 1, 150, 150, 2, 1, 64, 128, jnp.bfloat16, **kwargs)
 
 
 def test_mosaic_gpu_window_positions(rng, monkeypatch):
-    small_blocks(monkeypatch, overlap=False, warpgroups_bwd=1, split_dkv=True)
+    small_blocks(monkeypatch, fused=False, warpgroups_bwd=1, split_dkv=True)
     positions = jnp.arange(100, dtype=jnp.int32)[None] + 30, jnp.arange(260, dtype=jnp.int32)[None]
     kwargs = {"causal": True, "window": jnp.int32(50), "positions": positions, "soft_cap": 3.0}
     check(rng, "mosaic_gpu", 1, 100, 260, 1, 1, 64, 64, jnp.float16, **kwargs)
+
+
+def test_mosaic_gpu_fused_backward_of_documents(rng, monkeypatch):
+    """Warpgroups that share dq by columns; blocks of queries that one, two and no block of keys visits."""
+    small_blocks(monkeypatch)
+    ids = documents(rng, 1, 290, padding=100)
+    check(rng, "mosaic_gpu", 1, 290, 290, 2, 1, 128, 128, jnp.bfloat16, causal=True, segment_ids=ids)
+
+
+def test_mosaic_gpu_fused_backward_of_a_window(rng, monkeypatch):
+    """Warpgroups that share dq by queries; keys that no query sees; a forward block that computes several tiles."""
+    small_blocks(monkeypatch, block_q=128)
+    monkeypatch.setattr(mosaic_gpu, "SM_COUNT", 1)
+    kwargs = {"window": (17, 0), "soft_cap": 3.0, "sinks": one(rng, (1,))}
+    check(rng, "mosaic_gpu", 1, 270, 330, 1, 1, 64, 64, jnp.float16, **kwargs)
+
+
+def test_mosaic_gpu_one_query_of_many_heads(rng, monkeypatch):
+    small_blocks(monkeypatch, block_q=128)
+    check(rng, "mosaic_gpu", 1, 1, 70, 3, 1, 64, 64, jnp.bfloat16)
+
+
+def test_mosaic_gpu_under_vmap(rng):
+    """One kernel counts additions to dq in semaphores, which a whole batch would share: two kernels do it."""
+    x = [one(rng, (2, 1, 70, 1, 64), jnp.bfloat16) for _ in range(3)]
+
+    def loss(q, k, v, name):
+        return jnp.sum(jnp.sin(attention(q, k, v, causal=True, implementation=name).astype(jnp.float32)))
+
+    def grads(x, name):
+        return jax.jit(jax.vmap(jax.grad(functools.partial(loss, name=name), argnums=(0, 1, 2))))(*x)
+
+    with plgpu.force_gpu_interpret_mode():
+        got = jax.block_until_ready(grads(x, "mosaic_gpu"))
+    for a, b in zip(got, grads([a.astype(jnp.float32) for a in x], "reference")):
+        close("gradient", a, np.asarray(b, np.float64), 1e-2)
+
+
+def test_every_tile_has_a_block(rng):
+    """Known ranges: each tile once, blocks that end at about the same time; unknown ones: a block for each tile."""
+    tiles = 40
+    for together in (1, 6):
+        ranges = np.sort(rng.integers(0, tiles, (1, tiles, 4)), axis=2).astype(np.int32)
+        table = mosaic_gpu._schedule(ranges, 2, 3, tiles, together)
+        done = [row[1 : 1 + row[0]] for row in table]
+        np.testing.assert_array_equal(np.sort(np.concatenate(done)), np.arange(6 * tiles))
+        steps = [(ranges[0, x % tiles, 3] - ranges[0, x % tiles, 0] + 1).sum() for x in done]
+        assert len(table) == mosaic_gpu.SM_COUNT
+        assert max(steps) - min(steps) <= tiles + 1
+        table = mosaic_gpu._schedule(jnp.asarray(ranges), 2, 3, tiles, together)
+        assert (table[:, 0] == 1).all()
+        np.testing.assert_array_equal(np.sort(table[:, 1]), np.arange(6 * tiles))
+
+
+def test_blocks_of_keys_add_to_dq_in_order(rng):
+    """Each block of queries is added to by those that visit it, one after another, an earlier block of keys first."""
+    bounds = np.sort(rng.integers(0, 12, (3, 9, 2)), axis=2)
+    ranges = np.stack([bounds[..., 0], bounds[..., 0], bounds[..., 1], bounds[..., 1]], axis=2).astype(np.int32)
+    for table in (ranges, jnp.asarray(ranges)):
+        visits, turns = (np.asarray(x) for x in mosaic_gpu_bwd._order(table, 12))
+        for b, j in np.ndindex(3, 12):
+            tiles = [t for t in range(9) if bounds[b, t, 0] <= j < bounds[b, t, 1]]
+            assert np.flatnonzero(visits[b, :, j]).tolist() == tiles
+            assert turns[b, tiles, j].tolist() == list(range(len(tiles)))
 
 
 def test_mosaic_tpu_causal_documents(rng, monkeypatch):

@@ -1,0 +1,209 @@
+"""What the forward and backward kernels for Hopper share."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _dispatch
+from pallas_kernels.attention.inputs import Inputs, Options
+
+LOG2E = math.log2(math.e)
+ROWS = 64  # rows of one warpgroup: a wgmma is 64 rows high
+SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
+_L2_BYTES = 32 * 2**20  # keys and values that are in use at one time should fit in half of the L2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Block sizes of the kernels; each warpgroup holds 64 rows of its output."""
+
+    block_kv: int = 128  # forward: keys in a step
+    stages: int = 2  # forward: steps in flight
+    fused: bool = True  # backward: one kernel; the rest is for two
+    block_q: int = 64
+    stages_bwd: int = 2
+    block_kv_dq: int = 64
+    stages_dq: int = 2
+    block_q_dkv: int = 64
+    stages_dkv: int = 2
+    warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
+    split_dkv: bool = False  # one kernel each for dk and dv, where registers do not hold both
+
+
+class Mask:
+    """The mask inside of a block, from the arrays that a kernel receives for it."""
+
+    def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int):
+        self.options, self.keys, self.ragged = options, keys, keys != padded_keys
+        fields = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "window")
+        arrays = {name: getattr(padded, name) for name in fields}
+        if padded.window is not None:
+            arrays["window"] = padded.window[None]
+        self.names = [name for name in fields if arrays[name] is not None]
+        self.arrays = [arrays[name] for name in self.names]
+
+    def keep(self, refs, b, shape, q_dim: int, q_start, kv_start):
+        """Which pairs of a block see each other; queries along q_dim of `shape`, keys along the other."""
+        aux = dict(zip(self.names, refs, strict=True))
+        kv_dim = 1 - q_dim
+
+        def along(name, start, dim):
+            values = aux[name].at[b, pl.ds(start, shape[dim])]
+            values = plgpu.load(values, layout=plgpu.Layout.WGMMA.reduce(1 - dim), optimized=False)
+            return lax.broadcast_in_dim(values, shape, [dim])
+
+        def index(start, dim):
+            return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) + start
+
+        conditions = []
+        left, right = self.options.window
+        if self.options.causal:
+            right = 0 if right is None else min(right, 0)
+        if left is not None or right is not None or "window" in aux:
+            if "q_positions" in aux:
+                ahead = along("kv_positions", kv_start, kv_dim) - along("q_positions", q_start, q_dim)
+            else:
+                ahead = index(kv_start, kv_dim) - index(q_start, q_dim)
+            if left is not None:
+                conditions.append(ahead >= -left)
+            if right is not None:
+                conditions.append(ahead <= right)
+            if "window" in aux:
+                window = aux["window"][0]
+                conditions.append(ahead > -window)
+                if right is None:
+                    conditions.append(ahead < window)
+        if "q_segment_ids" in aux:
+            q_ids = along("q_segment_ids", q_start, q_dim)
+            conditions += [q_ids == along("kv_segment_ids", kv_start, kv_dim), q_ids != 0]
+        elif self.ragged:
+            conditions.append(index(kv_start, kv_dim) < self.keys)
+        if not conditions:  # a block that is not full, with nothing to hide: only when the last one is ragged
+            return index(kv_start, kv_dim) >= 0
+        return functools.reduce(lambda x, y: x & y, conditions)
+
+
+def read_bounds(ranges_ref, b, t):
+    """One row of a range table, which has one row for all batches or one for each."""
+    row = lax.rem(b, jnp.int32(ranges_ref.shape[0]))
+    # Under shard_map with check_vma a value read varies over mesh axes and a sum in a kernel does not: loops want sums.
+    return tuple(ranges_ref[row, t, i] + 0 for i in range(4))
+
+
+def three_loops(step, bounds, carry):
+    """step(j, carry, masked) over the blocks of one row of a range table."""
+    lo, full_lo, full_hi, hi = bounds
+    carry = lax.fori_loop(lo, full_lo, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(full_lo, full_hi, functools.partial(step, masked=False), carry)
+    return lax.fori_loop(full_hi, hi, functools.partial(step, masked=True), carry)
+
+
+def feed_ring(steps, stages: int, *buffers):
+    """Copies for each step, once the computing warpgroups have freed its slot; at the end waits for all slots.
+
+    Each buffer is (barriers that say a slot is free, copy(step, slot)).
+    """
+
+    @pl.loop(0, steps + stages)
+    def _(i):
+        slot = slot_of(i, stages)
+        for free, copy in buffers:
+            pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            pl.when(i < steps)(lambda copy=copy: copy(i, slot))
+
+
+def mma(acc: jax.Array, a: jax.Array, b_ref, acc_ref=None) -> Any:
+    """acc + a @ b with a in registers, which the interpreter's wgmma does not take; in flight in acc_ref if given."""
+    if _dispatch.interpreted("gpu"):
+        return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+    if acc_ref is not None:
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, a, b_ref)
+        return None
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
+
+
+def before(x: jax.Array, more, barrier) -> jax.Array:
+    """x, and a wait for the next step's block, if there is one; the loop in this wait ends a basic block.
+
+    Without that ptxas moves the exponentials that make x below the end of the wgmma that they should run under.
+    """
+    x = lax.optimization_barrier(x)
+    pl.when(more)(lambda: plgpu.barrier_wait(barrier))
+    return x
+
+
+def cap_logits(s: jax.Array, options: Options) -> tuple[jax.Array, jax.Array | None]:
+    """q @ k such that scale times it is the capped logit, and the derivative."""
+    if options.soft_cap is None:
+        return s, None
+    ratio = options.soft_cap / options.scale
+    tanh = jnp.tanh(s * (1 / ratio))
+    return tanh * ratio, 1.0 - tanh * tanh
+
+
+def slot_of(i: jax.Array, stages: int) -> jax.Array:
+    return lax.rem(i, jnp.int32(stages))
+
+
+def make_grid(B: int, heads: int, tiles: int, bytes_per_head: int):
+    """The grid, and the function that finds (batch, head, tile) in it.
+
+    Pairs of batch and head run in groups whose streamed operands fit in the L2; in a group the tile index varies
+    slowest, so all pairs start on the tiles that take longest.
+    """
+    pairs = B * heads
+    group = heads_at_once(pairs, bytes_per_head)
+
+    def locate():
+        pair = lax.axis_index("group") * group + lax.axis_index("pair")
+        return lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads)), lax.axis_index("tile")
+
+    return {"group": pairs // group, "tile": tiles, "pair": group}, locate
+
+
+def heads_at_once(heads: int, bytes_per_head: int) -> int:
+    """The divisor of `heads` such that what so many of them stream fits in the L2."""
+    fit = max(1, _L2_BYTES // max(bytes_per_head, 1))
+    return max(d for d in range(1, heads + 1) if heads % d == 0 and d <= fit)
+
+
+def accumulator(width: int):
+    return plgpu.ACC((ROWS, width), jnp.float32)
+
+
+def tiled(shape: tuple[int, ...], dtype) -> Any:
+    """Shared memory that TMA writes and wgmma reads."""
+    transforms: Any = plgpu  # pyright takes these two for abstract classes
+    return plgpu.SMEM(shape, dtype, transforms=(transforms.TilingTransform((8, 64)), transforms.SwizzleTransform(128)))
+
+
+def set_registers(wgs: int, count: int) -> None:
+    """Registers go from the warpgroup that feeds to the two that compute; one alone starts with all it can use."""
+    if wgs > 1:
+        plgpu.set_max_registers(count, action="increase" if count > 168 else "decrease")
+
+
+def launch(kernel, name: str, out_type, grid, scratch, operands, threads: int = 3):
+    """A block of that many warpgroups for each place in the grid."""
+    out = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=threads,
+        thread_name="wg",
+        # A row lies in one warp: no reduction needs shared memory, and three stages of the forward need the rest.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        kernel_name=name,
+    )(*operands)
+    axes = tuple(sorted(jax.typeof(operands[0]).mat.varying))
+    return [jax.lax.pcast(x, axes, to="varying") if axes else x for x in out]
