@@ -142,16 +142,20 @@ def jax_run(args: argparse.Namespace, directory: pathlib.Path):
     make = jax.jit(lambda k: jax.random.normal(k, (rows, columns)), out_shardings=where)
     held = {"state": {f"w{i}": make(jax.random.key(i)) for i in range(args.arrays)}}
     square = jnp.zeros((SIDE, SIDE), jnp.bfloat16)  # zeros: the clocks stay where they are
-    multiply = lambda a, times: jax.lax.fori_loop(0, times, lambda _, x: x @ a, a)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    def multiply(
+        a, times
+    ):  # a fixed number: XLA would read the condition of another loop back behind what is being copied
+        return jax.lax.fori_loop(0, times, lambda _, x: x @ a, a)
+
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
     def step(tree, a, times):
         return jax.tree.map(lambda x: x * 0.999 + 1e-3, tree), multiply(a, times)
 
-    run = jax.jit(multiply)
-    jax.block_until_ready(run(square, 2))
+    run = jax.jit(multiply, static_argnums=1)
+    jax.block_until_ready(run(square, 20))
     each = timed(lambda: jax.block_until_ready(run(square, 20))) / 20
-    times = jnp.int32(args.step_ms / 1e3 / each)
+    times = int(args.step_ms / 1e3 / each)
     other = NamedSharding(jax.make_mesh((len(jax.devices()),), ("tp",)), PartitionSpec(None, "tp"))
     target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other) for n, x in held["state"].items()}
     jax.block_until_ready(held["state"])
@@ -178,10 +182,11 @@ def jax_run(args: argparse.Namespace, directory: pathlib.Path):
 def saver(row: str, directory: pathlib.Path):
     """(save(step, state), wait(), restore(step, target), close()) of a peer."""
     if row in ("jaxscale", "device full"):
-        from jaxscale.checkpoint import Checkpointer, beside
+        from jaxscale.checkpoint import Checkpointer
+        from jaxscale.checkpoint.beside import DeviceCopies
 
         if row == "device full":
-            beside.room_on = lambda device: 0
+            DeviceCopies.room_on = lambda self, device: 0
         ckpt = Checkpointer(directory)
         return ckpt.save, ckpt.wait, lambda step, target: ckpt.restore(target, step), ckpt.close
     if row == "memory":

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from jaxscale.checkpoint.background import one_line
+from jaxscale.checkpoint.beside import DeviceCopies
 from jaxscale.checkpoint.memory.checkpointer import MemoryCheckpointer
 from jaxscale.checkpoint.reading import CorruptCheckpointError
 from jaxscale.checkpoint.remote import RemoteCheckpointer
@@ -95,6 +96,7 @@ class Levels:
 
     def __init__(self, levels: Sequence[Level], *, pool: HostPool | None = None):
         self.levels, self.pool = list(levels), pool
+        self._beside = DeviceCopies()
         for level in self.levels:
             if level.every < 1:
                 raise ValueError(f"every={level.every} of {type(level.store).__name__} must be at least 1")
@@ -116,9 +118,8 @@ class Levels:
         writers = [store for store in due if not hasattr(store, "copy")]
         json.dumps(dict(metadata or {}))
         if writers:
-            # Several processes start a save on disk in this thread, with all of it on the host.
-            fetch = jax.process_count() > 1 and not all(isinstance(store, MemoryCheckpointer) for store in writers)
-            snapshot = take_snapshot(state, axes=getattr(writers[-1], "axes", None), pool=self.pool, fetch=fetch)
+            axes = getattr(writers[-1], "axes", None)
+            snapshot = take_snapshot(state, beside=self._beside, axes=axes, pool=self.pool)
             try:
                 for store in writers:
                     store.save_snapshot(step, snapshot.share(), metadata=metadata)

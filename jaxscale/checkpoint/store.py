@@ -23,6 +23,7 @@ import jax
 
 from jaxscale.checkpoint import arrays, files, peers, reading
 from jaxscale.checkpoint.background import Background, OnError, one_line
+from jaxscale.checkpoint.beside import DeviceCopies
 from jaxscale.checkpoint.checksum import crc32_whole
 from jaxscale.checkpoint.layout import Layout
 from jaxscale.checkpoint.lock import WriterLock
@@ -68,6 +69,7 @@ class Checkpointer:
         self.axes = axes or {}
         self.pool = pool
         self._background = Background(self._explain, on_error)
+        self._beside = DeviceCopies()
         self._verified: set[int] = set()
         self._lock: WriterLock | None = None  # process 0's, from the first save on
         self._count = 0  # of saves
@@ -91,9 +93,7 @@ class Checkpointer:
         if self._commit(step) is not None:
             return False
         json.dumps(dict(metadata or {}))  # a TypeError now rather than later
-        # Several processes start the save in this thread, all of it on the host; one fetches in the background.
-        fetch = jax.process_count() > 1
-        snapshot = take_snapshot(state, axes=self.axes, pool=self.pool, fetch=fetch)
+        snapshot = take_snapshot(state, beside=self._beside, axes=self.axes, pool=self.pool)
         return self.save_snapshot(step, snapshot, metadata=metadata)
 
     def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
@@ -219,7 +219,6 @@ class Checkpointer:
         self, step: int, path: str, snapshot: Snapshot, metadata: dict[str, Any], started: Any, failure_key: str
     ) -> None:
         records = snapshot.records
-        snapshot.fetch()
         with arrays.ONE_OPERATION:
             started = started or arrays.start_save(path, snapshot.copies)
             try:

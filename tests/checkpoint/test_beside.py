@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import replica_slices
 
-from jaxscale.checkpoint import Checkpointer, Level, Levels, MemoryCheckpointer, beside, snapshot
+from jaxscale.checkpoint import Checkpointer, Level, Levels, MemoryCheckpointer, arrays, snapshot
+from jaxscale.checkpoint.beside import DeviceCopies
 
 from .conftest import abstract, bits
 
@@ -23,41 +25,37 @@ class Device:
         return self.stats or None
 
 
-@pytest.fixture(autouse=True)
-def forgetful(monkeypatch):
-    monkeypatch.setattr(beside, "_first_peak", {})
-    monkeypatch.setattr(beside, "_copied", {})
-
-
-def test_room_is_what_training_at_its_peak_leaves(monkeypatch):
+def test_room_is_what_training_at_its_peak_leaves():
     """128 GiB, of which 8 stay free."""
     stats = lambda used, peak: {
         "bytes_limit": 128 * GIB,
         "bytes_in_use": used * GIB,
         "peak_bytes_in_use": peak * GIB,
     }
+    beside = DeviceCopies()
     assert beside.room_on(Device()) == 0  # the CPU says nothing
     assert beside.room_on(Device(**stats(12, 125))) == 0
     device = Device(**stats(12, 40))
     assert beside.room_on(device) == 80 * GIB
-    monkeypatch.setitem(beside._copied, device, 12 * GIB)
+    beside._copied[device] = 12 * GIB
     device.stats = stats(12, 52)  # the copies made the peak
     assert beside.room_on(device) == 80 * GIB
     device.stats = stats(12, 62)  # and something else did
     assert beside.room_on(device) == 70 * GIB
 
 
-def arrays(rng, mesh, sizes):
+def arrays_of(rng, mesh, sizes):
     split = NamedSharding(mesh, PartitionSpec("fsdp"))
     return {n: jax.device_put(rng.normal(size=(8, k)).astype(np.float32), split) for n, k in sizes.items()}
 
 
 def test_large_arrays_first_as_far_as_every_device_has_room(meshes, rng, monkeypatch):
     mesh = meshes["fsdp8"]
-    state = arrays(rng, mesh, {"small": 10, "middle": 60, "large": 100})  # 4 bytes each on every device
+    state = arrays_of(rng, mesh, {"small": 10, "middle": 60, "large": 100})  # 4 bytes each on every device
     one = {"one": jax.device_put(jnp.zeros(5), mesh.devices.flat[3])}
     rooms = dict.fromkeys(mesh.devices.flat, 500)
-    monkeypatch.setattr(beside, "room_on", lambda d: rooms[d])
+    monkeypatch.setattr(DeviceCopies, "room_on", lambda self, device: rooms[device])
+    beside = DeviceCopies()
     assert beside.fitting(state) == ["large", "small"]
     rooms[mesh.devices.flat[3]] = 250  # one device decides for an array that lies on all
     assert beside.fitting(state | one) == ["middle"]
@@ -70,12 +68,12 @@ def test_large_arrays_first_as_far_as_every_device_has_room(meshes, rng, monkeyp
 def test_a_donated_state_is_saved_as_it_was(tmp_path, meshes, rng, monkeypatch, hosts, level, room):
     """As on an accelerator with so much free memory: simulated devices, whose buffers are not held."""
     monkeypatch.setattr(snapshot, "_can_hold", lambda array: False)
-    monkeypatch.setattr(beside, "room_on", lambda device: room)
+    monkeypatch.setattr(DeviceCopies, "room_on", lambda self, device: room)
     copied = []
-    copy_beside = beside.copy_beside
-    monkeypatch.setattr(snapshot, "copy_beside", lambda xs: copied.append(len(xs)) or copy_beside(xs))
+    copy = DeviceCopies.copy
+    monkeypatch.setattr(DeviceCopies, "copy", lambda self, xs: copied.append(len(xs)) or copy(self, xs))
     mesh = meshes["fsdp8"]
-    state = arrays(rng, mesh, {"small": 10, "middle": 60, "large": 300})
+    state = arrays_of(rng, mesh, {"small": 10, "middle": 60, "large": 300})
     state["key"] = jax.device_put(jax.random.key(int(rng.integers(1 << 30))), NamedSharding(mesh, PartitionSpec()))
     state["int4"] = jax.device_put(rng.integers(-8, 8, (16, 3)).astype(jnp.int4), NamedSharding(mesh, PartitionSpec()))
     change = lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x * 3 + x
@@ -97,23 +95,40 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, meshes, rng, monkeypatch, 
     assert copied == [{0: 0, 1300: 4, 1 << 20: 5}[room]]
 
 
-def test_copies_leave_one_by_one_behind_training(tmp_path, meshes, rng, monkeypatch):
-    """Sent all at once they held up the next step for as long as they took, on a GPU."""
-    monkeypatch.setattr(snapshot, "_can_hold", lambda array: False)
-    rooms = dict.fromkeys(meshes["fsdp8"].devices.flat, 500)
-    monkeypatch.setattr(beside, "room_on", lambda device: rooms[device])
-    sent = []
-    fetch_all = snapshot.fetch_all
+def watch_transfers(monkeypatch, seen):
+    """Notes (in the thread that trains?, bytes) of every transfer to the host."""
+    here = lambda: threading.current_thread() is threading.main_thread()
+    fetch_all, transfer = snapshot.fetch_all, replica_slices.transfer_arrays_to_host
 
-    def watched(group):
-        sent.append((threading.current_thread() is threading.main_thread(), sorted(group)))
+    def fetched(group):
+        seen.append((here(), sum(x.nbytes for x in group.values())))
         return fetch_all(group)
 
-    monkeypatch.setattr(snapshot, "fetch_all", watched)
-    state = arrays(rng, meshes["fsdp8"], {"a": 20, "b": 30, "c": 40, "d": 200})  # d, of 800 bytes, has no room
+    def written(group, **options):
+        seen.append((here(), sum(x.nbytes for x in group)))
+        return transfer(group, **options)
+
+    monkeypatch.setattr(snapshot, "fetch_all", fetched)
+    monkeypatch.setattr(replica_slices, "transfer_arrays_to_host", written)
+
+
+def test_copies_leave_one_by_one_behind_training(tmp_path, meshes, rng, monkeypatch):
+    """Sent all at once they held up the next step for as long as they took, on a GPU, and host memory held them all."""
+    monkeypatch.setattr(snapshot, "_can_hold", lambda array: False)
+    monkeypatch.setattr(arrays, "IN_FLIGHT", 2000)
+    rooms = dict.fromkeys(meshes["fsdp8"].devices.flat, 500)
+    monkeypatch.setattr(DeviceCopies, "room_on", lambda self, device: rooms[device])
+    state = arrays_of(rng, meshes["fsdp8"], {"a": 20, "b": 30, "c": 40, "d": 200})  # d, of 800 bytes, has no room
     want = bits(state)
-    with Checkpointer(tmp_path) as ckpt:
+    seen = []
+    with Checkpointer(tmp_path) as ckpt, monkeypatch.context() as patch:
+        watch_transfers(patch, seen)
         ckpt.save(1, state)
         ckpt.wait()
+    assert seen.pop(0) == (True, 8 * 800)  # d
+    assert not any(main for main, _ in seen)
+    later = [size for _, size in seen if size != 8 * 800]  # Orbax "transfers" what is on the host as well
+    assert {640 + 960, 1280} <= set(later)  # a and b, then c; shard by shard for the checksums
+    assert max(later) <= 2000
+    with Checkpointer(tmp_path) as ckpt:
         assert bits(ckpt.restore(abstract(state))) == want
-    assert sent == [(True, ["d"]), (False, ["a"]), (False, ["b"]), (False, ["c"])]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxscale.checkpoint.background import Background, OnError, one_line
+from jaxscale.checkpoint.beside import DeviceCopies
 from jaxscale.checkpoint.layout import Layout
 from jaxscale.checkpoint.maps import Box, Lazy
 from jaxscale.checkpoint.memory import keeper, wire
@@ -75,6 +76,7 @@ class MemoryCheckpointer:
         self.host = jax.process_index() if host is None else host
         self.devices = set(jax.local_devices() if devices is None else devices)
         self._background = Background(self._explain, on_error)
+        self._beside = DeviceCopies()
         self._maps: dict[str, mmap.mmap] = {}
         self._last: int | None = None
         keeper.Keeper(job, self.host, self.hosts, lost)  # checks the numbers
@@ -84,7 +86,7 @@ class MemoryCheckpointer:
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts copying `state` and returns; the caller may donate it at once. All hosts call it."""
         self._background.ready()
-        return self.save_snapshot(step, take_snapshot(state, pool=self.pool, fetch=False), metadata=metadata)
+        return self.save_snapshot(step, take_snapshot(state, beside=self._beside, pool=self.pool), metadata=metadata)
 
     def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """`save` of a snapshot that was taken already, which is released when it is copied; False if it is there."""
