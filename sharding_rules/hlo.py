@@ -27,13 +27,16 @@ KINDS = (
 def collectives(hlo_text: str) -> list["Collective"]:
     """Lists the collectives that one run of the program executes, in program order.
 
-    An asynchronous pair counts once. Of a conditional's branches the one with the most traffic counts. A loop whose
-    trip count is not known counts as one trip and its collectives say `trips_known=False`.
+    An asynchronous pair counts once. Of a conditional's branches the one with the most traffic counts; the conditionals
+    that one line of the program became (forward, computed again, backward) take the same one. A loop whose trip count
+    is not known counts as one trip and its collectives say `trips_known=False`.
 
     Args:
       hlo_text: `jax.stages.Compiled.as_text()` or any HLO module text.
     """
     module = _Module(hlo_text)
+    module.walk(module.entry, 1, True)  # weighs the branches
+    module.taken = {line: max(sent, key=sent.__getitem__) for line, sent in module.sent.items()}
     return module.walk(module.entry, 1, True)
 
 
@@ -105,6 +108,7 @@ _CALLEES = re.compile(
     r"\b(calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count"\s*:\s*\{\s*"n"\s*:\s*"?(\d+)')
+_LINE = re.compile(r'stack_frame_id=\d+|source_file="[^"]*" source_line=\d+')
 _FLOAT8 = re.compile(r"f8e\w+")
 
 
@@ -115,6 +119,8 @@ class _Module:
         self.computations: dict[str, dict[str, str]] = {}
         self.entry = ""
         self.num_devices = 1
+        self.sent: dict[str, dict[int, float]] = {}  # by the line that wrote a conditional: bytes of each branch
+        self.taken: dict[str, int] = {}
         body: dict[str, str] | None = None
         for line in text.splitlines():
             if line.startswith("HloModule"):
@@ -152,7 +158,11 @@ class _Module:
             elif opcode == "conditional":
                 branches = [b for key, names in _callees(attributes).items() if key != "to_apply" for b in names]
                 walked = [self.walk(b, count, known) for b in branches]
-                found += max(walked, key=lambda cs: sum(c.wire_bytes for c in cs), default=[])
+                line = match[0] if (match := _LINE.search(attributes)) else name
+                sent = self.sent.setdefault(line, {})
+                for i, inside in enumerate(walked):
+                    sent[i] = sent.get(i, 0.0) + sum(c.wire_bytes for c in inside)
+                found += walked[self.taken.get(line, max(sent, key=sent.__getitem__))] if walked else []
             elif "calls=" in attributes or opcode == "call":
                 for callee in itertools.chain(*_callees(attributes).values()):
                     found += self.walk(callee, count, known)

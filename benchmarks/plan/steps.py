@@ -5,26 +5,43 @@ python benchmarks/plan/steps.py --table benchmarks/plan/steps.jsonl     # the ta
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 
-# model, devices, mesh, rows, tokens of a row, remat, micro-batches
+if TYPE_CHECKING:
+    from jaxscale.config import ModelConfig
+
+# model (NAME/N: its first N layers), devices, mesh, rows, tokens of a row, remat, micro-batches
 ROWS = [
     ("qwen3-0-6b", 1, "", 4, 4096, "dots", 1),
     ("qwen3-0-6b", 1, "", 2, 8192, "full", 1),
-    ("smollm2-1-7b", 1, "", 4, 4096, "dots", 1),
+    ("qwen3-0-6b", 1, "", 2, 4096, "none", 1),
     ("smollm2-1-7b", 1, "", 4, 4096, "full", 2),
-    ("smollm2-1-7b", 2, "fsdp=2", 8, 4096, "dots", 1),
+    ("llama3-8b/4", 1, "", 4, 4096, "full", 1),
+    ("smollm2-135m", 1, "", 8, 4096, "dots", 1),
     ("smollm2-1-7b", 2, "tp=2", 4, 4096, "full", 1),
-    ("qwen3-0-6b", 2, "dp=2", 8, 4096, "dots", 1),
+    ("qwen3-30b-a3b/4", 2, "ep=2", 8, 4096, "full", 1),
     ("qwen3-0-6b", 2, "cp=2,cp_strategy=ring,cp_layout=zigzag", 2, 16384, "full", 1),
+    ("qwen3-0-6b", 2, "fsdp=2", 4, 4096, "none", 1),
+    ("smollm2-1-7b", 2, "fsdp=2", 8, 4096, "dots", 1),
+    ("qwen3-0-6b", 2, "dp=2", 8, 4096, "dots", 1),
 ]
 TURNS, STEPS = 3, 5  # medians of turns; in a turn steps are issued back to back
+
+
+def model_of(name: str) -> "ModelConfig":
+    """A preset, or with /N the first N of its layers."""
+    from jaxscale.models.presets import preset
+
+    whole, _, layers = name.partition("/")
+    return dataclasses.replace(preset(whole), num_layers=int(layers)) if layers else preset(whole)
 
 
 def measure(row: tuple) -> dict:
@@ -32,14 +49,13 @@ def measure(row: tuple) -> dict:
     from jaxscale import MeshConfig, init_params, make_mesh, make_train_state, make_train_step, put_batch
     from jaxscale.config import OptimizerConfig
     from jaxscale.models import decoder
-    from jaxscale.models.presets import preset
     from jaxscale.optim import make_optimizer
     from jaxscale.parallel import context
     from jaxscale.parallel.context_cost import Context
     from sharding_rules.rules import MEGATRON_FSDP
 
     name, count, mesh_text, rows, seq_len, remat, accum = row
-    model, config = preset(name), MeshConfig.parse(mesh_text)
+    model, config = model_of(name), MeshConfig.parse(mesh_text)
     mesh = make_mesh(config, jax.devices()[:count])
     tx = make_optimizer(OptimizerConfig(), 1000)
     over_cp = Context(config.cp_strategy, config.cp_layout) if config.cp > 1 else None
@@ -75,7 +91,6 @@ def measure(row: tuple) -> dict:
 def table(path: Path) -> str:
     """Markdown: each measured row beside today's estimate."""
     from jaxscale.config import MeshConfig
-    from jaxscale.models.presets import preset
     from jaxscale.plan.estimate import estimate
 
     lines = [
@@ -86,7 +101,7 @@ def table(path: Path) -> str:
         name, count, mesh, rows, seq_len, remat, accum = record["row"]
         kind = record["device"].lower().split()[1]  # "NVIDIA H200"
         guess = estimate(
-            preset(name),
+            model_of(name),
             MeshConfig.parse(mesh),
             f"{kind}:1x{count}",
             batch_size=rows,
@@ -105,6 +120,7 @@ def table(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="rows that hold this text")
     parser.add_argument("--out", type=Path, default=Path("steps.jsonl"))
     parser.add_argument("--table", type=Path, help="print the table of a file that --out wrote")
     args = parser.parse_args()
@@ -112,7 +128,7 @@ def main() -> None:
         print(table(args.table))
         return
     for row in ROWS:
-        if row[1] == len(jax.devices()):
+        if row[1] == len(jax.devices()) and args.rows in "|".join(map(str, row)):
             record = measure(row)
             print(json.dumps(record), flush=True)
             with args.out.open("a") as file:

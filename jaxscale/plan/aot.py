@@ -33,7 +33,7 @@ from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 DATA = Path(__file__).parent / "data"
 BATCH = ("tokens", "labels", "segment_ids", "positions")
-STEPS = 1000  # of the learning-rate schedule: a constant in the program
+STEPS = 1000
 
 
 class MemoryUse(NamedTuple):
@@ -94,6 +94,7 @@ def compile_step(
     accum_steps: int = 1,
     loss_chunk: int = 2048,
     optimizer: OptimizerConfig | None = None,
+    steps: int = STEPS,
     rules: Rules = MEGATRON_FSDP,
     quick: bool = False,
 ) -> CompiledStep:
@@ -101,6 +102,7 @@ def compile_step(
 
     Args:
       batch_size: rows of a step over the whole mesh, each of seq_len tokens.
+      steps: of the learning-rate schedule, a constant in the program; what `stored.save_step` keeps runs with it.
       quick: XLA's lowest optimisation level: two to three times faster for v6e and tpu7x, with the same collectives and
         the memory within 3 % (docs/planner.md). Not the program to run.
 
@@ -113,7 +115,7 @@ def compile_step(
     check_mesh(model, mesh)
     devices = make_mesh(mesh, pod_devices(pod))
     start = time.perf_counter()
-    tx = make_optimizer(optimizer or OptimizerConfig(), STEPS)
+    tx = make_optimizer(optimizer or OptimizerConfig(), steps)
     state = abstract_train_state(decoder.param_specs(model), tx, devices, rules)
     context = context_of(model, mesh, pod, batch_size=batch_size, seq_len=seq_len)
     loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, chunk=loss_chunk, rules=rules, context=context)

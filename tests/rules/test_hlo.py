@@ -195,6 +195,28 @@ def test_a_conditional_counts_its_dearer_branch():
     assert census(collectives(_module(line, extra))) == {"all-reduce": 1}
 
 
+def test_conditionals_of_one_line_take_the_same_branch():
+    """One branch sends on the way forward, the other more on the way back: no run does both."""
+
+    @jax.custom_vjp
+    def later(x):
+        return x * 1.0
+
+    later.defvjp(lambda x: (later(x), None), lambda _, g: (jax.lax.all_gather(g, "d").sum(0),))
+
+    def body(x):
+        even = jax.lax.pmax(x.sum(), "d") > 0
+
+        def loss(x):
+            now = lambda x: x * jax.lax.psum(jax.lax.stop_gradient(x), "d")
+            return jnp.sin(jax.lax.cond(even, now, later, jnp.cos(x))).sum()
+
+        return jax.grad(loss)(x)
+
+    found = _shard_mapped(_mesh((8,), ("d",)), body, P("d"), (128, 64))
+    assert census([c for c in found if c.operand_bytes > 4]) == {"all-gather": 1}
+
+
 def test_condition_gives_the_trips_when_the_compiler_does_not():
     extra = (
         "%cond (s: (s32[], f32[16,4])) -> pred[] {\n  %s = (s32[], f32[16,4]) parameter(0)\n"
