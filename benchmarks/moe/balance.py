@@ -7,13 +7,15 @@ Small decoders (4 layers, 32 experts, 4 for each token; --small: 2 layers, 8 exp
 Python's standard library byte by byte; a row is a piece of one file. They differ in how many rows of a batch must use
 all experts evenly together (`MoEConfig.balance_rows`): all 32 (--small: 16), 4, or 1, as in arXiv 2501.11873. A seed
 gives the initial values and the order of the text, and is the same for each scope; one file in 20 is held out. What is
-done is kept in --out and not done again; the table of all of it comes last. The router's trace of the held-out text is
-kept as well: benchmarks/moe/placement.py places experts by it.
+done is kept in --out and not done again; the table of all of it comes last. Processes that share --out may train a
+scope each: compiling takes longer than training. The router's trace of the held-out text is kept as well:
+benchmarks/moe/placement.py places experts by it.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -116,11 +118,11 @@ class Study:
         return report | {"seconds": time.time() - start}, rows
 
 
-def table(results: dict[str, dict]) -> str:
+def table(results: list[dict]) -> str:
     """Means over seeds, and each scope against the global batch seed by seed: mean and standard error."""
     lines = ["| balanced over | runs | validation nats (sd) | minus global, same seed | busiest expert / even |"]
     lines.append("|---" * 5 + "|")
-    by = {scope: {r["seed"]: r for r in results.values() if r["scope"] == scope} for scope in SCOPES}
+    by = {scope: {r["seed"]: r for r in results if r["scope"] == scope} for scope in SCOPES}
     for scope, runs in by.items():
         if not runs:
             continue
@@ -137,6 +139,7 @@ def table(results: dict[str, dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a directory for results and traces")
+    parser.add_argument("--scopes", nargs="*", default=list(SCOPES), choices=SCOPES, help="what this process trains")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--weight", type=float, default=0.01, help="MoEConfig.balance_weight")
@@ -144,23 +147,21 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a size for a CPU")
     options = parser.parse_args()
     rows, length = (16, 64) if options.small else (32, 256)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file, begun, studies, files = options.out / "results.json", time.time(), {}, read_files()
-    results = json.loads(file.read_text()) if file.exists() else {}
-    name = lambda scope, seed: f"{scope} {seed} {options.steps} {options.weight}"
-    for seed in range(options.seeds):
-        for scope in SCOPES:
-            if name(scope, seed) in results or time.time() - begun > options.seconds:
-                continue
-            if scope not in studies:
-                studies[scope] = Study(scope, options.weight, options.steps, rows, length)
-            report, trace = studies[scope].run(files, seed)
-            np.save(options.out / f"trace-{scope}-{seed}.npy", trace)
-            results[name(scope, seed)] = {"scope": scope, "seed": seed} | report
-            file.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"[{time.time() - begun:4.0f} s] {scope} {seed}: {report}", flush=True)
+    runs = options.out / f"{options.steps} steps, weight {options.weight}"
+    runs.mkdir(parents=True, exist_ok=True)
+    begun, studies, files = time.time(), {}, read_files()
+    for seed, scope in itertools.product(range(options.seeds), options.scopes):
+        file = runs / f"{scope}-{seed}.json"
+        if file.exists() or time.time() - begun > options.seconds:
+            continue
+        if scope not in studies:
+            studies[scope] = Study(scope, options.weight, options.steps, rows, length)
+        report, trace = studies[scope].run(files, seed)
+        np.save(options.out / f"trace-{scope}-{seed}.npy", trace)
+        file.write_text(json.dumps({"scope": scope, "seed": seed} | report, indent=1) + "\n")
+        print(f"[{time.time() - begun:4.0f} s] {scope} {seed}: {report}", flush=True)
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__} | vars(options), default=str))
-    print(table(results))
+    print(table([json.loads(file.read_text()) for file in sorted(runs.glob("*.json"))]))
     return 0
 
 
