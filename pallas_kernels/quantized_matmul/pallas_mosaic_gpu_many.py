@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
-from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import varying_as
+from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import varying_as
 from pallas_kernels.ragged_dot.mosaic_gpu_pieces import (
     ALIGN,
     SM_COUNT,
@@ -34,7 +34,7 @@ from pallas_kernels.ragged_dot.mosaic_gpu_pieces import (
     tiled,
     walk,
 )
-from pallas_kernels.ragged_dot.schedule import Tiles, make_tiles
+from pallas_kernels.ragged_dot.schedule import Tiles, bounds, make_tiles
 
 _STEP = 128  # of K: 128 bytes of a row
 
@@ -102,6 +102,9 @@ def matmul_many(
     promote = c.promote and max(p for p in range(1, c.promote + 1) if depth % p == 0)
     across = -(-N // c.columns)
     tiles = _all_rows(M, rows) if group_sizes is None else make_tiles(group_sizes, M, rows, ALIGN, unit=UNIT)
+    if group_sizes is not None:  # rows past the groups give zeros, whatever they hold
+        inside = jnp.arange(M, dtype=jnp.int32) < bounds(group_sizes, M)[1][-1]
+        x_scales = jnp.where(inside[:, None], x_scales, 0)
     x = jnp.pad(x, ((0, -M % ALIGN), (0, 0)))  # TMA takes whole units of 8 rows
     # [S, M]: what a step needs is contiguous. Loads of a tile that begins at any row are not clipped.
     x_scales = jnp.pad(x_scales, ((0, rows + -M % ALIGN), (0, 0))).T
