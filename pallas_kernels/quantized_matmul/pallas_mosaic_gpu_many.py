@@ -48,7 +48,8 @@ class Config:
     stages: int = 4  # steps in flight
     promote: int | None = 1  # steps that are summed in an accumulator; None: all
     wide: int = 8  # tiles side by side that blocks work on at a time: what they read together stays in L2
-    blocks: int = SM_COUNT
+    blocks: int = SM_COUNT  # or pairs of them
+    pair: bool = False  # two blocks take tiles side by side, and each half of the rows that both need
 
 
 def unfit_many(w: QuantizedArray) -> str | None:
@@ -100,7 +101,8 @@ def matmul_many(
     kind = jnp.int32 if integer else jnp.float32
     rows, depth = c.warpgroups * UNIT, K // _STEP
     promote = c.promote and max(p for p in range(1, c.promote + 1) if depth % p == 0)
-    across = -(-N // c.columns)
+    span = 2 * c.columns if c.pair else c.columns
+    across = -(-N // span)
     tiles = _all_rows(M, rows) if group_sizes is None else make_tiles(group_sizes, M, rows, ALIGN, unit=UNIT)
     if group_sizes is not None:  # rows past the groups give zeros, whatever they hold
         inside = jnp.arange(M, dtype=jnp.int32) < bounds(group_sizes, M)[1][-1]
@@ -111,7 +113,7 @@ def matmul_many(
     if scaled:
         w_scales = repeat_to(w_scales, (G, *w_scales.shape[1:]))
     else:
-        w_scales = jnp.pad(repeat_to(w_scales, (G, N, 1))[..., 0], ((0, 0), (0, across * c.columns - N)))
+        w_scales = jnp.pad(repeat_to(w_scales, (G, N, 1))[..., 0], ((0, 0), (0, across * span - N)))
 
     def kernel(
         x_ref,
@@ -138,7 +140,8 @@ def matmul_many(
             """Of the i-th tile: group, first row, first column, its group's rows [begin, end), steps."""
             t, n = walk(i, count, across, c.wide)
             group, start, begin, end = (table_ref[t, x] + 0 for x in range(4))
-            return jnp.minimum(group, G - 1), start, n * c.columns, begin, end, jnp.where(group < G, depth, 0)
+            column = n * span + (lax.axis_index("pair") * c.columns if c.pair else 0)
+            return jnp.minimum(group, G - 1), start, column, begin, end, jnp.where(group < G, depth, 0)
 
         @pl.when(wg < c.warpgroups)
         def _compute():
@@ -171,7 +174,8 @@ def matmul_many(
 
             def promoted(promote: int, steps, done, group, column):
                 """A sum in float32 to which an accumulator is added, and scaled, every few steps."""
-                tile_of = lambda k: ws_ref[group, lax.div(column, jnp.int32(_STEP)), jnp.minimum(k, depth - 1)]
+                across = jnp.minimum(lax.div(column, jnp.int32(_STEP)), ws_ref.shape[1] - 1)
+                tile_of = lambda k: ws_ref[group, across, jnp.minimum(k, depth - 1)]
 
                 def few_steps(i, carry):
                     total, w_scale = carry
@@ -241,7 +245,8 @@ def matmul_many(
 
                 def copy(k, slot):
                     at = pl.ds(pl.multiple_of(k * _STEP, _STEP), _STEP)
-                    plgpu.copy_gmem_to_smem(x_ref.at[here, at], x_smem.at[slot], full.at[slot])
+                    both = "pair" if c.pair else None
+                    plgpu.copy_gmem_to_smem(x_ref.at[here, at], x_smem.at[slot], full.at[slot], collective_axes=both)
                     plgpu.copy_gmem_to_smem(w_ref.at[group, columns, at], w_smem.at[slot], full.at[slot])
                     if scaled:
                         plgpu.copy_gmem_to_smem(xs_ref.at[k, here], s_smem.at[slot], full.at[slot])
@@ -250,6 +255,8 @@ def matmul_many(
 
             drain(c, for_each_tile(c, count * across, one_tile, late), free)
 
+    slots = {"num_arrivals": c.warpgroups, "num_barriers": c.stages}
+    free = plgpu.ClusterBarrier(collective_axes=("pair",), **slots) if c.pair else plgpu.Barrier(**slots)
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((x.shape[0], N), dtype),
@@ -259,10 +266,12 @@ def matmul_many(
             plgpu.SMEM((c.stages, rows) if scaled else (1, 1), jnp.float32),
             store_buffer(c, dtype),
             plgpu.Barrier(num_arrivals=3 if scaled else 2, num_barriers=c.stages),
-            plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
+            free,
         ),
         grid=(c.blocks,),
         grid_names=("block",),
+        cluster=(2,) if c.pair else (),
+        cluster_names=("pair",) if c.pair else (),
         num_threads=c.warpgroups + 1,
         thread_name="wg",
         kernel_name="quantized_many" if group_sizes is None else "quantized_grouped",
