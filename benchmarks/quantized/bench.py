@@ -1,7 +1,7 @@
 """Quantized matmul on one Hopper GPU: is it right, then how fast, beside bfloat16 and XLA's own path.
 
     python benchmarks/quantized/bench.py                     # everything, under 150 seconds, one table last
-    python benchmarks/quantized/bench.py --only "int4 g128"  # the works whose name holds a word
+    python benchmarks/quantized/bench.py --only "int4|8 M=1"  # the works whose name holds this
     python benchmarks/quantized/bench.py --json results.json
 
 Needs a checkout and jax; torch is measured where it imports. Jobs run one after another in a child process that this
@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -37,12 +38,23 @@ class Work:
     scales: str = "bfloat16"
     N: int = 8192
     K: int = 8192
+    G: int = 0  # matrices; 0: one for all rows
+    routing: str = "even"  # even; random; zipf: the g-th group in proportion to 1 / g
 
     @property
     def tiles(self) -> bool:
         """Whether scales are for tiles of 128 x 128."""
         return self.activations is not None and self.group is not None
 
+    @property
+    def few(self) -> bool:
+        """Whether the weights are what takes the time."""
+        return 64 * max(self.G, 1) >= self.M
+
+
+F8 = "float8_e4m3fn"
+EXPERTS = {"N": 1408, "K": 2048, "G": 64}
+DECODE = {"N": 768, "K": 2048, "G": 128, "routing": "random"}  # 64 tokens, 8 of 128 experts each
 
 FEW = (1, 8, 16, 64)
 WORKS = (
@@ -55,6 +67,16 @@ WORKS = (
         f"{name} channels": Work(8192, f, None, f, "float32")
         for name, f in (("float8", "float8_e4m3fn"), ("int8", "int8"))
     }
+    | {
+        "64 groups float8 tiles": Work(32768, F8, 128, F8, "float32", **EXPERTS),
+        "64 groups float8": Work(32768, F8, None, F8, "float32", **EXPERTS),
+        "64 groups int8": Work(32768, "int8", None, "int8", "float32", **EXPERTS),
+        "64 uneven float8": Work(32768, F8, None, F8, "float32", routing="zipf", **EXPERTS),
+        "decode int4 g128": Work(512, group=128, **DECODE),
+        "decode int8": Work(512, "int8", **DECODE),
+        "decode float8 tiles": Work(512, F8, 128, F8, "float32", **DECODE),
+        "64 rows each int4": Work(8192, group=128, **DECODE),
+    }
 )
 
 # Checked and not timed: every format, odd sizes.
@@ -66,10 +88,41 @@ CHECKS = {
     "float4_e2m1fn g32": Work(9, "float4_e2m1fn", 32, None, "bfloat16", 640, 1536),
     "float8 tiles odd": Work(1000, "float8_e4m3fn", 128, "float8_e4m3fn", "float32", 640, 1280),
     "int8 channels odd": Work(1000, "int8", None, "int8", "float32", 704, 1280),
+    "groups float8 tiles odd": Work(1000, F8, 128, F8, "float32", 640, 1280, 7, "zipf"),
+    "groups int4 g32 odd": Work(100, "int4", 32, None, "float16", 584, 1088, 7, "zipf"),
+    "groups float4 odd": Work(300, "float4_e2m1fn", 64, None, "float32", 640, 1536, 9, "random"),
 }
 
 
 # In the child.
+
+
+def group_sizes(work: Work):
+    """int32 [G], the same in each run: the benchmark compares times. A compiled call takes it, lest XLA know it."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(7)
+    if work.routing == "random":
+        return jnp.asarray(np.bincount(rng.integers(work.G, size=work.M), minlength=work.G), jnp.int32)
+    share = rng.permutation(1 / np.arange(1, work.G + 1)) if work.routing == "zipf" else np.ones(work.G)
+    return jnp.asarray(np.diff(np.round(np.cumsum(share) / share.sum() * work.M), prepend=0), jnp.int32)
+
+
+def bytes_read(work: Work) -> float:
+    """The weights' values."""
+    bits = 4 if work.format in ("int4", "uint4", "float4_e2m1fn") else 8
+    return max(work.G, 1) * work.N * work.K * bits / 8
+
+
+def multiply(work: Work, implementation: str | None, dtype=None):
+    """The function x, w, group sizes -> x @ w of quantized_matmul, or of ragged_dot where there are groups."""
+    from pallas_kernels import quantized_matmul, ragged_dot
+
+    options = {"implementation": implementation, "preferred_element_type": dtype}
+    if work.G:
+        return lambda x, w, sizes: ragged_dot(x, w, sizes, **options)
+    return lambda x, w, sizes: quantized_matmul(x, w, **options)
 
 
 @functools.cache
@@ -77,16 +130,15 @@ def maker():
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import QuantizedArray, quantize_array
+    from pallas_kernels import quantize_array
 
     @functools.partial(jax.jit, static_argnums=1)
     def weight(key, work: Work):
-        w = jax.random.normal(key, (work.K, work.N), jnp.bfloat16)
+        w = jax.random.normal(key, (work.G, work.K, work.N) if work.G else (work.K, work.N), jnp.bfloat16)
         options = {"activations": work.activations, "scale_dtype": jnp.dtype(work.scales)}
         q = quantize_array(w, work.format, group=work.group, **options)  # pyright: ignore[reportArgumentType]
-        if work.tiles:  # of 128 rows the first one's scales: any will do
-            q = QuantizedArray(q.values, q.scales[::128], activations=q.activations)
-        return q
+        # Tiles: of 128 rows the first one's scales, any will do.
+        return dataclasses.replace(q, scales=q.scales[..., ::128, :]) if work.tiles else q
 
     return weight
 
@@ -105,13 +157,10 @@ def check(work: Work) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import quantized_matmul
-
     (x,), (w,) = arrays(work, int.from_bytes(os.urandom(3), "little"), 1)
-    run = lambda name: jax.jit(
-        lambda x, w: quantized_matmul(x, w, implementation=name, preferred_element_type=jnp.float32)
-    )
-    got, again, want = run("mosaic_gpu")(x, w), run("mosaic_gpu")(x, w), run("reference")(x, w)
+    run = lambda name: jax.jit(multiply(work, name, jnp.float32))
+    sizes, ours = group_sizes(work), run("mosaic_gpu")
+    got, again, want = ours(x, w, sizes), ours(x, w, sizes), run("reference")(x, w, sizes)
     error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
     # Tensor cores sum products of float8 with 14 bits or so.
     limit = 2e-3 if work.activations == "float8_e4m3fn" else 1e-5
@@ -130,12 +179,15 @@ def held(work: Work, dense: bool):
     import jax.numpy as jnp
 
     key = (dataclasses.replace(work, M=0), dense)
-    count = 1 if work.M > 64 else 4 if dense else 8
+    matrix = max(work.G, 1) * work.N * work.K
+    count = max(1, 2**29 // (matrix * (4 if dense else 1))) if work.few else 1
+    count = min(count, 8)
     if key not in HELD:
         HELD.clear()
         if dense:
             keys = jax.random.split(jax.random.key(1), count)
-            HELD[key] = [jax.random.normal(k, (work.K, work.N), jnp.bfloat16) for k in keys]
+            shape = (work.G, work.K, work.N) if work.G else (work.K, work.N)
+            HELD[key] = [jax.random.normal(k, shape, jnp.bfloat16) for k in keys]
         else:
             HELD[key] = arrays(dataclasses.replace(work, M=8), 1, count)[1]
     keys = jax.random.split(jax.random.key(2), count)
@@ -147,23 +199,26 @@ def timing(work: Work, implementation: str) -> dict:
     import numpy as np
     from jax.experimental.mosaic.gpu import profiler
 
-    from pallas_kernels import quantized_matmul
+    from pallas_kernels import ragged_dot
 
     xs, weights = held(work, implementation == "bf16")
+    run = multiply(work, implementation)
+    if implementation == "bf16":
+        run = ragged_dot if work.G else lambda x, w, sizes: x @ w
 
-    def calls(xs, weights):
+    def calls(xs, weights, sizes):
         """One after another: XLA may not join their kernels."""
         outs: list[jax.Array] = []
         for x, w in zip(xs, weights, strict=True):
             if outs:
                 x, outs[-1] = jax.lax.optimization_barrier((x, outs[-1]))
-            outs.append(x @ w if implementation == "bf16" else quantized_matmul(x, w, implementation=implementation))
+            outs.append(run(x, w, sizes))
         return outs
 
     start = time.perf_counter()
-    compiled = jax.jit(calls).lower(xs, weights).compile()
+    compiled = jax.jit(calls).lower(xs, weights, group_sizes(work)).compile()
     seconds = time.perf_counter() - start
-    _, times = profiler.measure(compiled, iterations=5, aggregate=False)(xs, weights)
+    _, times = profiler.measure(compiled, iterations=5, aggregate=False)(xs, weights, group_sizes(work))
     assert times is not None
     us = float(np.median([sum(ms for _, ms in one) for one in times])) * 1e3 / len(xs)
     longest = {}
@@ -261,7 +316,7 @@ def jobs():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", default="", help="run the works whose name holds this word")
+    parser.add_argument("--only", default="", help="run the works whose name holds this regular expression")
     parser.add_argument("--seconds", type=float, default=150, help="start no job after this many seconds")
     parser.add_argument("--json", type=pathlib.Path, help="write all results to this file")
     args = parser.parse_args()
@@ -273,11 +328,14 @@ def main() -> None:
     for job in jobs():
         kind, name, implementation = job
         left = args.seconds - (time.perf_counter() - start)
-        if left < 3 or not (kind == "device" or args.only in name):
+        if left < 3 or not (kind == "device" or re.search(args.only, name)):
             continue
         if kind == "time" and results.get(("check", name, "mosaic_gpu"), {}).get("error"):
             continue
-        key = (implementation, WORKS[name].M) if kind == "time" and implementation == "bf16" else job
+        key = job
+        if implementation == "bf16":
+            work = WORKS[name]
+            key = work.M, work.N, work.K, work.G, work.routing
         if key not in done:
             done[key] = worker.run(job, min(JOB_SECONDS, left))
         results[job] = done[key]
@@ -286,15 +344,24 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps([[*job, result] for job, result in results.items()], indent=1))
     print(results.get(("device", "", "")))
-    print(f"{'work':22}{'error':>10}{'us':>9}{'TFLOP/s':>9}{'bf16 us':>9}{'xla us':>9}{'x bf16':>8}{'x xla':>7}")
+    print("us: all kernels of a call; own: ours alone, without what rounds, permutes and pads the rows")
+    print(
+        f"{'work':26}{'error':>9}{'us':>9}{'own us':>9}{'TFLOP/s':>9}{'GB/s':>7}{'bf16 us':>9}{'xla us':>9}"
+        f"{'x bf16':>8}{'own x':>7}{'x xla':>7}"
+    )
     for name, work in (WORKS | CHECKS).items():
         checked = results.get(("check", name, "mosaic_gpu"), {})
         if not checked:
             continue
-        us = [results.get(("time", name, i), {}).get("us", float("nan")) for i in ("mosaic_gpu", "bf16", "xla")]
-        rate = 2e-6 * work.M * work.N * work.K / us[0]
-        row = f"{name:22}{checked.get('worst', float('nan')):10.1e}{us[0]:9.1f}{rate:9.0f}{us[1]:9.1f}{us[2]:9.1f}"
-        print(f"{row}{us[1] / us[0]:8.2f}{us[2] / us[0]:7.2f}  {checked.get('error', '')}")
+        timed = [results.get(("time", name, i), {}) for i in ("mosaic_gpu", "bf16", "xla")]
+        us, bf16, xla = (t.get("us", float("nan")) for t in timed)
+        wrong, worst = checked.get("error", ""), checked.get("worst", float("nan"))
+        own = sum(t for kernel, t in timed[0].get("kernels", {}).items() if "quantized" in kernel) or float("nan")
+        rate, bandwidth = 2e-6 * work.M * work.N * work.K / own, bytes_read(work) / own / 1e3
+        print(
+            f"{name:26}{worst:9.1e}{us:9.1f}{own:9.1f}{rate:9.0f}{bandwidth:7.0f}{bf16:9.1f}{xla:9.1f}"
+            f"{bf16 / us:8.2f}{bf16 / own:7.2f}{xla / us:7.2f}  {wrong}"
+        )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.quantized.bench import CHECKS, WORKS, Work
-from pallas_kernels import QuantizedArray, quantized_matmul
+from benchmarks.quantized.bench import CHECKS, WORKS, Work, multiply
+from pallas_kernels import QuantizedArray
 
 TPU_CALLS = {
     "int4 g128 M=16": Work(16, group=128),
@@ -46,18 +46,19 @@ def compile_call(target: str, work: Work) -> str:
     here = NamedSharding(mesh, PartitionSpec())
     new = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
     G = work.K // work.group if work.group else 1
-    scales = new((work.N // 128 if work.tiles else work.N, G), jnp.dtype(work.scales))
+    lead = (work.G,) if work.G else ()
+    scales = new((*lead, work.N // 128 if work.tiles else work.N, G), jnp.dtype(work.scales))
     unsigned = work.format == "uint4"
-    values = new((work.N, work.K), jnp.dtype("int4" if unsigned else work.format))
+    values = new((*lead, work.N, work.K), jnp.dtype("int4" if unsigned else work.format))
     w = QuantizedArray(values, scales, activations=work.activations, unsigned=unsigned)  # pyright: ignore
     implementation = "mosaic_gpu" if target == "h200" else "mosaic_tpu"
-    run = lambda x, w: quantized_matmul(x, w, implementation=implementation)
+    run = multiply(work, implementation)
     with jax.set_mesh(mesh), tempfile.TemporaryFile() as file:
         kept = os.dup(1), os.dup(2)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            jax.jit(run).lower(new((work.M, work.K), jnp.bfloat16), w).compile()
+            jax.jit(run).lower(new((work.M, work.K), jnp.bfloat16), w, new((work.G,), jnp.int32)).compile()
         finally:
             os.dup2(kept[0], 1)
             os.dup2(kept[1], 2)

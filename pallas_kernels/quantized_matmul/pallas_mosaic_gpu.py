@@ -39,8 +39,8 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
         # Few rows are bound by reading w: 8 bits win nothing, and bfloat16 holds their values exactly.
         out = matmul_few(values.astype(jnp.bfloat16), w, jnp.float32)
         return (out * scales).astype(dtype)
-    w_values = w.values.astype(values.dtype)  # int4 is exact in both, and widening it a small part of the time
-    return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32), dtype)
+    w_values = w.values.astype(values.dtype)[None]  # int4 is exact in both, and widening it a small part of the time
+    return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32)[None], dtype)
 
 
 def _like(x, dtype) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ group of K, so each group's sum is a small accumulator that is multiplied with s
 
 Widening takes most of the time that reading does, so it takes what nibbles a register happens to hold: those of one
 register are 8 neighbours along K, of which bits i and i + 16 make a pair, where wgmma wants neighbours in a pair. Since
-the order of summation is free, x is permuted instead (`_order`), in the XLA fusion that pads it.
+the order of summation is free, x is permuted instead (`order`), in the XLA fusion that pads it.
 
 The warpgroups of a block take 64 rows of w each (`rows` of them), or each a share of K (`depth`), and sum at the end;
 one more feeds them through TMA. Where there are too few tiles for all multiprocessors, blocks share K too (`split`),
@@ -14,7 +14,6 @@ and XLA adds their parts. One writer and one order of summation: results repeat 
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _dispatch
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
+from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import mma, order, tiled, values_layout, varying_as, widen
 
 _UNIT = 64  # rows of a wgmma
 _SM_COUNT = 132  # of an H100 or H200 SXM
@@ -53,13 +52,13 @@ def unfit_few(x, w: QuantizedArray) -> str | None:
         return f"takes N >= {_UNIT}, a multiple of 8. Got {N}"
     if K % (256 // bits):
         return f"takes K that is a multiple of {256 // bits} for values of {bits} bits. Got {K}"
-    step = _step(K, w.values.dtype)
+    step = step_of(K, w.values.dtype)
     if w.scales.shape[1] > 1 and (w.group % 32 or (w.group % step and step % w.group)):
         return f"takes groups of 32, 64, or multiples of 128 that divide K={K}. Got {w.group}"
     return None
 
 
-def _step(K: int, dtype, width: int = 128) -> int:
+def step_of(K: int, dtype, width: int = 128) -> int:
     """The numbers in `width` bytes of a row of w, or as large a part of them as divides K."""
     step = width * 8 // jax.dtypes.itemsize_bits(dtype)
     while K % step:
@@ -90,7 +89,7 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
     (M, K), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     T = max(8, 1 << (M - 1).bit_length())
     c = config or tuned(T, N, K)
-    step = _step(K, w.values.dtype, c.width)
+    step = step_of(K, w.values.dtype, c.width)
     width = step * jax.dtypes.itemsize_bits(w.values.dtype) // 8
     group = K // G
     piece = min(group, step)  # of K: one accumulator's, with one scale
@@ -98,7 +97,7 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
     steps = -(-K // step)
     share = -(-steps // c.split)  # steps of a block
     tile = c.rows * _UNIT
-    x_order = _order(x.astype(jnp.bfloat16), w.values.dtype)
+    x_order = order(x.astype(jnp.bfloat16), w.values.dtype)
     x_order = jnp.pad(x_order, ((0, T - M), (0, 0)))
     # One scale for each row of all tiles: loads are not clipped.
     scales = jnp.pad(repeat_to(w.scales, (N, G)), ((0, -N % tile), (0, 0)))
@@ -137,14 +136,14 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
                 following = factors(k + c.depth) if G > 1 else now
                 slot = _slot(i, c)
                 plgpu.barrier_wait(full.at[d, slot])
-                narrow = plgpu.load(w_smem.at[d, slot, pl.ds(r * _UNIT, _UNIT)], layout=_layout(w.values.dtype))
+                narrow = plgpu.load(w_smem.at[d, slot, pl.ds(r * _UNIT, _UNIT)], layout=values_layout(w.values.dtype))
                 if G == 1:
-                    total = _mma(total, _widen(narrow), x_smem.at[d, slot].transpose((1, 0)))
+                    total = mma(total, widen(narrow), x_smem.at[d, slot].transpose((1, 0)))
                     plgpu.barrier_arrive(free.at[d, slot])
                     return total, now
                 for p in range(pieces):
-                    a = _widen(narrow[:, p * piece : (p + 1) * piece])
-                    acc = _mma(None, a, x_smem.at[d, slot, :, pl.ds(p * piece, piece)].transpose((1, 0)))
+                    a = widen(narrow[:, p * piece : (p + 1) * piece])
+                    acc = mma(None, a, x_smem.at[d, slot, :, pl.ds(p * piece, piece)].transpose((1, 0)))
                     if p == pieces - 1:
                         plgpu.barrier_arrive(free.at[d, slot])
                     total += scaled(acc, now[p])
@@ -208,8 +207,8 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
         kernel,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
         scratch_types=(
-            _tiled((c.depth, c.stages, tile, step), w.values.dtype, width),
-            _tiled((c.depth, c.stages, T, step), jnp.bfloat16, min(2 * piece, 128)),
+            tiled((c.depth, c.stages, tile, step), w.values.dtype, width),
+            tiled((c.depth, c.stages, T, step), jnp.bfloat16, min(2 * piece, 128)),
             plgpu.SMEM((c.depth - 1, c.rows, _UNIT, T) if c.depth > 1 else (1, 1, 1, 1), jnp.float32),
             plgpu.SMEM((c.rows, wide, _UNIT), out_dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=(c.depth, c.stages)),
@@ -230,149 +229,11 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
     return out.astype(dtype)
 
 
-def varying_as(x: jax.Array, out: jax.Array) -> jax.Array:
-    """A kernel's output with its type under shard_map: different on the same mesh axes as x."""
-    axes = tuple(sorted(jax.typeof(x).mat.varying))
-    return lax.pcast(out, axes, to="varying") if axes else out
-
-
 # Pieces.
-
-
-def _layout(dtype) -> Any:
-    return plgpu.Layout.WGMMA_UPCAST_4X if jax.dtypes.itemsize_bits(dtype) == 4 else plgpu.Layout.WGMMA_8BIT
-
-
-def _order(x: jax.Array, dtype) -> jax.Array:
-    """x [M, K] with K in the order in which `_widen` returns the columns of w."""
-    M = x.shape[0]
-    if jax.dtypes.itemsize_bits(dtype) == 4:  # 32 columns: thread, half, nibble of it
-        return x.reshape(M, -1, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(M, -1)
-    return x.reshape(M, -1, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(M, -1)  # 16 columns: thread, pair, one of it
-
-
-def _widen(values: jax.Array) -> jax.Array:
-    """A tile of w in registers as bfloat16, its columns in the order of `_order`."""
-    if _dispatch.interpreted("gpu"):
-        return _order(values.astype(jnp.bfloat16), values.dtype)
-    import jax.experimental.mosaic.gpu as mgpu
-    import numpy as np
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    bits = jax.dtypes.itemsize_bits(values.dtype)
-
-    @plgpu.inline_mgpu(
-        arg_types=(_layout(values.dtype),),
-        return_type=plgpu.ShapeDtypeStruct(values.shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA),
-    )
-    def widen(ctx, narrow):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(narrow.shape), dtype=object)
-        count = 16 // bits  # pairs that one register of narrow values holds
-        for index, register in np.ndenumerate(narrow.registers):
-            word = mgpu.utils.bitcast(register, i32)
-            for i in range(count):
-                result = llvm.inline_asm(i32, [word], _ASSEMBLY[values.dtype.name](i), "=r,r")
-                place = (index[0], index[1] * count + i, *index[2:])
-                registers[place] = mgpu.utils.bitcast(result, pair)
-        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
-
-    return widen(values)  # pyright: ignore[reportCallIssue]  # its signature is that of the decorated function
-
-
-def _int4(i: int) -> str:
-    """Nibbles i and i + 4, their sign bits flipped, as the last bits of 128.0; less 136."""
-    return f"""{{
-        .reg .b32 a, b;
-        shr.u32 a, $1, {4 * i};
-        lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A;
-        mov.b32 b, 0x43084308;
-        sub.bf16x2 $0, a, b;
-    }}"""
-
-
-def _int8(i: int) -> str:
-    """Bytes 2i and 2i + 1: their low 7 bits as the last of 128.0; less 128.0 or, where the eighth is set, 256.0."""
-    return f"""{{
-        .reg .b32 a, b;
-        prmt.b32 a, $1, 0x43434343, {0x4140 + 0x0202 * i};
-        and.b32 b, a, 0xFF80FF80;
-        and.b32 a, a, 0xFF7FFF7F;
-        sub.bf16x2 $0, a, b;
-    }}"""
-
-
-def _float(shift: int, mask: int, power: int):
-    """Bytes 2i and 2i + 1: sign, exponent and mantissa where bfloat16 has them, times the ratio of the biases.
-
-    Subnormals are exact; nan and infinity become large numbers.
-    """
-
-    def pair(i: int) -> str:
-        return f"""{{
-            .reg .b32 a, b;
-            prmt.b32 a, $1, 0, {0x1404 + 0x2020 * i};
-            shr.u32 b, a, {shift};
-            and.b32 b, b, {mask:#x};
-            lop3.b32 a, a, 0x80008000, b, 0xEA;
-            mov.b32 b, {(127 + power) << 7 | (127 + power) << 23:#x};
-            mul.bf16x2 $0, a, b;
-        }}"""
-
-    return pair
-
-
-def _float4_e2m1fn(i: int) -> str:
-    """Nibbles i and i + 4, as _float does."""
-    return f"""{{
-        .reg .b32 a, b;
-        {"shl" if i < 2 else "shr"}.b32 a, $1, {abs(6 - 4 * i)};
-        and.b32 a, a, 0x01C001C0;
-        shl.b32 b, $1, {12 - 4 * i};
-        lop3.b32 a, b, 0x80008000, a, 0xEA;
-        mov.b32 b, 0x7E807E80;
-        mul.bf16x2 $0, a, b;
-    }}"""
-
-
-_ASSEMBLY: dict[str, Any] = {
-    "int4": _int4,
-    "int8": _int8,
-    "float8_e4m3fn": _float(4, 0x07F007F0, 120),
-    "float8_e5m2": _float(3, 0x0FE00FE0, 112),
-    "float4_e2m1fn": _float4_e2m1fn,
-}
-
-
-def _mma(acc: jax.Array | None, a: jax.Array, b_ref) -> Any:
-    """a @ b, added to acc if given, with a in registers, which the interpreter's wgmma does not take."""
-    if _dispatch.interpreted("gpu"):
-        product = jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
-        return product if acc is None else acc + product
-    if acc is not None:
-        return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
-
-    def scope(acc_ref):
-        plgpu.wgmma(acc_ref, a, b_ref)
-        return acc_ref[...]
-
-    return pl.run_scoped(scope, plgpu.ACC((a.shape[0], b_ref.shape[1]), jnp.float32))
 
 
 def _slot(i, c: Config):
     return lax.rem(i, jnp.int32(c.stages))
-
-
-def _tiled(shape: tuple[int, ...], dtype, swizzle: int) -> Any:
-    """Shared memory in the order that TMA and wgmma share."""
-    transforms: Any = plgpu  # pyright takes these two for abstract classes
-    columns = swizzle * 8 // jax.dtypes.itemsize_bits(jnp.dtype(dtype))
-    return plgpu.SMEM(
-        shape, dtype, transforms=(transforms.TilingTransform((8, columns)), transforms.SwizzleTransform(swizzle))
-    )
 
 
 def _set_registers(c: Config, computes: bool) -> None:

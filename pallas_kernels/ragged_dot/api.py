@@ -10,6 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
+from pallas_kernels.quantized_matmul.array import QuantizedArray
+from pallas_kernels.quantized_ragged_dot.api import quantized_ragged_dot, quantized_ragged_dot_implementation
 
 # In the order of preference. Each module has supported(lhs, rhs, dtype) -> None | reason, and the functions
 # grouped(lhs, rhs, group_sizes, dtype, transposed=) and contraction(lhs, grad, group_sizes, dtype), and maybe
@@ -28,7 +30,7 @@ _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 def ragged_dot(
     lhs: jax.Array,
-    rhs: jax.Array,
+    rhs: jax.Array | QuantizedArray,
     group_sizes: jax.Array,
     *,
     preferred_element_type=None,
@@ -43,7 +45,7 @@ def ragged_dot(
 
     Args:
       lhs: [M, K], float32, bfloat16 or float16.
-      rhs: [G, K, N], the same dtype.
+      rhs: [G, K, N], the same dtype; or a QuantizedArray of this shape, which has no gradient (`quantized_ragged_dot`).
       group_sizes: int32 [G], in rows.
       preferred_element_type: dtype of the output, floating; that of lhs by default.
       implementation: a key of `BACKENDS`; None takes the first that can run the call here.
@@ -62,7 +64,7 @@ def ragged_dot(
 
 def ragged_dots(
     lhs: jax.Array,
-    rhs: tuple[jax.Array, ...],
+    rhs: tuple[jax.Array | QuantizedArray, ...],
     group_sizes: jax.Array,
     *,
     preferred_element_type=None,
@@ -72,6 +74,10 @@ def ragged_dots(
 
     Their gradients to lhs are one sum, in float32 inside the kernel where there is one for it.
     """
+    if any(isinstance(r, QuantizedArray) for r in rhs):
+        options = {"preferred_element_type": preferred_element_type, "implementation": implementation}
+        by_kind = lambda r: quantized_ragged_dot if isinstance(r, QuantizedArray) else ragged_dot
+        return tuple(by_kind(r)(lhs, r, group_sizes, **options) for r in rhs)
     if not rhs or len({r.shape for r in rhs}) > 1 or len({r.dtype for r in rhs}) > 1:
         raise ValueError(f"ragged_dots takes matrices of one shape and dtype. Got {[(r.shape, r.dtype) for r in rhs]}")
     dtype = _check(lhs, rhs[0], group_sizes, preferred_element_type)
@@ -84,6 +90,9 @@ def ragged_dots(
 
 def ragged_dot_implementation(lhs, rhs, group_sizes, *, preferred_element_type=None, implementation=None) -> str:
     """The backend that `ragged_dot` runs for the same arguments, here; arrays may be jax.ShapeDtypeStruct."""
+    if isinstance(rhs, QuantizedArray):
+        options = {"preferred_element_type": preferred_element_type, "implementation": implementation}
+        return quantized_ragged_dot_implementation(lhs, rhs, group_sizes, **options)
     return _choose(lhs, rhs, _check(lhs, rhs, group_sizes, preferred_element_type), implementation)
 
 

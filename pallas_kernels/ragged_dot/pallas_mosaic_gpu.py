@@ -14,7 +14,6 @@ results repeat bit by bit.
 import dataclasses
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
+from pallas_kernels.ragged_dot.mosaic_gpu_pieces import (
+    ALIGN,
+    SM_COUNT,
+    UNIT,
+    drain,
+    fill,
+    for_each_tile,
+    slot_of,
+    store,
+    store_buffer,
+    tiled,
+    walk,
+)
 from pallas_kernels.ragged_dot.schedule import bounds, make_tiles
-
-_UNIT = 64  # rows of a wgmma, columns of a swizzled tile, and numbers summed in one step
-_ALIGN = 8  # rows of a swizzled tile
-_SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +43,16 @@ class Config:
     """A block's tile of the output is (warpgroups * rows) x columns."""
 
     warpgroups: int = 2  # that compute
-    rows: int = _UNIT  # of each
+    rows: int = UNIT  # of each
     columns: int = 256
     stages: int = 4  # steps in flight
     wide: int = 8  # tiles side by side that blocks work on at a time: what they read together stays in L2
-    blocks: int = _SM_COUNT
+    blocks: int = SM_COUNT
 
 
 def tuned(height: int, width: int) -> Config:
     """For tiles in groups of `height` rows on the average, and `width` columns."""
-    if height <= _UNIT:  # bound by reading the matrices
+    if height <= UNIT:  # bound by reading the matrices
         return Config(warpgroups=1, columns=128, stages=8)
     if -(-width // 256) * 256 <= 1.05 * width:
         return Config()
@@ -59,8 +67,8 @@ def supported(lhs, rhs, dtype) -> str | None:
     if lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16. Got {lhs.dtype}"
     _, K, N = rhs.shape
-    if K % _UNIT or N % _UNIT or 0 in (*lhs.shape, *rhs.shape):
-        return f"takes K and N that are multiples of {_UNIT}, and at least one row. Got M={lhs.shape[0]}, K={K}, N={N}"
+    if K % UNIT or N % UNIT or 0 in (*lhs.shape, *rhs.shape):
+        return f"takes K and N that are multiples of {UNIT}, and at least one row. Got M={lhs.shape[0]}, K={K}, N={N}"
     return None
 
 
@@ -90,9 +98,9 @@ def grouped_sum(
     (M, K), G = lhs[0].shape, rhs[0].shape[0]
     N = rhs[0].shape[1 if transposed else 2]
     c = config or tuned(-(-M // G), N)
-    lhs = tuple(jnp.pad(x, ((0, -M % _ALIGN), (0, 0))) for x in lhs)  # TMA takes whole units of 8 rows
-    terms, depth = len(lhs), K // _UNIT
-    tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, _ALIGN, unit=_UNIT)
+    lhs = tuple(jnp.pad(x, ((0, -M % ALIGN), (0, 0))) for x in lhs)  # TMA takes whole units of 8 rows
+    terms, depth = len(lhs), K // UNIT
+    tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, ALIGN, unit=UNIT)
     across = -(-N // c.columns)
 
     def kernel(*refs):
@@ -107,7 +115,7 @@ def grouped_sum(
 
         def tile(i):
             """Of the i-th tile: group, first row, first column, its group's rows [begin, end), steps."""
-            t, n = _walk(i, count, across, c.wide)
+            t, n = walk(i, count, across, c.wide)
             group, start, begin, end = (table_ref[t, x] + 0 for x in range(4))
             steps = jnp.where(group < G, terms * depth, 0)  # past the groups: zeros
             return jnp.minimum(group, G - 1), start, n * c.columns, begin, end, steps
@@ -118,35 +126,35 @@ def grouped_sum(
 
             def one_tile(i, done):
                 start, column, begin, end, steps = tile(i)[1:]
-                units = lax.div(end - start + _UNIT - 1, jnp.int32(_UNIT))  # that hold rows of the group
+                units = lax.div(end - start + UNIT - 1, jnp.int32(UNIT))  # that hold rows of the group
                 share = lax.div(units + c.warpgroups - 1, jnp.int32(c.warpgroups))
                 mine = jnp.clip(units - wg * share, 0, share)
 
                 def multiply(height):
-                    at = wg * share * _UNIT
+                    at = wg * share * UNIT
 
                     def step(slot, acc_ref):
-                        a = a_smem.at[slot, pl.ds(pl.multiple_of(at, _UNIT), height)]
+                        a = a_smem.at[slot, pl.ds(pl.multiple_of(at, UNIT), height)]
                         b = b_smem.at[slot]
                         plgpu.wgmma(acc_ref, a, b.transpose((1, 0)) if transposed else b)
 
                     acc = _multiply(c, step, steps, done, full, free, height=height)
-                    _store(c, acc, store_smem, out_ref, dtype, start + at, column, begin, end)
+                    store(c, acc, store_smem, out_ref, dtype, start + at, column, begin, end)
 
-                for n in range(1, c.rows // _UNIT + 1):
-                    pl.when(mine == n)(functools.partial(multiply, n * _UNIT))
+                for n in range(1, c.rows // UNIT + 1):
+                    pl.when(mine == n)(functools.partial(multiply, n * UNIT))
 
                 @pl.when(mine == 0)  # the other warpgroup has the tensor cores alone
                 def _():
                     @pl.loop(0, steps)
                     def _(k):
-                        slot = _slot(done + k, c)
+                        slot = slot_of(done + k, c)
                         plgpu.barrier_wait(full.at[slot])
                         plgpu.barrier_arrive(free.at[slot])
 
                 return done + steps
 
-            _for_each_tile(c, count * across, one_tile, late)
+            for_each_tile(c, count * across, one_tile, late)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
@@ -165,24 +173,24 @@ def grouped_sum(
                             pl.when((k >= i * depth) & (k < (i + 1) * depth))(part)
 
                 def copy_term(lhs_ref, rhs_ref, k, slot):
-                    step = pl.ds(pl.multiple_of(k * _UNIT, _UNIT), _UNIT)
+                    step = pl.ds(pl.multiple_of(k * UNIT, UNIT), UNIT)
                     columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
                     for w in range(c.warpgroups):
-                        rows = pl.ds(pl.multiple_of(start + w * c.rows, _ALIGN), c.rows)
+                        rows = pl.ds(pl.multiple_of(start + w * c.rows, ALIGN), c.rows)
                         a = a_smem.at[slot, pl.ds(w * c.rows, c.rows)]
                         plgpu.copy_gmem_to_smem(lhs_ref.at[rows, step], a, full.at[slot])
                     b = rhs_ref.at[group, columns, step] if transposed else rhs_ref.at[group, step, columns]
                     plgpu.copy_gmem_to_smem(b, b_smem.at[slot], full.at[slot])
 
-                return _fill(c, copy, steps, done, free)
+                return fill(c, copy, steps, done, free)
 
-            _drain(c, _for_each_tile(c, count * across, one_tile, late), free)
+            drain(c, for_each_tile(c, count * across, one_tile, late), free)
 
-    b_shape = (c.columns, _UNIT) if transposed else (_UNIT, c.columns)
+    b_shape = (c.columns, UNIT) if transposed else (UNIT, c.columns)
     scratch = (
-        _tiled((c.stages, c.warpgroups * c.rows, _UNIT), lhs[0].dtype),
-        _tiled((c.stages, *b_shape), lhs[0].dtype),
-        _store_buffer(c, dtype),
+        tiled((c.stages, c.warpgroups * c.rows, UNIT), lhs[0].dtype),
+        tiled((c.stages, *b_shape), lhs[0].dtype),
+        store_buffer(c, dtype),
         plgpu.Barrier(num_arrivals=c.warpgroups + 1, num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
     )
@@ -197,7 +205,7 @@ def contraction(
     """[G, K, N]: lhs.T @ grad over the rows of each group."""
     (M, K), N, G = lhs.shape, grad.shape[1], group_sizes.shape[0]
     c = config or tuned(K, N)
-    lhs, grad = (jnp.pad(x, ((0, -M % _ALIGN), (0, 0))) for x in (lhs, grad))
+    lhs, grad = (jnp.pad(x, ((0, -M % ALIGN), (0, 0))) for x in (lhs, grad))
     begins, ends = bounds(group_sizes, M)
     order = jnp.argsort(begins - ends, stable=True)  # the largest first: see _for_each_tile
     ranges = jnp.stack([order, begins[order], ends[order]], axis=1)
@@ -210,10 +218,10 @@ def contraction(
         def tile(i):
             """Of the i-th tile: group, first row and column of the output, its group's rows [begin, end), steps."""
             turn = lax.div(i, jnp.int32(down * across))
-            m, n = _walk(lax.rem(i, jnp.int32(down * across)), jnp.int32(down), across, c.wide)
+            m, n = walk(lax.rem(i, jnp.int32(down * across)), jnp.int32(down), across, c.wide)
             group, begin, end = (ranges_ref[turn, x] + 0 for x in range(3))
-            first = lax.div(begin, jnp.int32(_ALIGN)) * _ALIGN
-            steps = jnp.where(end > begin, lax.div(end - first + _UNIT - 1, jnp.int32(_UNIT)), 0)
+            first = lax.div(begin, jnp.int32(ALIGN)) * ALIGN
+            steps = jnp.where(end > begin, lax.div(end - first + UNIT - 1, jnp.int32(UNIT)), 0)
             return group, m * (c.warpgroups * c.rows), n * c.columns, first, begin, end, steps
 
         @pl.when(wg < c.warpgroups)
@@ -225,16 +233,16 @@ def contraction(
 
                 def mask(slot, k):
                     """Zeros for the rows of other groups in the first and the last step."""
-                    at = first + k * _UNIT
+                    at = first + k * UNIT
 
-                    @pl.when((at < begin) | (at + _UNIT > end))
+                    @pl.when((at < begin) | (at + UNIT > end))
                     def _():
                         # Both sides: what stands there may be nan.
-                        mine = [a_smem.at[slot, wg, :, pl.ds(x, _UNIT)] for x in range(0, c.rows, _UNIT)]
-                        for x in range(0, share, _UNIT):
-                            where = pl.multiple_of(wg * share + x, _UNIT)
-                            mine.append(b_smem.at[slot, :, pl.ds(where, _UNIT)])
-                        index = plgpu.broadcasted_iota(jnp.int32, (_UNIT, _UNIT), 0, layout=plgpu.Layout.WGMMA) + at
+                        mine = [a_smem.at[slot, wg, :, pl.ds(x, UNIT)] for x in range(0, c.rows, UNIT)]
+                        for x in range(0, share, UNIT):
+                            where = pl.multiple_of(wg * share + x, UNIT)
+                            mine.append(b_smem.at[slot, :, pl.ds(where, UNIT)])
+                        index = plgpu.broadcasted_iota(jnp.int32, (UNIT, UNIT), 0, layout=plgpu.Layout.WGMMA) + at
                         for ref in mine:
                             values = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
                             own = (index >= begin) & (index < end)
@@ -248,10 +256,10 @@ def contraction(
 
                 acc = _multiply(c, step, steps, done, full, free, mask)
                 row += wg * c.rows
-                _store(c, acc, store_smem, out_ref.at[group], dtype, row, column, 0, K)
+                store(c, acc, store_smem, out_ref.at[group], dtype, row, column, 0, K)
                 return done + steps
 
-            _for_each_tile(c, jnp.int32(G * down * across), one_tile)
+            for_each_tile(c, jnp.int32(G * down * across), one_tile)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
@@ -262,21 +270,21 @@ def contraction(
                 _, row, column, first, _, _, steps = tile(i)
 
                 def copy(k, slot):
-                    step = pl.ds(pl.multiple_of(first + k * _UNIT, _ALIGN), _UNIT)
+                    step = pl.ds(pl.multiple_of(first + k * UNIT, ALIGN), UNIT)
                     for w in range(c.warpgroups):
-                        rows = pl.ds(pl.multiple_of(row + w * c.rows, _UNIT), c.rows)
+                        rows = pl.ds(pl.multiple_of(row + w * c.rows, UNIT), c.rows)
                         plgpu.copy_gmem_to_smem(lhs_ref.at[step, rows], a_smem.at[slot, w], full.at[slot])
                     columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
                     plgpu.copy_gmem_to_smem(grad_ref.at[step, columns], b_smem.at[slot], full.at[slot])
 
-                return _fill(c, copy, steps, done, free)
+                return fill(c, copy, steps, done, free)
 
-            _drain(c, _for_each_tile(c, jnp.int32(G * down * across), one_tile), free)
+            drain(c, for_each_tile(c, jnp.int32(G * down * across), one_tile), free)
 
     scratch = (
-        _tiled((c.stages, c.warpgroups, _UNIT, c.rows), lhs.dtype),
-        _tiled((c.stages, _UNIT, c.columns), lhs.dtype),
-        _store_buffer(c, dtype),
+        tiled((c.stages, c.warpgroups, UNIT, c.rows), lhs.dtype),
+        tiled((c.stages, UNIT, c.columns), lhs.dtype),
+        store_buffer(c, dtype),
         plgpu.Barrier(num_arrivals=c.warpgroups + 1, num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups),
@@ -297,128 +305,19 @@ def _multiply(c: Config, step, steps, done, full, free, prepare=None, height: in
     def scope(acc_ref):
         @pl.loop(0, steps)
         def _(k):
-            slot = _slot(done + k, c)
+            slot = slot_of(done + k, c)
             plgpu.barrier_wait(full.at[slot])
             if prepare is not None:
                 prepare(slot, k)
             step(slot, acc_ref)
             plgpu.wgmma_wait(1)  # the step before has been read
-            pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[_slot(done + k - 1, c)]))
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot_of(done + k - 1, c)]))
 
         acc = acc_ref[...]
-        pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[_slot(done + steps - 1, c)]))
+        pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[slot_of(done + steps - 1, c)]))
         return acc
 
     return pl.run_scoped(scope, plgpu.ACC((height or c.rows, c.columns), jnp.float32))
-
-
-def _store(c: Config, acc, store_smem, out_ref, dtype, start, column, begin, end) -> None:
-    """Rows [begin, end) of what starts at (start, column) in the output, in pieces of 64 rows and 128 bytes."""
-    wg = lax.axis_index("wg")
-    swizzled, plain = store_smem
-    width = 128 // jnp.dtype(dtype).itemsize
-    assert c.columns % (2 * width) == 0  # the next tile begins with the first slot, as this one
-    for r in range(0, acc.shape[0], _UNIT):
-        first = start + r
-        lo = jnp.clip(begin - first, 0, _UNIT)
-        rows = jnp.clip(end - first, 0, _UNIT) - lo
-        for x in range(0, c.columns, width):
-            slot = (r // _UNIT * (c.columns // width) + x // width) % 2
-            piece = acc[r : r + _UNIT, x : x + width].astype(dtype)
-            columns = pl.ds(pl.multiple_of(column + x, width), width)
-            inside = column + x < out_ref.shape[1]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the piece before the last one has left this slot
-
-            @pl.when(inside & (rows == _UNIT))
-            def _(piece=piece, slot=slot, columns=columns, first=first):
-                swizzled[wg, slot] = piece
-                plgpu.commit_smem()
-                place = out_ref.at[pl.ds(pl.multiple_of(first, _ALIGN), _UNIT), columns]
-                plgpu.copy_smem_to_gmem(swizzled.at[wg, slot], place, commit_group=False)
-
-            @pl.when(inside & (rows > 0) & (rows < _UNIT))
-            def _(piece=piece, slot=slot, columns=columns, first=first, lo=lo, rows=rows):
-                plain[wg, slot] = piece
-                plgpu.commit_smem()
-                at, size = lo, _UNIT // 2
-                while size:  # a store's size is static: one of each power of two
-                    has = (rows & size) != 0
-
-                    @pl.when(has)
-                    def _(at=at, size=size):
-                        source = plain.at[wg, slot, pl.ds(at, size)]
-                        place = out_ref.at[pl.ds(first + at, size), columns]
-                        plgpu.copy_smem_to_gmem(source, place, commit_group=False)
-
-                    at, size = at + (rows & size), size // 2
-
-            plgpu.commit_smem_to_gmem_group()
-
-
-def _fill(c: Config, copy, steps, done, free):
-    """copy(step, slot) for the steps of a tile, each once its slot is free; how many steps are done then."""
-
-    @pl.loop(0, steps)
-    def _(k):
-        slot = _slot(done + k, c)
-        pl.when(done + k >= c.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-        copy(k, slot)
-
-    return done + steps
-
-
-def _drain(c: Config, done, free) -> None:
-    """Waits until all slots are free."""
-
-    @pl.loop(0, c.stages)
-    def _(k):
-        pl.when(done + k >= c.stages)(lambda: plgpu.barrier_wait(free.at[_slot(done + k, c)]))
-
-
-def _for_each_tile(c: Config, count, one_tile, late: Any = False):
-    """one_tile(i, carry) for the tiles of this block, from a carry of 0; the last carry.
-
-    Blocks take turns, forth and back: where tiles go from the longest to the shortest, all blocks get about as much
-    work. late: half of the blocks begin with the second half of their turns.
-    """
-    block = lax.axis_index("block")
-    turns = lax.div(count + c.blocks - 1, jnp.int32(c.blocks))
-    shift = jnp.where(late & (block >= c.blocks // 2), lax.div(turns, jnp.int32(2)), 0)
-
-    def turn(j, carry):
-        j = lax.rem(j + shift, turns)
-        i = j * c.blocks + jnp.where(lax.rem(j, jnp.int32(2)) == 0, block, c.blocks - 1 - block)
-        return lax.cond(i < count, lambda: one_tile(i, carry), lambda: carry)
-
-    return lax.fori_loop(0, turns, turn, jnp.int32(0))
-
-
-def _walk(i, down, across: int, wide: int):
-    """(row, column) of tile i of down x across: in strips `wide` tiles wide, row by row."""
-    strip = lax.div(i, down * wide)
-    width = jnp.minimum(wide, across - strip * wide)
-    i -= strip * down * wide
-    return lax.div(i, width), strip * wide + lax.rem(i, width)
-
-
-def _slot(i, c: Config):
-    return lax.rem(i, jnp.int32(c.stages))
-
-
-def _tiled(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory that TMA fills and wgmma reads; or that it empties, in rows of 128 bytes."""
-    transforms: Any = plgpu  # pyright takes these two for abstract classes
-    tiling = transforms.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, transforms.SwizzleTransform(128)))
-
-
-def _store_buffer(c: Config, dtype) -> Any:
-    """Two pieces for each warpgroup, swizzled, or plain where rows are counted one by one.
-
-    Both views begin at the same place and tile the last two dims alone: a piece is the same bytes in both.
-    """
-    shape = (c.warpgroups, 2, _UNIT, 128 // jnp.dtype(dtype).itemsize)
-    return plgpu.RefUnion(_tiled(shape, dtype), plgpu.SMEM(shape, dtype))
 
 
 def _set_registers(c: Config, count: int) -> None:

@@ -25,6 +25,13 @@ def bounds(group_sizes: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(ends - sizes, 0, M), jnp.clip(ends, 0, M)
 
 
+def row_groups(group_sizes: jax.Array, M: int) -> jax.Array:
+    """int32 [M]: the group of each row; rows after the last group count as its own."""
+    ends = bounds(group_sizes, M)[1]
+    groups = jnp.searchsorted(ends, jnp.arange(M, dtype=jnp.int32), side="right", method="compare_all")
+    return jnp.minimum(groups, ends.shape[0] - 1).astype(jnp.int32)
+
+
 def make_tiles(
     group_sizes: jax.Array, M: int, block: int, align: int = 1, *, empty: bool = False, unit: int | None = None
 ) -> Tiles:

@@ -119,7 +119,7 @@ MANY = [  # M, N, K, format, activations, group, config: blocks with several til
         None,
         many.Config(2, 192, 2, None, blocks=3, wide=2),
     ),  # an odd number of pieces in a tile
-    (200, 64, 256, "int4", "int8", None, many.Config(3, 128, 2, None, blocks=1)),
+    (200, 320, 256, "int4", "int8", None, many.Config(3, 128, 2, None, blocks=2, pair=True)),
     (200, 64, 256, "int4", "float8_e4m3fn", None, many.Config(3, 128, 2, 2, blocks=1)),
 ]
 
