@@ -17,7 +17,8 @@ Look at checkpoints, check every byte, copy and rewrite them.
 
 A PATH is a step, or a run or another directory of steps (the newest is meant then). diff and convert take --layout
 file.py:function, a function that returns a layout (jaxscale.checkpoint.layout), which is applied to the first PATH.
-`convert PATH DIR --layout hf` writes the parameters of a step of `jaxscale train` as a Hugging Face directory."""
+`convert PATH DIR --layout hf` writes the parameters of a step of `jaxscale train` as a Hugging Face directory, with
+the tokenizer of its run."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ export_hf(params, cfg, "out/hf")
 import functools
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxscale.checkpoint import layout as lay
 from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from jaxscale.checkpoint.huggingface_moe import model_type
 from jaxscale.checkpoint.maps import Lazy, lazy
-from jaxscale.checkpoint.ranks import open_safetensors
+from jaxscale.checkpoint.ranks import open_safetensors, write_safetensors
 from jaxscale.checkpoint.reading import read_into
 from jaxscale.config import ModelConfig
 from jaxscale.models.decoder import param_specs
@@ -123,7 +123,13 @@ def import_hf(path: str | Path, shardings: Any = None, cfg: ModelConfig | None =
     return jax.tree.map(jnp.asarray, read_into(target, arrays, (*layout, *casts))), cfg
 
 
-def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: int = 5_000_000_000) -> None:
+def export_hf(
+    params: Any,
+    cfg: ModelConfig,
+    path: str | Path,
+    max_file_bytes: int = 5_000_000_000,
+    tokenizer: str | Path | None = None,
+) -> None:
     """Write a directory that transformers and `import_hf` read back bit by bit.
 
     Host memory holds one stacked parameter and one file at a time.
@@ -132,6 +138,7 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
       params: like `param_specs(cfg)`; every shard must be addressable by this process. Lazy arrays are read in turn.
       path: a new or empty directory. config.json is written last: a directory without it is half-written.
       max_file_bytes: what goes beyond it goes to further files, listed in an index.
+      tokenizer: a directory with a tokenizer.json, such as a run's, which goes along.
 
     Raises:
       ValueError: the directory is not empty, or Hugging Face has no model_type that says what cfg says.
@@ -142,6 +149,8 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty; name a new directory to export to")
     path.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        _copy_tokenizer(Path(tokenizer), path)
 
     weight_map: dict[str, str] = {}
     tensors: dict[str, np.ndarray] = {}
@@ -149,9 +158,9 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
     def flush():
         file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
         try:
-            save_file(tensors, path / file, metadata={"format": "pt"})
+            write_safetensors(tensors, path / file, {"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{path / file} could not be written: {error}") from None
+            raise OSError(f"{path / file}: {error}") from None
         weight_map.update(dict.fromkeys(tensors, file))
         tensors.clear()
 
@@ -167,6 +176,14 @@ def export_hf(params: Any, cfg: ModelConfig, path: str | Path, max_file_bytes: i
         total = {"total_size": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))}
         _write_json(path / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
     _write_json(path / "config.json", hf_config | {"torch_dtype": str(jax.tree.leaves(params)[0].dtype)})
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")
+    config = source / "tokenizer_config.json"
+    # The class that takes tokenizer.json as it is: transformers would otherwise take the model's own.
+    about = {"tokenizer_class": "PreTrainedTokenizerFast"} | (_read_json(config) if config.exists() else {})
+    _write_json(target / "tokenizer_config.json", about)
 
 
 def load_config(path: str | Path) -> ModelConfig:

@@ -196,3 +196,17 @@ def _member(path: Path, name: str):
             return archive[name][box]
 
     return read
+
+
+def write_safetensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Contiguous arrays by name, in a file that others may read as the umask says; safetensors lets only its owner.
+
+    Raises:
+      SafetensorError: the disk is full or refuses.
+    """
+    from safetensors.numpy import save_file
+
+    with open(path, "wb"):
+        mode = os.stat(path).st_mode
+    save_file(tensors, path, metadata=metadata)
+    os.chmod(path, mode)

@@ -142,6 +142,8 @@ def convert_step(
 def export_step(path: Path, directory: Path) -> list[str]:
     """Writes the parameters of a step that `jaxscale train` saved as a Hugging Face directory; needs no devices.
 
+    The tokenizer goes along if the step lies where the run left it, OUT/checkpoints/STEP.
+
     Returns:
       The names of the parameters.
 
@@ -165,8 +167,9 @@ def export_step(path: Path, directory: Path) -> list[str]:
         raise ValueError(f"checkpoint {step} does not fit its configuration: {problem}")
     reading.check_arrays(step, commit, list(wanted))
     params = jax.tree.unflatten(jax.tree.structure(specs), [stored[name] for name in wanted])
+    run = step.parent.parent
     with _said_of(directory):
-        export_hf(params, cfg, os.fspath(directory))
+        export_hf(params, cfg, os.fspath(directory), tokenizer=run if (run / "tokenizer.json").exists() else None)
     return list(wanted)
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from jaxscale.checkpoint.ranks import write_safetensors
 from jaxscale.params import path_name
 from jaxscale.quantize.apply import bits_of
 from jaxscale.sharding import place
@@ -46,7 +46,7 @@ def save_quantized(params: Any, path: str | Path) -> None:
         for part in PARTS[1:]:
             if (x := getattr(w, part)) is not None:
                 tensors[f"{name}.{part}"] = np.ascontiguousarray(x)
-    save_file(tensors, path, metadata={"quantized": json.dumps(meta)})
+    write_safetensors(tensors, path, {"quantized": json.dumps(meta)})
 
 
 def load_quantized(path: str | Path, specs: Any, mesh: Mesh | None = None, rules: Rules = MEGATRON_FSDP) -> Any:

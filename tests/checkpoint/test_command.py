@@ -7,12 +7,16 @@ import jax
 import numpy as np
 import pytest
 
+from jaxscale import MEGATRON_FSDP, init_params, make_mesh
 from jaxscale.checkpoint import Checkpointer, open_step
 from jaxscale.checkpoint.huggingface import import_hf, load_config
 from jaxscale.cli import EXIT_USER_ERROR, main
 from jaxscale.config import TrainConfig
+from jaxscale.data import ByteTokenizer, train_bpe
 from jaxscale.models import presets
 from jaxscale.models.decoder import param_specs
+from jaxscale.optim import make_optimizer
+from jaxscale.train import make_train_state
 
 LAYOUTS = """
 from jaxscale.checkpoint import layout as lay
@@ -91,12 +95,15 @@ def test_a_step_becomes_a_hugging_face_directory(tmp_path, rng, capsys):
     cfg = dataclasses.replace(presets.tiny(), num_layers=2, embed_dim=16, mlp_dim=32, num_heads=2, head_dim=8)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), param_specs(cfg))
     config = json.loads(json.dumps(dataclasses.asdict(TrainConfig(model=cfg))))
+    (tmp_path / "plain").touch()
     with Checkpointer(tmp_path / "run" / "checkpoints") as ckpt:
         ckpt.save(3, {"params": params, "step": 3}, metadata={"config": config})
     assert call(capsys, "ls", tmp_path / "run")[1].startswith("step        3")
     status, out, _ = call(capsys, "convert", tmp_path / "run", tmp_path / "hf", "--layout", "hf")
     assert status == 0 and f"arrays to {tmp_path / 'hf'}" in out
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+    modes = {p.stat().st_mode for p in (tmp_path / "hf").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}  # as the umask says
     back, loaded = import_hf(tmp_path / "hf")
     assert loaded == load_config(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, back, params)
@@ -108,3 +115,30 @@ def test_a_step_becomes_a_hugging_face_directory(tmp_path, rng, capsys):
     damaged.write_bytes(data)
     status, _, err = call(capsys, "convert", tmp_path / "run", tmp_path / "hf2", "--layout", "hf")
     assert status == EXIT_USER_ERROR and "damaged" in err and not (tmp_path / "hf2").exists()
+
+
+def test_an_export_generates_as_its_run_does(tmp_path, rng, capsys):
+    """With the run's tokenizer; transformers is told to take it as it is."""
+    kind = rng.choice(["bpe", "bytes"])
+    run, hf = tmp_path / "run", tmp_path / "hf"
+    tokenizer = train_bpe(["the mesh splits every array " * 50], 300) if kind == "bpe" else ByteTokenizer()
+    sizes = {"num_layers": 1, "embed_dim": 16, "mlp_dim": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    model = dataclasses.replace(presets.tiny(), vocab_size=tokenizer.vocab_size, **sizes)
+    train = TrainConfig(model=model)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = init_params(jax.random.key(0), param_specs(model), mesh, MEGATRON_FSDP)
+    params = jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), params)
+    config = json.loads(json.dumps(dataclasses.asdict(train)))
+    with jax.set_mesh(mesh), Checkpointer(run / "checkpoints") as ckpt:
+        state = make_train_state(params, make_optimizer(train.optimizer, train.steps), jax.random.key(1))
+        ckpt.save(1, state, metadata={"config": config})
+    (run / "config.json").write_text(json.dumps(config))
+    tokenizer.save(run / "tokenizer.json")
+    assert call(capsys, "convert", run / "checkpoints" / "1", hf, "--layout", "hf")[0] == 0
+    said = []
+    for source in (run, hf):
+        assert main(["generate", "--model", str(source), "--prompt", "the mesh", "--max-new-tokens", "8"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].strip()
+    about = json.loads((hf / "tokenizer_config.json").read_text())
+    assert about == {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"bos_token": "<|bos|>"} if kind == "bpe" else {})
