@@ -123,7 +123,14 @@ def compile_step(
     with jax.set_mesh(devices):
         traced = step.trace(state, abstract_batch(devices, batch_size, seq_len, rules))
         lowered = traced.lower(lowering_platforms=(pod.platform,))
-    trace_seconds, start = time.perf_counter() - start, time.perf_counter()
+    return compile_lowered(lowered, pod, mesh, devices, trace_seconds=time.perf_counter() - start, quick=quick)
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, pod: Pod, mesh: MeshConfig, devices: Mesh, *, trace_seconds: float, quick: bool
+) -> CompiledStep:
+    """Compiles a program that was lowered for `devices` of a pod; raises what `compile_step` does."""
+    start = time.perf_counter()
     executable, findings = _compile(lowered, pod, {"optimization_level": "O0"} if quick else None)
     return CompiledStep(
         pod=pod,

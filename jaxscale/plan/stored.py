@@ -5,6 +5,7 @@ step = load_step("step.bin", make_mesh(MeshConfig(fsdp=4, tp=2)))       # the po
 state, metrics = step(state, batch)
 """
 
+import importlib
 import json
 import pickle
 from pathlib import Path
@@ -61,6 +62,8 @@ def load_step(path: str | Path, mesh: Mesh) -> jax.stages.Compiled:
     wrong = [f"{name} {header[name]}, here {value}" for name, value in here.items() if header[name] != value]
     if wrong:
         raise ValueError(f"{path} was compiled for {'; '.join(wrong)}: compile it again with these")
+    if device.platform == "gpu":  # its import tells XLA where the runtime of Mosaic's kernels lies
+        importlib.import_module("jax.experimental.mosaic.gpu")
     payload, in_tree, out_tree = pickle.loads(program)
     return serialize_executable.deserialize_and_load(
         payload, in_tree, out_tree, backend=device.client, execution_devices=list(mesh.devices.flat)

@@ -3,13 +3,18 @@
 import math
 import subprocess
 import sys
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxscale.plan  # the package is a function as well
+from jaxscale.plan import function
+from jaxscale.plan.aot import CompiledStep, MemoryUse
 from jaxscale.plan.function import plan
+from jaxscale.plan.hardware import find_pod
+from jaxscale.plan.hlo import Census
 from sharding_rules.hardware import find_hardware
 
 
@@ -57,6 +62,51 @@ def test_a_notebook_shows_pictures_and_the_parameters(rng):
     page = found._repr_html_()
     assert page.count("<svg") == 2 and "down" in page and str(found.best.mesh) in page
     assert "loss_fn on v5e:2x4" in str(found) and "down" in str(found)
+
+
+def test_the_compiler_confirms_the_fastest(rng, monkeypatch):
+    """Two meshes compiled for simulated devices: state and collectives as predicted, integers left alone."""
+    monkeypatch.setattr(function, "TOP", 2)
+    D, B = 64 * int(rng.integers(2, 5)), 8 * int(rng.integers(1, 4))
+    params = {"up": shape(D, 4 * D), "bias": shape(1, 4 * D), "down": shape(4 * D, D)}
+    params["steps"] = jax.ShapeDtypeStruct((), jnp.int32)
+    aux = lambda p, x, y: (loss_fn(p, x, y), {"rows": x.sum()})
+    found = jaxscale.plan(aux, params, shape(B, D), shape(B, D), topology="cpu:4", compile=True)
+    asked = [o for o in found.options if o.compiled]
+    assert len(asked) == 2 and asked == list(found.options[:2])
+    assert asked[0].seconds <= asked[1].seconds
+    for o in asked:
+        assert o.compiled.census.wire_bytes() == pytest.approx(o.sent, rel=0.05, abs=64)
+        floats = sum(leaf.bytes for leaf in o.rules.leaves if leaf.dtype == "float32")
+        rows = math.prod(getattr(o.mesh, a) for a in o.rules.rules.compute.get("batch", ()))
+        # Parameters and two moments, the batch, two counters.
+        assert o.compiled.memory.arguments == 3 * floats + 2 * 4 * B * D / rows + 2 * 4
+        assert o.bytes == o.compiled.memory.total
+    page = found._repr_html_()
+    assert page.count("<svg") == 3 and "by the compiler" in page and "by the compiler" in str(found)
+
+
+def test_a_mesh_without_room_is_behind_those_that_the_compiler_takes(rng, monkeypatch):
+    params, batch, _ = sizes(rng)
+    full = plan(loss_fn, params, *batch, topology="h200:1x4").best.mesh
+    census, memory = Census(()), MemoryUse(10, 20, 30, 0)
+    answer = CompiledStep(find_pod("h200:1x4"), full, memory, census, [], 1.0, 1.0, 1, cast(Any, None))
+
+    def refuse_the_best(option, *_):
+        if option.mesh == full:
+            raise ValueError("no room in hbm")
+        return answer._replace(mesh=option.mesh)
+
+    monkeypatch.setattr(function, "_compile", refuse_the_best)
+    found = plan(loss_fn, params, *batch, topology="h200:1x4", compile=True)
+    assert found.best.mesh != full and found.best.bytes == 60
+    assert [o.no_room for o in found.options if o.mesh == full] == ["no room in hbm"]
+    # Nothing is sent by these programs: of each prediction what it takes to send is gone.
+    alone = plan(loss_fn, params, *batch, topology="h200:1x4", mesh=found.best.mesh).best
+    assert found.best.seconds < alone.seconds or alone.sent == 0
+    with pytest.raises(ValueError, match=r"finds no room; .*: no room in hbm") as error:
+        plan(loss_fn, params, *batch, topology="h200:1x4", mesh=full, compile=True)
+    assert "\n" not in str(error.value)
 
 
 def test_what_cannot_be_planned_is_said_in_one_line(rng):
