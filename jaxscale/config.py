@@ -89,7 +89,8 @@ class MoEConfig:
     balance_rows: int | None = None  # rows whose load is balanced: None: the whole batch; 1: each sequence
     router_z_weight: float = 0.0
     num_replicas: int = 0  # places for further copies of busy experts (jaxscale.plan.placement); not to be trained
-    dispatch: Literal["auto", "all_gather", "all_to_all"] = "auto"  # over ep: jaxscale.parallel.expert
+    dispatch: Literal["auto", "all_gather", "all_to_all", "two_level"] = "auto"  # over ep: jaxscale.parallel.expert
+    ep_hosts: int | None = None  # hosts that ep spans, slow links between them; None: as the run's devices lie
     dispatch_chunks: int = 1  # parts of a device's tokens, one travels while another is computed
 
     def __post_init__(self):
@@ -132,9 +133,13 @@ class MoEConfig:
             )
         if self.num_replicas < 0:
             raise ValueError(f"num_replicas={self.num_replicas} must be at least 0")
-        if (self.balance_rows is not None and self.balance_rows < 1) or self.dispatch_chunks < 1:
+        counts = {name: getattr(self, name) for name in ("balance_rows", "dispatch_chunks", "ep_hosts")}
+        if any(n is not None and n < 1 for n in counts.values()):
+            raise ValueError(f"{', '.join(f'{name}={n}' for name, n in counts.items())} must be at least 1")
+        if self.dispatch == "two_level" and self.ep_hosts == 1:
             raise ValueError(
-                f"balance_rows={self.balance_rows} and dispatch_chunks={self.dispatch_chunks} must be at least 1"
+                "dispatch='two_level' sends tokens to hosts first, but ep_hosts=1; set it to the hosts that ep spans, "
+                "or use dispatch='auto'"
             )
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -37,6 +38,15 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def hosts_along(mesh: Mesh, axis: str) -> int:
+    """Over how many sets of devices with fast links among them (hosts of GPUs, slices of TPUs) an axis runs."""
+    places = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0)
+    homes = [getattr(d, "slice_index", 0) or 0 for d in places.reshape(len(places), -1)[:, 0]]
+    part, rest = divmod(len(homes), len(set(homes)))
+    neighbours = not rest and all(home == homes[i // part * part] for i, home in enumerate(homes))
+    return len(set(homes)) if neighbours else 1
 
 
 def make_abstract_mesh(config: MeshConfig | None = None, **sizes: Any) -> AbstractMesh:

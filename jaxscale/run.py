@@ -12,7 +12,7 @@ import numpy as np
 from jaxscale.callbacks import Checkpoints, LossPlot, MetricsFile, Progress, TensorBoard, Validate, peak_flops
 from jaxscale.config import ModelConfig, TrainConfig, from_dict
 from jaxscale.data import load_tokenizer, make_dataset
-from jaxscale.mesh import make_mesh
+from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
 from jaxscale.parallel.context import compiler_options
@@ -79,6 +79,10 @@ def run(
         context, why = plan(split, cfg.model, cfg.data.batch_size, cfg.data.seq_len)
         console.print(f"sequences over {why}", highlight=False)
 
+    model = cfg.model
+    if model.moe and model.moe.ep_hosts is None:
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, ep_hosts=hosts_along(mesh, "ep")))
+
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         if context is not None:
             batch = permute_batch(batch, context.layout, split.cp)
@@ -86,11 +90,11 @@ def run(
 
     def loss_fn(params, batch):
         options = {"remat": cfg.remat, "z_loss": cfg.z_loss, "chunk": cfg.loss_chunk, "context": context}
-        return decoder.loss_fn(params, batch, cfg.model, rules=rules, **options)
+        return decoder.loss_fn(params, batch, model, rules=rules, **options)
 
     @jax.jit
     def eval_step(params, batch):
-        _, parts = decoder.loss_fn(params, batch, cfg.model, rules=rules, chunk=cfg.loss_chunk, context=context)
+        _, parts = decoder.loss_fn(params, batch, model, rules=rules, chunk=cfg.loss_chunk, context=context)
         return parts["nll"], parts["weight"]
 
     if first:

@@ -55,6 +55,7 @@ def block(
             activation=m.activation if m.activation == "gpt_oss" else cfg.activation,
             dispatch=m.dispatch,
             chunks=m.dispatch_chunks,
+            hosts=m.ep_hosts or 1,
             row_pairs=m.num_experts * routing.capacity(m, y.shape[1]) if m.router == "expert_choice" else None,
             rules=rules,
         )

@@ -1,11 +1,15 @@
 """Experts over the mesh axis ep (expert parallelism). Nothing is dropped, whatever the routing.
 
-Each device holds E/ep experts and the tokens of its rows. Two ways bring them together:
+Each device holds E/ep experts and the tokens of its rows. Three ways bring them together:
 
 - all_gather: every token visits every device of ep; what its experts there return is summed as it is scattered back.
   Best for few devices, or where most tokens have an expert on most of them.
 - all_to_all: each (token, expert) pair travels to the expert's device and back, in buffers of `_SLACK` times an even
   share. A step whose routing does not fit takes the other way: all devices see so and agree.
+- two_level, where ep spans several hosts: a token travels once to each host that has an expert of its, to the device
+  that stands there where its own stands here, and on to its experts inside the host by one of the other ways. What
+  they return is added up inside the host first. So the slow links between hosts carry each token once for a host, not
+  once for an expert, in few large messages (as in 2DH of Tutel, arXiv 2206.03382, and DeepSeek-V3, arXiv 2412.19437).
 
 The worst case (all tokens to one device) is computed a part at a time, so that memory stays that of an even load.
 Without a mesh each function is its single-device twin.
@@ -13,7 +17,7 @@ Without a mesh each function is its single-device twin.
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +26,54 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.layers import act
-from jaxscale.parallel.permute import Places, collect, sort_pairs, spread
+from jaxscale.parallel.permute import Places, Sorted, collect, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
 from pallas_kernels import ragged_dot, ragged_dots
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 EP, TP = "ep", "tp"
-Dispatch = Literal["auto", "all_gather", "all_to_all"]
+Dispatch = Literal["auto", "all_gather", "all_to_all", "two_level"]
 _SLACK = 1.5  # buffers, in even shares: routing that a balance loss holds fits
+_FAR = 9.0  # how much longer a byte takes between hosts than inside one: NVLink 450 GB/s, network 50 GB/s
 
 
 class _Call(NamedTuple):
-    num_experts: int
+    num_experts: int  # over the devices that exchange
     activation: str
     dispatch: str
     chunks: int
+    hosts: int
+
+
+class _Level(NamedTuple):
+    """Devices of ep that exchange with each other: all, those of one host, or one of each host."""
+
+    size: int
+    stride: int = 1  # from one to the next
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def index(self):
+        return lax.axis_index(EP) // self.stride % self.size
+
+    def all_gather(self, x):
+        return lax.all_gather(x, EP, axis_index_groups=self.groups, tiled=True)
+
+    def psum_scatter(self, x):
+        return lax.psum_scatter(x, EP, axis_index_groups=self.groups, tiled=True)
+
+    def all_to_all(self, x):
+        """[size * n, ...], n for each device."""
+        return lax.all_to_all(x, EP, 0, 0, axis_index_groups=self.groups, tiled=True)
+
+
+def _levels(ep: int, hosts: int) -> tuple[_Level, _Level]:
+    """(across hosts, inside one): devices of a host are neighbours on ep."""
+    inside = ep // hosts
+    across = tuple(tuple(range(i, ep, inside)) for i in range(inside))
+    return _Level(hosts, inside, across), _Level(
+        inside, 1, tuple(tuple(range(h, h + inside)) for h in range(0, ep, inside))
+    )
 
 
 def apply_experts(
@@ -49,6 +85,7 @@ def apply_experts(
     activation: str = "silu",
     dispatch: Dispatch = "auto",
     chunks: int = 1,
+    hosts: int = 1,
     row_pairs: int | None = None,
     rules: Rules = MEGATRON_FSDP,
 ) -> Float[Array, "B T D"]:
@@ -59,25 +96,32 @@ def apply_experts(
       weights: float32.
       p: w_gate, w_up [E, D, F] and w_down [E, F, D], from `gather_experts`; maybe b_gate, b_up [E, F], b_down [E, D].
       activation: of `jaxscale.layers.act`, or "gpt_oss".
-      dispatch: "auto" takes the one that moves fewer bytes.
+      dispatch: "auto" takes the one that moves fewer bytes, those between hosts counted `_FAR` times.
       chunks: parts of a device's tokens; the transfers of one run beside the experts of another.
+      hosts: that ep spans, each with as many neighbouring devices; "two_level" needs two or more.
       row_pairs: how many pairs of token and expert a row has at most, where that is less than T K.
 
     Raises:
-      ValueError: ep does not divide the experts; an unknown dispatch.
+      ValueError: ep does not divide the experts, hosts do not divide ep; an unknown dispatch.
     """
     num_experts = p["w_up"].shape[0]
-    call = _Call(num_experts, activation, dispatch, chunks)
-    if dispatch not in ("auto", "all_gather", "all_to_all"):
-        raise ValueError(f"dispatch={dispatch!r} is not one of auto, all_gather, all_to_all")
+    call = _Call(num_experts, activation, dispatch, chunks, hosts)
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(f"dispatch={dispatch!r} is not one of {', '.join(get_args(Dispatch))}")
     mesh = active_mesh()
-    if mesh is None:
+    if mesh is None:  # no ep: one device
         rows = None if row_pairs is None else x.shape[0] * row_pairs
         return _flat(functools.partial(_experts_local, call, rows=rows), x, experts, weights, p)
     ep = mesh.shape[EP]
     if num_experts % ep:
         divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
         raise ValueError(f"num_experts={num_experts} is not divisible by ep={ep}; use ep in {divisors}")
+    if dispatch == "two_level" and hosts == 1:
+        raise ValueError("dispatch='two_level' needs hosts=2 or more; use dispatch='auto' within one host")
+    if ep % hosts:
+        raise ValueError(
+            f"ep={ep} does not lie evenly over hosts={hosts}; use ep in {[hosts * i for i in (1, 2, 4, 8)]}"
+        )
     rows = ("batch", "seq", None)
     (x,) = enter(x, ("batch", "seq", "embed"), (p["w_up"],), rules)
     experts, weights = (constrain(a, rows, rules) for a in (experts, weights))
@@ -125,108 +169,175 @@ def _flat(fn, x, experts, weights, p):
 
 
 def _dispatched(call: _Call, x, experts, weights, p, *, split: bool):
-    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
-    first = lax.axis_index(EP) * mine
+    ep = lax.axis_size(EP)
     if not split:  # every device of ep has these tokens (a batch that does not divide): each adds what is its own
+        first = lax.axis_index(EP) * (call.num_experts // ep)
         return _experts_local(call, x, experts, weights, p, first=first)
     n, K = experts.shape
-    way = call.dispatch if call.dispatch != "auto" else choose(ep, K)
+    way = call.dispatch if call.dispatch != "auto" else choose(ep, K, call.hosts)
     parts = min(call.chunks, n)
     size = -(-n // parts)
     out, whole = [], (x, experts, weights)
     for start in range(0, n, size):  # written out: the scheduler may start a transfer before the part before is done
         x, experts, weights = (a[start : start + size] for a in whole)
-        out.append((_all_to_all if way == "all_to_all" else _all_gather)(call, x, experts, weights, p))
+        if way == "two_level":
+            out.append(_two_level(call, x, experts, weights, p))
+        else:
+            out.append(_one_level(call, _Level(ep), way, x, experts, weights, p, pairs=x.shape[0] * K))
     return jnp.concatenate(out)
 
 
-def choose(ep: int, top_k: int) -> str:
-    """The dispatch that moves fewer rows: ep - 1 for each token, or its experts' share in padded buffers."""
-    return "all_gather" if ep - 1 <= _SLACK * top_k * (ep - 1) / ep else "all_to_all"
+def _one_level(call: _Call, level: _Level, way: str, x, experts, weights, p, *, pairs: int):
+    """pairs: of token and expert, that an even load gives each device."""
+    run = _all_to_all if way == "all_to_all" else _all_gather
+    return run(call, level, x, experts, weights, p, pairs)
 
 
-def _all_gather(call: _Call, x, experts, weights, p):
-    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
-    first = lax.axis_index(EP) * mine
+def choose(ep: int, top_k: int, hosts: int = 1, far: float = _FAR) -> str:
+    """The dispatch whose rows take least time: ep - 1 for each token, its experts' share in padded buffers, or one for
+    each of its hosts and then one of both inside.
+
+    Args:
+      far: how much longer a row takes between hosts than inside one.
+    """
+    gather, exchange = _rows(ep, 1.0, top_k)
+    costs = {"all_gather": gather, "all_to_all": exchange}
+    if hosts > 1:
+        arriving = hosts * share_of_a_host(hosts, top_k)
+        costs = {way: far * cost for way, cost in costs.items()}
+        costs["two_level"] = far * arriving * (1 - 1 / hosts) + min(_rows(ep // hosts, arriving, top_k))
+    return min(costs, key=lambda way: costs[way])
+
+
+def share_of_a_host(hosts: int, top_k: int) -> float:
+    """The share of tokens that `two_level` has room for in its buffer to one host, a token's own host included."""
+    return min(1.0, _SLACK * (1 - (1 - 1 / hosts) ** top_k))
+
+
+def choose_inside(size: int, rows: int, pairs: int) -> str:
+    """The dispatch among the `size` devices of a host, for so many rows with so many pairs on each."""
+    gather, exchange = _rows(size, rows, pairs)
+    return "all_gather" if gather <= exchange else "all_to_all"
+
+
+def _rows(size: int, rows: float, pairs: float) -> tuple[float, float]:
+    """How many leave a device: (all gathered, as pairs in padded buffers)."""
+    return rows * (size - 1), _SLACK * pairs * (size - 1) / size
+
+
+def _all_gather(call: _Call, level: _Level, x, experts, weights, p, pairs: int):
+    mine = call.num_experts // level.size
+    first = level.index() * mine
     n, K = experts.shape
-    all_experts, all_weights = (lax.all_gather(a, EP, tiled=True) for a in (experts, weights))
-    most = ep * n * min(K, mine)
-    tight = min(most, math.ceil(_SLACK * n * K))
+    all_experts, all_weights = (level.all_gather(a) for a in (experts, weights))
+    most = level.size * n * min(K, mine)
+    tight = min(most, math.ceil(_SLACK * pairs))
 
     def at_once(x, rows):
-        x = lax.all_gather(x, EP, tiled=True)
+        x = level.all_gather(x)
         y = _experts_local(call, x, all_experts, all_weights, p, first=first, rows=rows)
-        return lax.psum_scatter(y, EP, tiled=True)
+        return level.psum_scatter(y)
 
     if tight >= most:
         return at_once(x, most)
     held = ((all_experts >= first) & (all_experts < first + mine)).sum()
     fits = _max_everywhere(held) <= tight
-    return lax.cond(fits, lambda x: at_once(x, tight), lambda x: _in_parts(call, x, experts, weights, p), x)
+    parts = lambda x: _in_parts(call, level, pairs, x, experts, weights, p)
+    return lax.cond(fits, lambda x: at_once(x, tight), parts, x)
 
 
-def _all_to_all(call: _Call, x, experts, weights, p):
-    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
+def _all_to_all(call: _Call, level: _Level, x, experts, weights, p, pairs: int):
+    mine = call.num_experts // level.size
     n, K = experts.shape
-    slots = min(n * min(K, mine), math.ceil(_SLACK * n * K / ep))
+    slots = min(n * min(K, mine), math.ceil(_SLACK * pairs / level.size))
     key = jnp.where((experts >= 0) & (experts < call.num_experts), experts, call.num_experts).reshape(-1)
-    to = key // mine  # ep: nobody
-    pairs = sort_pairs(to, ep)
-    counts = jnp.diff(pairs.starts)
+    to = key // mine  # level.size: nobody
+    boxes = sort_pairs(to, level.size)
 
     def exchange(x):
-        slot = jnp.arange(ep * slots, dtype=jnp.int32)
-        used = slot % slots < counts[slot // slots]
-        pair = jnp.where(used, pairs.pair[jnp.where(used, pairs.starts[slot // slots] + slot % slots, 0)], n * K)
-        to_first = jnp.append(pairs.starts[:ep], 0)[to]
-        place = jnp.where(to < ep, to * slots + pairs.place - to_first, ep * slots)
-        tokens, single = Places(pair // K, place.reshape(n, K)), Places(pair, place[:, None])
-        ids = jnp.where(used, key[jnp.where(used, pair, 0)] % mine, mine)
-        sent = spread(x, tokens), ids, spread(weights.reshape(-1, 1), single)
-        got, ids, w = (lax.all_to_all(a.reshape(ep, slots, -1), EP, 0, 0, tiled=True) for a in sent)
-        rows = ep * slots
-        y = _experts_local(call, got.reshape(rows, -1), ids.reshape(rows, 1), w.reshape(rows, 1), p, rows=rows)
-        back = lax.all_to_all(y.reshape(got.shape), EP, 0, 0, tiled=True)
-        return collect(back.reshape(rows, -1), tokens).astype(x.dtype)
+        tokens, single = _places(boxes, to, slots, K)
+        ids = jnp.where(single.token < n * K, key[jnp.minimum(single.token, n * K - 1)] % mine, mine)
+        sent = spread(x, tokens), ids[:, None], spread(weights.reshape(-1, 1), single)
+        got, ids, w = map(level.all_to_all, sent)
+        y = _experts_local(call, got, ids, w, p, rows=got.shape[0])
+        return collect(level.all_to_all(y), tokens).astype(x.dtype)
 
     if slots >= n * min(K, mine):
         return exchange(x)
-    fits = _max_everywhere(counts.max()) <= slots
-    return lax.cond(fits, exchange, lambda x: _in_parts(call, x, experts, weights, p), x)
+    fits = _max_everywhere(jnp.diff(boxes.starts).max()) <= slots
+    return lax.cond(fits, exchange, lambda x: _in_parts(call, level, pairs, x, experts, weights, p), x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_parts(call: _Call, x, experts, weights, p):
-    """The all-gather way for any routing, 1/ep of the tokens at a time. The backward pass computes it again: a
-    custom_vjp and no jax.checkpoint, because a policy outside of it that keeps everything would keep this too."""
-    return _part_by_part(call, x, experts, weights, p)
+def _two_level(call: _Call, x, experts, weights, p):
+    across, inside = _levels(lax.axis_size(EP), call.hosts)
+    n, K = experts.shape
+    held = call.num_experts // across.size  # by a host
+    slots = math.ceil(n * share_of_a_host(across.size, K))
+    host = jnp.where((experts >= 0) & (experts < call.num_experts), experts // held, across.size)
+    seen = jnp.stack([(host[:, :k] == host[:, k : k + 1]).any(axis=1) for k in range(K)], axis=1)
+    to = jnp.where(seen, across.size, host).reshape(-1)
+    boxes = sort_pairs(to, across.size)
+
+    def exchange(x):
+        tokens, _ = _places(boxes, to, slots, K)
+        ids = jnp.where(tokens.token[:, None] < n, experts[jnp.minimum(tokens.token, n - 1)], -1)
+        got, ids, w = map(across.all_to_all, (spread(x, tokens), ids, spread(weights, tokens)))
+        local = call._replace(num_experts=held)
+        way = choose_inside(inside.size, got.shape[0], n * K)
+        y = _one_level(local, inside, way, got, ids - across.index() * held, w, p, pairs=n * K)
+        return collect(across.all_to_all(y), tokens).astype(x.dtype)
+
+    if slots >= n:
+        return exchange(x)
+    fits = _max_everywhere(jnp.diff(boxes.starts).max()) <= slots
+    whole = _Level(across.size * inside.size)
+    return lax.cond(fits, exchange, lambda x: _in_parts(call, whole, n * K, x, experts, weights, p), x)
 
 
-def _in_parts_fwd(call: _Call, *args):
+def _places(boxes: Sorted, to, slots: int, top_k: int) -> tuple[Places, Places]:
+    """Places of tokens, and of their pairs, in buffers of `slots` rows for each device that something goes to."""
+    size, counts = boxes.starts.shape[0] - 1, jnp.diff(boxes.starts)
+    m = to.shape[0]
+    slot = jnp.arange(size * slots, dtype=jnp.int32)
+    used = slot % slots < counts[slot // slots]
+    pair = jnp.where(used, boxes.pair[jnp.where(used, boxes.starts[slot // slots] + slot % slots, 0)], m)
+    place = jnp.where(to < size, to * slots + boxes.place - jnp.append(boxes.starts[:size], 0)[to], size * slots)
+    return Places(pair // top_k, place.reshape(-1, top_k)), Places(pair, place[:, None])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_parts(call: _Call, level: _Level, pairs: int, x, experts, weights, p):
+    """The all-gather way for any routing, with at most `pairs` at a time on a device. The backward pass computes it
+    again: a custom_vjp and no jax.checkpoint, because a policy outside of it that keeps everything would keep this too.
+    """
+    return _part_by_part(call, level, pairs, x, experts, weights, p)
+
+
+def _in_parts_fwd(call: _Call, level: _Level, pairs: int, *args):
     """Residuals: the inputs."""
-    return _part_by_part(call, *args), args
+    return _part_by_part(call, level, pairs, *args), args
 
 
-def _in_parts_bwd(call: _Call, args, grad):
-    return jax.vjp(functools.partial(_part_by_part, call), *args)[1](grad)
+def _in_parts_bwd(call: _Call, level: _Level, pairs: int, args, grad):
+    return jax.vjp(functools.partial(_part_by_part, call, level, pairs), *args)[1](grad)
 
 
 _in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
 
 
-def _part_by_part(call: _Call, x, experts, weights, p):
-    ep, mine = lax.axis_size(EP), call.num_experts // lax.axis_size(EP)
-    first = lax.axis_index(EP) * mine
-    n = x.shape[0]
-    pad = -n % ep
-    rows = [jnp.pad(a, ((0, pad), (0, 0)), constant_values=c) for a, c in ((x, 0), (experts, -1), (weights, 0))]
+def _part_by_part(call: _Call, level: _Level, pairs: int, x, experts, weights, p):
+    mine = call.num_experts // level.size
+    first = level.index() * mine
+    n, K = experts.shape
+    count = level.size * -(-n * min(K, mine) // pairs)
+    rows = [jnp.pad(a, ((0, -n % count), (0, 0)), constant_values=c) for a, c in ((x, 0), (experts, -1), (weights, 0))]
 
     @jax.checkpoint
     def part(args):
-        x, experts, weights = (lax.all_gather(a, EP, tiled=True) for a in args)
-        return lax.psum_scatter(_experts_local(call, x, experts, weights, p, first=first), EP, tiled=True)
+        x, experts, weights = map(level.all_gather, args)
+        return level.psum_scatter(_experts_local(call, x, experts, weights, p, first=first))
 
-    out = lax.map(part, tuple(a.reshape(ep, -1, a.shape[1]) for a in rows))
+    out = lax.map(part, tuple(a.reshape(count, -1, a.shape[1]) for a in rows))
     return out.reshape(-1, x.shape[1])[:n]
 
 

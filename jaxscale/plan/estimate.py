@@ -131,16 +131,15 @@ def estimate(
     mesh = mesh.fill(pod.num_devices)
     check(model, mesh, batch_size=batch_size, seq_len=seq_len, accum_steps=accum_steps)
     context = context_of(model, mesh, pod, batch_size=batch_size // accum_steps, seq_len=seq_len)
-    part = _Step(model, mesh, batch_size // accum_steps, seq_len, remat, loss_chunk, rules, context)
+    part = _Step(model, mesh, batch_size // accum_steps, seq_len, remat, loss_chunk, rules, context, pod.hardware)
     memory = part.memory(pod, accum_steps)
-    shape = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     transfers = tuple(
         Transfer(
             kind,
             "+".join(axes),
             count * accum_steps,
             size * accum_steps,
-            _seconds(pod, shape, kind, axes, count, size) * accum_steps,
+            _seconds(pod, part.shape_of(axes), kind, axes, count, size) * accum_steps,
         )
         for (kind, axes), (count, size) in part.transfers(pod).items()
     )
@@ -282,7 +281,7 @@ class _OverCp(NamedTuple):
 class _Step:
     """One micro-batch on one device. Sizes are bytes."""
 
-    def __init__(self, model, mesh, batch_size, seq_len, remat, loss_chunk, rules, context=None):
+    def __init__(self, model, mesh, batch_size, seq_len, remat, loss_chunk, rules, context=None, hw=None):
         self.model, self.mesh, self.remat, self.rules, self.context = model, mesh, remat, rules, context
         self.sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
         self.item = jnp.dtype(model.dtype).itemsize
@@ -297,7 +296,13 @@ class _Step:
         self.mlp, self.vocab = whole(model.mlp_dim), whole(model.vocab_size)
         self.leaves = _leaves(model, mesh, rules)
         self.depth = max(leaf.depth for leaf in self.leaves)  # layers that are alike: all, or those with experts
-        self.experts = None if model.moe is None else place_experts(model.moe, mesh, self.tokens)
+        self.experts = None
+        if model.moe is not None:
+            hosts = model.moe.ep_hosts or (math.ceil(mesh.ep * mesh.cp * mesh.tp / hw.node) if hw else 1)
+            hosts = hosts if mesh.ep % hosts == 0 else 1
+            far = hw.bandwidth / hw.outer_bandwidth if hw else 1.0
+            self.experts = place_experts(model.moe, mesh, self.tokens, hosts, far)
+            self.sizes |= {"ep hosts": self.experts.hosts, "ep inside": mesh.ep // self.experts.hosts}
 
     def residuals(self, remat: str) -> float:
         """What one layer keeps for its backward pass."""
@@ -427,8 +432,8 @@ class _Step:
         add("reduce-scatter", ("tp",), 1, rows)  # the embedding's, explicit in its shard_map
         add(scatter, ("tp",), sums * L + 1, (sums * L + 1) * rows)
         if self.experts is not None:
-            for kind, count, size in self.experts.transfers(self.model.embed_dim * self.item, self.remat):
-                add(kind, ("ep",), self.depth * count, self.depth * size)
+            for kind, axis, count, size in self.experts.transfers(self.model.embed_dim * self.item, self.remat):
+                add(kind, (axis,), self.depth * count, self.depth * size)
         keys = self.keys * self.kv_heads * self.model.head_dim * self.item
         if self.context is None:
             add("all-gather", ("cp",), 4 * L, 4 * L * keys)  # gathered again in the backward pass
@@ -438,6 +443,12 @@ class _Step:
             for kind, times, size in self.context_transfers(strategy, window):
                 add(kind, ("cp",), count * times, count * size)
         return found
+
+    def shape_of(self, axes: tuple[str, ...]) -> dict[str, int]:
+        """The mesh, outermost first, with ep as two axes for transfers on one of its levels."""
+        levels = ("ep hosts", "ep inside") if set(axes) & {"ep hosts", "ep inside"} else ("ep",)
+        names = [n for axis in MESH_AXES for n in (levels if axis == "ep" else (axis,))]
+        return {name: self.sizes[name] for name in names}
 
     def shape(self, window: int | None) -> context_cost.Shape:
         """One layer's attention on this device's place of the other axes."""

@@ -10,41 +10,60 @@ from jaxscale.parallel import expert
 class Experts(NamedTuple):
     """The experts of one layer on one device."""
 
-    way: str  # "" without ep, "all_gather", "all_to_all"
+    way: str  # "" without ep, else a dispatch; inside of hosts for two_level
     tokens: int  # before any travels
     top_k: int
     ep: int
     rows: int  # pairs of token and expert that fit into its buffers
     width: int  # of an expert's hidden layer
     shared: int  # of the shared experts' hidden layer
+    hosts: int = 1  # that tokens travel to first; arriving: rows that a device then has of others, or room for them
+    arriving: int = 0
 
     def travelled(self, D: int, item: int) -> float:
         """Bytes of what dispatch keeps beside each pair's own arrays: two copies of the pairs' rows, the sum of all
         devices' tokens in float32, the tokens."""
         return 2 * self.rows * D * item + self.tokens * D * (4 * self.ep + item) if self.ep > 1 else 0.0
 
-    def transfers(self, row: int, remat: str) -> list[tuple[str, int, float]]:
-        """(kind, count, payload) of a layer, forward and backward, for rows of `row` bytes. A layer that is computed
-        again dispatches again; the way back is not needed again: weights are in before it."""
+    def transfers(self, row: int, remat: str) -> list[tuple[str, str, int, float]]:
+        """(kind, axis, count, payload) of a layer, forward and backward, for rows of `row` bytes. A layer that is
+        computed again dispatches again; the way back is not needed again: weights are in before it. The axis is "ep",
+        or "ep hosts" and "ep inside", its two levels."""
         again = remat != "none"
-        pairs = self.ep * self.tokens * self.top_k * 4  # expert numbers, weights
-        if self.way == "all_gather":
-            size = self.ep * self.tokens * row
-            gathers = ("all-gather", 4 + 3 * again, (2 + again) * size + (2 + 2 * again) * pairs)
-            return [gathers, ("reduce-scatter", 3, 2 * size + pairs)]
-        if self.way == "all_to_all":
-            size = self.rows * row
-            return [("all-to-all", 7 + 3 * again, (4 + again) * size + (3 + 2 * again) * self.rows * 4)]
-        return []
+        choices = self.top_k if self.hosts > 1 else 1  # that travel with a row of a buffer
+        exchange = lambda axis, rows, choices: (
+            "all-to-all", axis, 7 + 3 * again, (4 + again) * rows * row + (3 + 2 * again) * rows * choices * 4,
+        )  # fmt: skip
+        found, axis, tokens, size = [], "ep", self.tokens, self.ep
+        if self.hosts > 1:
+            axis, tokens, size = "ep inside", self.arriving, self.ep // self.hosts
+            found.append(exchange("ep hosts", self.arriving, choices))
+        if size > 1 and self.way == "all_gather":
+            pairs = size * tokens * self.top_k * 4  # expert numbers, weights
+            gathered = (2 + again) * size * tokens * row + (2 + 2 * again) * pairs
+            found.append(("all-gather", axis, 4 + 3 * again, gathered))
+            found.append(("reduce-scatter", axis, 3, 2 * size * tokens * row + pairs))
+        if size > 1 and self.way == "all_to_all":
+            found.append(exchange(axis, self.rows, 1))
+        return found
 
 
-def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int) -> Experts:
-    """As jaxscale.parallel.expert deals with `tokens` of a device."""
+def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int, hosts: int = 1, far: float = 1.0) -> Experts:
+    """As jaxscale.parallel.expert deals with `tokens` of a device.
+
+    Args:
+      hosts: that ep spans. far: how much longer a byte takes between them than inside one.
+    """
     K, ep = moe.top_k, mesh.ep
     here = min(K, moe.num_experts // ep)
     width = moe.mlp_dim // mesh.tp if moe.mlp_dim % mesh.tp == 0 else moe.mlp_dim
     shared = moe.shared_dim // mesh.tp if moe.shared_dim % mesh.tp == 0 else moe.shared_dim
-    way = "" if ep == 1 else expert.choose(ep, K) if moe.dispatch == "auto" else moe.dispatch
-    most, even = ep * tokens * here, expert._SLACK * tokens * K
-    rows = min(most, math.ceil(even / ep) * ep if way == "all_to_all" else math.ceil(even))
-    return Experts(way, tokens, K, ep, rows, width, shared)
+    way = "" if ep == 1 else expert.choose(ep, K, hosts, far) if moe.dispatch == "auto" else moe.dispatch
+    if way != "two_level":
+        hosts, arriving, size = 1, 0, ep
+    else:
+        arriving, size = hosts * math.ceil(tokens * expert.share_of_a_host(hosts, K)), ep // hosts
+        way = expert.choose_inside(size, arriving, tokens * K)
+    most, even = size * (arriving or tokens) * here, expert._SLACK * tokens * K
+    rows = min(most, math.ceil(even / size) * size if way == "all_to_all" else math.ceil(even))
+    return Experts(way, tokens, K, ep, rows, width, shared, hosts, arriving)

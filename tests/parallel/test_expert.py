@@ -2,6 +2,8 @@
 
 import functools
 import time
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.moe import devices, layer
-from jaxscale.config import MoEConfig
-from jaxscale.mesh import make_mesh
+from jaxscale.config import MeshConfig, MoEConfig
+from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models.routing import route
 from jaxscale.parallel import chunks
 from jaxscale.parallel.chunks import fastest_chunks
 from jaxscale.parallel.expert import apply_experts, choose, gather_experts
 from jaxscale.params import ParamSpec, constant
+from jaxscale.plan.experts import place_experts
+from jaxscale.plan.hlo import census
 
 E, D, F = 8, 12, 16
 
@@ -59,14 +63,14 @@ AXES = {
 
 
 @functools.lru_cache
-def sharded(mesh_text, dispatch, chunks, shape):
+def sharded(mesh_text, dispatch, chunks, shape, hosts):
     sizes = {k: int(n) for k, n in (part.split("=") for part in mesh_text.split(","))}
     mesh = make_mesh(devices=jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
 
     def loss(x, weights, p, experts, cotangent):
         specs = {k: ParamSpec(v.shape, AXES[k], constant(0.0)) for k, v in p.items()}
         p = gather_experts(p, specs, jnp.float32, x.shape[:2])
-        out = apply_experts(x, experts, weights, p, dispatch=dispatch, chunks=chunks)
+        out = apply_experts(x, experts, weights, p, dispatch=dispatch, chunks=chunks, hosts=hosts)
         return (jax.reshard(out, P()) * cotangent).sum(), out
 
     return mesh, jax.jit(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1, 2), has_aux=True))
@@ -80,8 +84,8 @@ def reference(x, weights, p, experts, cotangent):
 twin = jax.jit(jax.value_and_grad(reference, argnums=(0, 1, 2), has_aux=True))
 
 
-def check(rng, mesh_text, dispatch, routing, rows=8, length=5, top_k=2, chunks=1):
-    mesh, fn = sharded(mesh_text, dispatch, chunks, (rows, length, top_k))
+def check(rng, mesh_text, dispatch, routing, rows=8, length=5, top_k=2, chunks=1, hosts=1):
+    mesh, fn = sharded(mesh_text, dispatch, chunks, (rows, length, top_k), hosts)
     x, experts, weights, p = make(rng, rows, length, top_k, routing)
     cotangent = rng.standard_normal(x.shape, np.float32)
     (_, expected), grads = twin(x, weights, p, experts, cotangent)
@@ -132,6 +136,70 @@ def test_in_chunks(rng):
         check(rng, "ep=4", "all_to_all", routing, length=7, chunks=3)
 
 
+TWO_LEVELS = [("ep=8", 2), ("ep=8", 4), ("ep=4,tp=2", 2), ("ep=8", 8)]
+
+
+def test_two_levels(rng):
+    """All routings on a layout drawn from many; `test_two_levels_everywhere` has them all."""
+    _two_levels(rng, *TWO_LEVELS[rng.integers(len(TWO_LEVELS))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "hosts"), TWO_LEVELS)
+def test_two_levels_everywhere(mesh, hosts, rng):
+    _two_levels(rng, mesh, hosts)
+    check(rng, mesh, "two_level", "expert_choice", length=3, top_k=E, hosts=hosts)
+
+
+def _two_levels(rng, mesh, hosts):
+    for routing in [*ROUTINGS, "gshard"]:
+        check(rng, mesh, "two_level", routing, hosts=hosts)
+
+
+def test_collectives_of_two_levels():
+    """Across hosts rows, expert numbers, weights and what comes back; inside one the same three are gathered, the sums
+    scattered. With the backward pass and what the estimate says of it: to the byte."""
+    top_k, rows, length, hosts = E, 8, 6, 4  # so many choices that buffers hold any routing: no second way
+    mesh = make_mesh(ep=8)
+    with jax.set_mesh(mesh):
+        new = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=jax.NamedSharding(mesh, P("ep"))
+        )
+        p = {"w_gate": new(E, D, F), "w_up": new(E, D, F), "w_down": new(E, F, D)}
+        x, experts = new(rows, length, D), new(rows, length, top_k, dtype=jnp.int32)
+        weights = new(rows, length, top_k)
+        layer = lambda x, experts, weights, p: apply_experts(x, experts, weights, p, dispatch="two_level", hosts=hosts)
+
+        def both(x, experts, weights, p, grad):
+            out, vjp = jax.vjp(lambda x, weights, p: layer(x, experts, weights, p), x, weights, p)
+            return out, vjp(grad)
+
+        forward = census(jax.jit(layer).lower(x, experts, weights, p).compile())
+        found = census(jax.jit(both).lower(x, experts, weights, p, x).compile())
+    assert forward.counts == {"all-to-all": {"ep": 4}, "all-gather": {"ep": 3}, "reduce-scatter": {"ep": 1}}
+    moe = MoEConfig(num_experts=E, top_k=top_k, mlp_dim=F, dispatch="two_level", ep_hosts=hosts)
+    held = place_experts(moe, MeshConfig(ep=8), rows * length // 8, hosts)
+    expected = held.transfers(D * 4, "none")
+    assert {axis for _, axis, _, _ in expected} == {"ep hosts", "ep inside"}
+    assert found.counts == {kind: {"ep": count} for kind, _, count, _ in expected}
+    assert found.bytes == {kind: {"ep": size} for kind, _, _, size in expected}
+
+
+class _Device(NamedTuple):
+    slice_index: int
+
+
+@pytest.mark.parametrize(
+    ("homes", "hosts"), [([0, 0, 1, 1], 2), ([0, 0, 0, 0], 1), ([3, 2, 1, 0], 4), ([0, 1, 0, 1], 1), ([0, 0, 0, 1], 1)]
+)
+def test_hosts_along_an_axis(homes, hosts):
+    """As many as hold neighbours, each equally many; else one, for all."""
+    devices = np.empty((4, 2), object)
+    for i, home in enumerate(homes):
+        devices[i] = [_Device(home)] * 2
+    assert hosts_along(SimpleNamespace(devices=devices, axis_names=("ep", "tp")), "ep") == hosts
+
+
 def test_fastest_chunks(rng):
     x, experts, weights, p = make(rng, 4, 6, 2, "random")
     mesh = make_mesh(devices=jax.devices()[:2], ep=2)
@@ -154,6 +222,8 @@ def test_rows_that_do_not_divide(rng):
 
 def test_the_way_is_chosen_by_bytes():
     assert choose(2, 8) == "all_gather" and choose(64, 8) == "all_to_all"
+    assert choose(16, 8, hosts=2) == "two_level" and choose(16, 1, hosts=16) == "all_to_all"
+    assert choose(16, 1, hosts=2, far=1.0) == "all_to_all"  # links alike: the second hop is for nothing
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -169,6 +239,13 @@ def test_ep_that_does_not_divide(rng):
             apply_experts(x, experts, weights, p)
         with pytest.raises(ValueError, match="dispatch='none'"):
             apply_experts(x, experts, weights, p, dispatch="none")
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:4], ep=4)):
+        with pytest.raises(ValueError, match="needs hosts=2 or more"):
+            apply_experts(x, experts, weights, p, dispatch="two_level")
+        with pytest.raises(ValueError, match=r"ep=4 does not lie evenly over hosts=3; use ep in \[3, 6, 12, 24\]"):
+            apply_experts(x, experts, weights, p, hosts=3)
+    with pytest.raises(ValueError, match="ep_hosts=1; set it to the hosts that ep spans"):
+        MoEConfig(num_experts=E, top_k=2, mlp_dim=F, dispatch="two_level", ep_hosts=1)
 
 
 @pytest.mark.slow
