@@ -16,6 +16,7 @@ from pallas_kernels.attention.inputs import unify_vma
 # grouped_sum, which adds up `grouped` of several.
 BACKENDS = {
     "mosaic_gpu": "pallas_kernels.ragged_dot.pallas_mosaic_gpu",
+    "triton": "pallas_kernels.ragged_dot.triton",
     "mosaic_tpu": "pallas_kernels.ragged_dot.pallas_mosaic_tpu",
     "xla": "pallas_kernels.ragged_dot.xla",
     "reference": "pallas_kernels.ragged_dot.reference",
