@@ -63,7 +63,6 @@ _PACKAGES = {
     "flax": "flax models through the same functions",
     "tokenizers": "subword tokenizers",
     "gguf": "GGUF import",
-    "jax-triton": "kernels on GPUs before Hopper (pip install 'jaxscale[triton]')",
 }
 
 
@@ -89,7 +88,7 @@ def _unlocks(device) -> str:
         return "Pallas Mosaic TPU kernels"
     if device.platform == "gpu":
         major = int(str(getattr(device, "compute_capability", "0")).split(".")[0] or 0)
-        return (
-            "Pallas Mosaic GPU kernels (sm90)" if major == 9 else "Triton kernels with the triton extra, XLA otherwise"
-        )
+        if major == 9:
+            return "Pallas Mosaic GPU kernels (sm90)"
+        return "Triton kernels, XLA for what they do not take" if major >= 8 else "XLA; the kernels need 8.0"
     return "XLA and the kernel interpreters: correctness at any mesh, not speed"

@@ -61,6 +61,9 @@ def device_kind() -> str:
 
 
 def interpreted(hardware: str) -> bool:
-    """Whether kernels traced now run in JAX's interpreter for `hardware`, "gpu" or "tpu" (force_*_interpret_mode)."""
+    """Whether kernels traced now run in one of JAX's interpreters: "gpu", "tpu" (force_*_interpret_mode), "triton"."""
     params = _config.pallas_tpu_interpret_mode_context_manager.value
-    return params is not None and ("GPU" in type(params).__name__) == (hardware == "gpu")
+    if params is None:
+        return False
+    name = type(params).__name__
+    return hardware == ("triton" if params is True else "gpu" if "GPU" in name else "tpu")

@@ -15,6 +15,7 @@ from pallas_kernels.attention.inputs import Inputs, Options, unify_vma
 # In the order of preference. Each module has supported(inputs, options) -> None | reason, and the function named here.
 BACKENDS = {
     "mosaic_gpu": ("pallas_kernels.attention.pallas_mosaic_gpu", "attention_mosaic_gpu"),
+    "triton": ("pallas_kernels.attention.triton", "attention_triton"),
     "mosaic_tpu": ("pallas_kernels.attention.pallas_mosaic_tpu", "attention_mosaic_tpu"),
     "xla": ("pallas_kernels.attention.xla", "attention_xla"),
     "reference": ("pallas_kernels.attention.reference", "attention_reference"),
@@ -99,8 +100,8 @@ def attention(
       sinks: [N] floating.
       bias: floating, broadcastable to [B, N, T, S], four dims; added after scale and soft_cap.
       return_lse: also return the logsumexp of the logits, sinks included; its cotangent is taken.
-      implementation: a key of `BACKENDS`: "mosaic_gpu", "mosaic_tpu", "xla", "reference"; None takes the first that
-        can run the call here.
+      implementation: a key of `BACKENDS`: "mosaic_gpu", "triton", "mosaic_tpu", "xla", "reference"; None takes the
+        first that can run the call here.
 
     Returns:
       [B, T, N, Hv] in q's dtype; with return_lse, also [B, T, N] float32.

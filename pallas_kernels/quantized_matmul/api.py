@@ -17,6 +17,7 @@ from pallas_kernels.quantized_matmul.array import QuantizedArray
 # without `inputs`, and may have supported(x, w, dtype) -> None | reason.
 BACKENDS = {
     "mosaic_gpu": "pallas_kernels.quantized_matmul.pallas_mosaic_gpu",
+    "triton": "pallas_kernels.quantized_matmul.triton",
     "mosaic_tpu": "pallas_kernels.quantized_matmul.pallas_mosaic_tpu",
     "xla": "pallas_kernels.quantized_matmul.xla",
     "reference": "pallas_kernels.quantized_matmul.reference",

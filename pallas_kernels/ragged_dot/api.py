@@ -18,6 +18,7 @@ from pallas_kernels.quantized_ragged_dot.api import quantized_ragged_dot, quanti
 # grouped_sum, which adds up `grouped` of several.
 BACKENDS = {
     "mosaic_gpu": "pallas_kernels.ragged_dot.pallas_mosaic_gpu",
+    "triton": "pallas_kernels.ragged_dot.triton",
     "mosaic_tpu": "pallas_kernels.ragged_dot.pallas_mosaic_tpu",
     "xla": "pallas_kernels.ragged_dot.xla",
     "reference": "pallas_kernels.ragged_dot.reference",

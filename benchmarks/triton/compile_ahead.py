@@ -1,0 +1,131 @@
+"""Compiles every Triton kernel for GPUs that are not here, and prints what ptxas says of each.
+
+    JAX_PLATFORMS=cpu python benchmarks/triton/compile_ahead.py                     # A100, L4 and H200
+    JAX_PLATFORMS=cpu python benchmarks/triton/compile_ahead.py --targets a100 --only attention
+
+Needs jax[cuda13] in an environment of its own (5 GB) and no device. A row shows registers and bytes of registers
+spilled. Exits with 1 when a kernel does not compile, for want of shared memory say.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "subprocess_compilation=3"}  # ptxas' report
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import QuantizedArray, attention, quantized_matmul, ragged_dot
+
+TARGETS = {"a100": HERE / "a100.txtpb", "l4": HERE / "l4.txtpb", "h200": HERE.parent / "attention" / "h200.txtpb"}
+
+# (B, T, N, K, H, Hv), and what hides keys.
+ATTENTION = {
+    "causal": ((4, 4096, 16, 16, 128, 128), {"causal": True}),
+    "H64": ((4, 4096, 16, 16, 64, 64), {"causal": True}),
+    "H256": ((2, 4096, 16, 16, 256, 256), {"causal": True}),
+    "MLA 192/128": ((2, 4096, 16, 16, 192, 128), {"causal": True}),
+    "H80, GQA": ((4, 4096, 32, 8, 80, 80), {"causal": True}),
+    "packed, cap": ((2, 1000, 8, 2, 128, 128), {"causal": True, "soft_cap": 30.0, "ids": True}),
+}
+RAGGED = {"8 groups": (16384, 4096, 14336, 8), "64 groups": (32768, 2048, 1408, 64), "decode": (512, 2048, 768, 128)}
+# M, dtype, group of a weight [8192, 8192], activations
+QUANTIZED = {
+    **{f"int4 M={M}": (M, jnp.int4, 128, None) for M in (1, 16, 64, 256)},
+    **{f"int8 M={M}": (M, jnp.int8, 8192, None) for M in (1, 64)},
+    "int4 g32": (8, jnp.int4, 32, None),
+    "int8 x int8": (4096, jnp.int8, 8192, "int8"),
+}
+
+
+def device(target: str):
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=target, target_config=TARGETS[target].read_text(), topology="1x1x1"
+    ).devices[0]
+
+
+def calls():
+    """(name, function, arrays) of every call."""
+    new = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    for name, ((B, T, N, K, H, Hv), hidden) in ATTENTION.items():
+        hidden = dict(hidden)
+        arrays = [new(B, T, N, H), new(B, T, K, H), new(B, T, K, Hv), new(B, T, N, Hv)]
+        if hidden.pop("ids", False):
+            arrays.append(new(B, T, dtype=jnp.int32))
+
+        def attend(q, k, v, do, ids=None, hidden=hidden):
+            f = functools.partial(attention, segment_ids=ids, **hidden, implementation="triton")
+            o, vjp = jax.vjp(f, q, k, v)
+            return o, vjp(do)
+
+        yield f"attention {name}", attend, arrays
+    for name, (M, K, N, G) in RAGGED.items():
+
+        def multiply(lhs, rhs, sizes, grad):
+            y, vjp = jax.vjp(lambda *x: ragged_dot(*x, sizes, implementation="triton"), lhs, rhs)
+            return y, vjp(grad)
+
+        yield f"ragged_dot {name}", multiply, [new(M, K), new(G, K, N), new(G, dtype=jnp.int32), new(M, N)]
+    for name, (M, dtype, group, activations) in QUANTIZED.items():
+
+        def widen(x, values, scales, activations=activations):
+            return quantized_matmul(x, QuantizedArray(values, scales, activations=activations), implementation="triton")
+
+        yield f"quantized {name}", widen, [new(M, 8192), new(8192, 8192, dtype=dtype), new(8192, 8192 // group)]
+
+
+def compile_call(target: str, f, arrays) -> list[tuple[str, int, int]]:
+    """(kernel, registers, bytes spilled), from what the compiler printed."""
+    mesh = Mesh(np.array([device(target)]), ("x",))
+    here = NamedSharding(mesh, PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in arrays]
+    with jax.set_mesh(mesh), tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            jax.jit(f).lower(*arrays).compile()
+        finally:
+            os.dup2(kept, 2)
+            file.seek(0)
+            printed = file.read().decode(errors="replace")
+    report = r"Compiling entry function '(\w+)' for '\w+'\s.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    found = re.findall(report, printed, re.DOTALL)
+    names = "attention|ragged|quantized"
+    return sorted((name, int(used), int(spilled)) for name, spilled, used in found if re.match(names, name))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--only", default="", help="calls whose name holds this")
+    args = parser.parse_args()
+    failed = 0
+    print(f"jax {jax.__version__}\n{'target':8}{'call':26}{'kernel':24}{'registers':>10}{'spilled B':>11}")
+    for target in args.targets:
+        for name, f, arrays in calls():
+            if args.only not in name:
+                continue
+            try:
+                kernels = compile_call(target, f, arrays)
+            except Exception as e:
+                failed += 1
+                print(f"{target:8}{name:26}FAILED {type(e).__name__}: {str(e)[:300]}", flush=True)
+                continue
+            for kernel, registers, spilled in kernels:
+                print(f"{target:8}{name:26}{kernel:24}{registers:>10}{spilled:>11}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
