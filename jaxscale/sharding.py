@@ -20,6 +20,7 @@ from pallas_kernels.ragged_dot.api import RAGGED_DOT
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
+ROUTED = "routed"  # the name of a token's experts and places: small, and slow to find again
 # Changes of a type alone: to keep what they return would keep their operand.
 CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
 WIDTHS = frozenset({"embed", "latent"})  # what a matrix is multiplied along or gives, beside heads and hidden layers
@@ -265,10 +266,11 @@ def gather_params(
 def saveable(remat: str, prim: Any, *args: Any, **params: Any) -> bool:
     """A jax.checkpoint policy for layers that gather: whether the backward pass keeps what `prim` returns.
 
-    "none" keeps everything that was computed, "dots" the matmuls with weights, those of experts too, and what
-    attention returns (over cp, a second forward pass would send all keys around again), "full" nothing. What was
-    gathered is gathered again in every case: kept, each layer's whole weights would undo FSDP and the sequence-parallel
-    norms. What was summed and scattered is kept instead of its partial sums, which are tp times as large.
+    "none" keeps everything that was computed, "dots" the matmuls with weights, those of experts too, what attention
+    returns (over cp, a second forward pass would send all keys around again) and where tokens went, "full" nothing.
+    What was gathered is gathered again in every case: kept, each layer's whole weights would undo FSDP and the
+    sequence-parallel norms. What was summed and scattered is kept instead of its partial sums, which are tp times as
+    large.
     """
     if remat == "full":
         return False
@@ -279,7 +281,7 @@ def saveable(remat: str, prim: Any, *args: Any, **params: Any) -> bool:
     if remat == "none":
         return True
     if prim.name == "name":
-        return params["name"] in (ATTENTION, RAGGED_DOT)
+        return params["name"] in (ATTENTION, RAGGED_DOT, ROUTED)
     out = params.get("out_sharding")
     partial = out is not None and bool(out.spec.unreduced)
     return not partial and bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params))

@@ -5,6 +5,7 @@ from pallas_kernels.decode_attention.api import decode_attention, decode_attenti
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation, ragged_dots
+from pallas_kernels.spread_rows.api import spread_rows, spread_rows_implementation
 
 __all__ = [
     "QuantizedArray",
@@ -19,4 +20,6 @@ __all__ = [
     "ragged_dot",
     "ragged_dot_implementation",
     "ragged_dots",
+    "spread_rows",
+    "spread_rows_implementation",
 ]

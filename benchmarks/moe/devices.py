@@ -9,6 +9,7 @@ times its rows that an all_gather sends (its dispatch). Times are medians of rou
 """
 
 import argparse
+import concurrent.futures
 import json
 import pathlib
 import sys
@@ -81,20 +82,25 @@ def main(argv: list[str] | None = None) -> int:
 
     params, specs = parameters(cfg)
     values = inputs(cfg, rows, length)
-    alone = measure(layer(cfg, specs, "dots"), (params, *values))
-    print(f"{'one device':34}{alone:9.3f} ms", flush=True)
     where = {
         "experts": jax.tree.map(lambda _: split, params["experts"]),
         "router": jax.tree.map(lambda _: NamedSharding(mesh, P()), params["router"]),
     }
-    params = jax.device_put(params, where)
-    values = [jax.device_put(v, split) for v in values]
+    alone, spread = (params, *values), (jax.device_put(params, where), *(jax.device_put(v, split) for v in values))
+    lowered = [jax.jit(layer(cfg, specs, "dots")).lower(*alone)]
     for way in args.ways:
         dispatch, chunks = way.split("/")
         part = configuration(args.tiny, dtype, dispatch=dispatch, dispatch_chunks=int(chunks))
         with jax.set_mesh(mesh):
-            ms = measure(layer(part, specs, "dots"), (params, *values))
-        print(f"{f'ep={ep} {dispatch}, {chunks} parts':34}{ms:9.3f} ms {alone / ms:6.3f} x one device", flush=True)
+            lowered.append(jax.jit(layer(part, specs, "dots")).lower(*spread))
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # side by side: compiling takes longer than running
+        first, *others = pool.map(lambda program: program.compile(), lowered)
+    single = measure(first, alone)
+    print(f"{'one device':34}{single:9.3f} ms", flush=True)
+    for way, program in zip(args.ways, others, strict=True):
+        ms = measure(program, spread)
+        name = "ep={} {}, {} parts".format(ep, *way.split("/"))
+        print(f"{name:34}{ms:9.3f} ms {single / ms:6.3f} x one device", flush=True)
     return 0
 
 

@@ -5,13 +5,14 @@ Each device holds E/ep experts and the tokens of its rows. Three ways bring them
 - all_gather: every token visits every device of ep; what its experts there return is summed as it is scattered back.
   Best for few devices, or where most tokens have an expert on most of them.
 - all_to_all: each (token, expert) pair travels to the expert's device and back, in buffers of `_SLACK` times an even
-  share. A step whose routing does not fit takes the other way: all devices see so and agree.
+  share.
 - two_level, where ep spans several hosts: a token travels once to each host that has an expert of its, to the device
   that stands there where its own stands here, and on to its experts inside the host by one of the other ways. What
   they return is added up inside the host first. So the slow links between hosts carry each token once for a host, not
   once for an expert, in few large messages (as in 2DH of Tutel, arXiv 2206.03382, and DeepSeek-V3, arXiv 2412.19437).
 
-The worst case (all tokens to one device) is computed a part at a time, so that memory stays that of an even load.
+Routing that does not fit into the buffers is dealt with in several rounds: all devices see how many, memory stays that
+of an even load.
 Without a mesh each function is its single-device twin.
 """
 
@@ -34,7 +35,7 @@ from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 EP, TP = "ep", "tp"
 Dispatch = Literal["auto", "all_gather", "all_to_all", "two_level"]
-_SLACK = 1.5  # buffers, in even shares: routing that a balance loss holds fits
+_SLACK = 1.25  # buffers, in even shares: routing that a balance loss holds fits
 _FAR = 9.0  # how much longer a byte takes between hosts than inside one: NVLink 450 GB/s, network 50 GB/s
 
 
@@ -183,14 +184,8 @@ def _dispatched(call: _Call, x, experts, weights, p, *, split: bool):
         if way == "two_level":
             out.append(_two_level(call, x, experts, weights, p))
         else:
-            out.append(_one_level(call, _Level(ep), way, x, experts, weights, p, pairs=x.shape[0] * K))
+            out.append(_one_level(call, _Level(ep), way, x.shape[0] * K, x, experts, weights, p))
     return jnp.concatenate(out)
-
-
-def _one_level(call: _Call, level: _Level, way: str, x, experts, weights, p, *, pairs: int):
-    """pairs: of token and expert, that an even load gives each device."""
-    run = _all_to_all if way == "all_to_all" else _all_gather
-    return run(call, level, x, experts, weights, p, pairs)
 
 
 def choose(ep: int, top_k: int, hosts: int = 1, far: float = _FAR) -> str:
@@ -225,149 +220,171 @@ def _rows(size: int, rows: float, pairs: float) -> tuple[float, float]:
     return rows * (size - 1), _SLACK * pairs * (size - 1) / size
 
 
-def _all_gather(call: _Call, level: _Level, x, experts, weights, p, pairs: int):
-    mine = call.num_experts // level.size
-    first = level.index() * mine
+def _one_level(call: _Call, level: _Level, way: str, pairs: int, x, experts, weights, p):
+    """pairs: of token and expert, that an even load gives each device."""
     n, K = experts.shape
-    all_experts, all_weights = (level.all_gather(a) for a in (experts, weights))
-    most = level.size * n * min(K, mine)
-    tight = min(most, math.ceil(_SLACK * pairs))
-
-    def at_once(x, rows):
-        x = level.all_gather(x)
-        y = _experts_local(call, x, all_experts, all_weights, p, first=first, rows=rows)
-        return level.psum_scatter(y)
-
-    if tight >= most:
-        return at_once(x, most)
-    held = ((all_experts >= first) & (all_experts < first + mine)).sum()
-    fits = _max_everywhere(held) <= tight
-    parts = lambda x: _in_parts(call, level, pairs, x, experts, weights, p)
-    return lax.cond(fits, lambda x: at_once(x, tight), parts, x)
-
-
-def _all_to_all(call: _Call, level: _Level, x, experts, weights, p, pairs: int):
     mine = call.num_experts // level.size
-    n, K = experts.shape
-    slots = min(n * min(K, mine), math.ceil(_SLACK * pairs / level.size))
-    key = jnp.where((experts >= 0) & (experts < call.num_experts), experts, call.num_experts).reshape(-1)
-    to = key // mine  # level.size: nobody
-    boxes = sort_pairs(to, level.size)
+    to = _among(experts, call.num_experts) // mine  # level.size: nobody
+    if way == "all_gather":
+        most = level.size * n * min(K, mine)
+        room = min(most, math.ceil(_SLACK * pairs))
+        held = lambda: level.all_gather(
+            (to[..., None] == jnp.arange(level.size)[None, None]).sum(axis=(0, 1))[None]
+        ).sum(axis=0)
+        rounds = None if room == most else _rounds(held(), room)
+        return _in_rounds(functools.partial(_gathered, call, level, room), rounds, experts, x, weights, p)
+    most = n * min(K, mine)
+    room = min(most, math.ceil(_SLACK * pairs / level.size))
+    boxes = sort_pairs(to.reshape(-1), level.size)
+    rounds = None if room == most else _rounds(jnp.diff(boxes.starts), room)
+    return _in_rounds(functools.partial(_exchanged, call, level, room), rounds, (experts, boxes), x, weights, p)
 
-    def exchange(x):
-        tokens, single = _places(boxes, to, slots, K)
-        ids = jnp.where(single.token < n * K, key[jnp.minimum(single.token, n * K - 1)] % mine, mine)
-        sent = spread(x, tokens), ids[:, None], spread(weights.reshape(-1, 1), single)
-        got, ids, w = map(level.all_to_all, sent)
-        y = _experts_local(call, got, ids, w, p, rows=got.shape[0])
-        return collect(level.all_to_all(y), tokens).astype(x.dtype)
 
-    if slots >= n * min(K, mine):
-        return exchange(x)
-    fits = _max_everywhere(jnp.diff(boxes.starts).max()) <= slots
-    return lax.cond(fits, exchange, lambda x: _in_parts(call, level, pairs, x, experts, weights, p), x)
+def _gathered(call: _Call, level: _Level, room: int, turn, experts, x, weights, p):
+    """Of each device's pairs those that have room in this turn."""
+    first = level.index() * (call.num_experts // level.size)
+    x, experts, weights = map(level.all_gather, (x, experts, weights))
+    return level.psum_scatter(_experts_local(call, x, experts, weights, p, first=first, rows=room, start=turn * room))
+
+
+def _exchanged(call: _Call, level: _Level, room: int, turn, indices, x, weights, p):
+    """Of the pairs for each device those that have room in this turn."""
+    experts, boxes = indices
+    mine = call.num_experts // level.size
+    key = _among(experts, call.num_experts).reshape(-1)
+    tokens, single = _places(boxes, key // mine, room, turn * room, experts.shape[1])
+    ids = jnp.where(single.token < len(key), key[jnp.minimum(single.token, len(key) - 1)] % mine, mine)
+    sent = spread(x, tokens), ids[:, None], spread(weights.reshape(-1, 1), single)
+    got, ids, w = map(level.all_to_all, sent)
+    y = _experts_local(call, got, ids, w, p, rows=got.shape[0])
+    return collect(level.all_to_all(y), tokens).astype(x.dtype)
 
 
 def _two_level(call: _Call, x, experts, weights, p):
     across, inside = _levels(lax.axis_size(EP), call.hosts)
     n, K = experts.shape
-    held = call.num_experts // across.size  # by a host
-    slots = math.ceil(n * share_of_a_host(across.size, K))
-    host = jnp.where((experts >= 0) & (experts < call.num_experts), experts // held, across.size)
+    room = math.ceil(n * share_of_a_host(across.size, K))
+    host = _among(experts, call.num_experts) // (call.num_experts // across.size)
     seen = jnp.stack([(host[:, :k] == host[:, k : k + 1]).any(axis=1) for k in range(K)], axis=1)
     to = jnp.where(seen, across.size, host).reshape(-1)
     boxes = sort_pairs(to, across.size)
-
-    def exchange(x):
-        tokens, _ = _places(boxes, to, slots, K)
-        ids = jnp.where(tokens.token[:, None] < n, experts[jnp.minimum(tokens.token, n - 1)], -1)
-        got, ids, w = map(across.all_to_all, (spread(x, tokens), ids, spread(weights, tokens)))
-        local = call._replace(num_experts=held)
-        way = choose_inside(inside.size, got.shape[0], n * K)
-        y = _one_level(local, inside, way, got, ids - across.index() * held, w, p, pairs=n * K)
-        return collect(across.all_to_all(y), tokens).astype(x.dtype)
-
-    if slots >= n:
-        return exchange(x)
-    fits = _max_everywhere(jnp.diff(boxes.starts).max()) <= slots
-    whole = _Level(across.size * inside.size)
-    return lax.cond(fits, exchange, lambda x: _in_parts(call, whole, n * K, x, experts, weights, p), x)
+    rounds = None if room == n else _rounds(jnp.diff(boxes.starts), room)
+    one_round = functools.partial(_by_hosts, call, across, inside, room)
+    return _in_rounds(one_round, rounds, (experts, to, boxes), x, weights, p)
 
 
-def _places(boxes: Sorted, to, slots: int, top_k: int) -> tuple[Places, Places]:
-    """Places of tokens, and of their pairs, in buffers of `slots` rows for each device that something goes to."""
-    size, counts = boxes.starts.shape[0] - 1, jnp.diff(boxes.starts)
-    m = to.shape[0]
-    slot = jnp.arange(size * slots, dtype=jnp.int32)
-    used = slot % slots < counts[slot // slots]
-    pair = jnp.where(used, boxes.pair[jnp.where(used, boxes.starts[slot // slots] + slot % slots, 0)], m)
-    place = jnp.where(to < size, to * slots + boxes.place - jnp.append(boxes.starts[:size], 0)[to], size * slots)
+def _by_hosts(call: _Call, across: _Level, inside: _Level, room: int, turn, indices, x, weights, p):
+    """Of the tokens for each host those that have room in this turn."""
+    experts, to, boxes = indices
+    n, K = experts.shape
+    held = call.num_experts // across.size  # by a host
+    tokens, _ = _places(boxes, to, room, turn * room, K)
+    ids = jnp.where(tokens.token[:, None] < n, experts[jnp.minimum(tokens.token, n - 1)], -1)
+    got, ids, w = map(across.all_to_all, (spread(x, tokens), ids, spread(weights, tokens)))
+    way = choose_inside(inside.size, got.shape[0], n * K)
+    local = call._replace(num_experts=held)
+    y = _one_level(local, inside, way, n * K, got, ids - across.index() * held, w, p)
+    return collect(across.all_to_all(y), tokens).astype(x.dtype)
+
+
+def _among(experts, num_experts: int):
+    """num_experts for what is nobody's."""
+    return jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
+
+
+def _places(boxes: Sorted, to, room: int, start, top_k: int) -> tuple[Places, Places]:
+    """Places of tokens, and of their pairs, in one buffer for each device that something goes to: of what goes there
+    `room` rows, from `start` on."""
+    size, m = boxes.starts.shape[0] - 1, to.shape[0]
+    row = jnp.arange(size * room, dtype=jnp.int32)
+    box, at = row // room, row % room + start
+    used = at < jnp.diff(boxes.starts)[box]
+    pair = jnp.where(used, boxes.pair[jnp.where(used, boxes.starts[box] + at, 0)], m)
+    at = boxes.place - jnp.append(boxes.starts[:size], 0)[to] - start
+    place = jnp.where((to < size) & (at >= 0) & (at < room), to * room + at, size * room)
     return Places(pair // top_k, place.reshape(-1, top_k)), Places(pair, place[:, None])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_parts(call: _Call, level: _Level, pairs: int, x, experts, weights, p):
-    """The all-gather way for any routing, with at most `pairs` at a time on a device. The backward pass computes it
-    again: a custom_vjp and no jax.checkpoint, because a policy outside of it that keeps everything would keep this too.
+def _rounds(counts, room: int):
+    """In how many turns all of it has room: the same number on every device."""
+    return -(-_max_everywhere(counts.max()) // room)
+
+
+def _in_rounds(one_round, rounds, indices, x, weights, p):
+    """The sum of one_round(turn, indices, x, weights, p) over the turns; None: one is always enough.
+
+    The first is an ordinary part of the program. Those after it, which routing seldom needs, are loops, of which the
+    backward pass keeps nothing.
     """
-    return _part_by_part(call, level, pairs, x, experts, weights, p)
+    if rounds is None:
+        return one_round(0, indices, x, weights, p)
+    x, weights, p, rest = _later_rounds(one_round, rounds, indices, x, weights, p)
+    return one_round(0, indices, x, weights, p) + rest
 
 
-def _in_parts_fwd(call: _Call, level: _Level, pairs: int, *args):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _later_rounds(one_round, rounds, indices, x, weights, p):
+    """x, weights, p as they are, for the first round, and the sum of the later ones. So that the gradients of the first
+    come by here, and the loop adds to them in place."""
+
+    def body(carry):
+        turn, y = carry
+        return turn + 1, y + one_round(turn, indices, x, weights, p)
+
+    nothing = _vary(jnp.zeros_like(x), jax.typeof(x).mat.varying)
+    return x, weights, p, lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), nothing))[1]
+
+
+def _later_rounds_fwd(one_round, *args):
     """Residuals: the inputs."""
-    return _part_by_part(call, level, pairs, *args), args
+    return _later_rounds(one_round, *args), args
 
 
-def _in_parts_bwd(call: _Call, level: _Level, pairs: int, args, grad):
-    return jax.vjp(functools.partial(_part_by_part, call, level, pairs), *args)[1](grad)
+def _later_rounds_bwd(one_round, args, grads):
+    rounds, indices, *values = args
+    *first, out = grads
+
+    def body(carry):
+        turn, *sums = carry
+        more = jax.vjp(lambda *values: one_round(turn, indices, *values), *values)[1](out)
+        return turn + 1, *jax.tree.map(jnp.add, sums, list(more))
+
+    _, *sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), *first))
+    return None, None, *sums
 
 
-_in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
+_later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
 
 
-def _part_by_part(call: _Call, level: _Level, pairs: int, x, experts, weights, p):
-    mine = call.num_experts // level.size
-    first = level.index() * mine
-    n, K = experts.shape
-    count = level.size * -(-n * min(K, mine) // pairs)
-    rows = [jnp.pad(a, ((0, -n % count), (0, 0)), constant_values=c) for a, c in ((x, 0), (experts, -1), (weights, 0))]
-
-    @jax.checkpoint
-    def part(args):
-        x, experts, weights = map(level.all_gather, args)
-        return level.psum_scatter(_experts_local(call, x, experts, weights, p, first=first))
-
-    out = lax.map(part, tuple(a.reshape(count, -1, a.shape[1]) for a in rows))
-    return out.reshape(-1, x.shape[1])[:n]
-
-
-def _experts_local(call: _Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None):
+def _experts_local(call: _Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None, start: Any = 0):
     """The weighted sum over those experts that are here: numbers first..first + len(w_up) - 1.
 
-    Pairs are sorted by expert, so that each expert's rows lie together for a grouped matmul; rows: how many pairs there
-    are at most (default: each token with each of its choices that can be here).
+    Pairs are sorted by expert, so that each expert's rows lie together for a grouped matmul. Of that order `rows` pairs
+    from `start` on count (default: each token with each of its choices that can be here).
     """
     n, K = experts.shape
     here = p["w_up"].shape[0]
-    most = n * min(K, here) if rows is None else rows
-    local = (experts - first).reshape(-1)
-    local = jnp.where((local >= 0) & (local < here), local, here)
+    rows = n * min(K, here) if rows is None else rows
+    local = _among(experts - first, here).reshape(-1)
     pairs = sort_pairs(local, here)
-    tokens, single = pairs.expand(most, K)
-    group = local[pairs.pair[:most]]
+    tokens, single = pairs.expand(rows, K, start)
+    group = local[jnp.minimum(single.token, n * K - 1)]
     h, w = spread(x, tokens), spread(weights.reshape(-1, 1), single)
-    y = _expert_mlp(call, h, w, jnp.diff(pairs.starts), jnp.minimum(group, here - 1), p)
+    sizes = jnp.diff(jnp.clip(pairs.starts - start, 0, rows))
+    y = _expert_mlp(call, h, w, sizes, jnp.minimum(group, here - 1), p)
     return collect(y, tokens).astype(x.dtype)
 
 
 def _expert_mlp(call: _Call, h, w, sizes, group, p):
     """The weights come in before the last matmul: its output is then needed by no gradient."""
+    used = jnp.arange(len(h))[:, None] < sizes.sum()  # the others may hold anything, and their gradients
+    w = jnp.where(used, w, 0.0)
     gate, up = ragged_dots(h, (p["w_gate"], p["w_up"]), sizes)
     if "b_gate" in p:
         gate, up = gate + p["b_gate"][group], up + p["b_up"][group]
     y = ragged_dot(_hidden(call.activation, gate, up, w), p["w_down"], sizes)
     if "b_down" in p:
-        y = y + (w * p["b_down"][group].astype(jnp.float32)).astype(y.dtype)
+        y = y + jnp.where(used, w * p["b_down"][group].astype(jnp.float32), 0.0).astype(y.dtype)
     return y
 
 

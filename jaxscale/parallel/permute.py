@@ -1,5 +1,8 @@
 """Rows of tokens to where their experts want them, and back: two gathers, each the gradient of the other.
 
+A place without a token holds anything, in what is spread and in the gradient of what is collected: whoever sums over
+places must leave those out.
+
 Left to itself XLA adds rows up one by one (a scatter-add) where a gather finds each token's rows and adds them in
 registers: the sum has one order, so results repeat bit by bit.
 """
@@ -9,7 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
+
+from jaxscale.sharding import ROUTED
+from pallas_kernels import spread_rows
 
 _ONE_NUMBER = 2**31  # int32
 _UNROLLED = 16  # places of a token whose sum is written out
@@ -32,13 +39,13 @@ class Sorted(NamedTuple):
     place: Int[Array, " m"]  # of each pair
     starts: Int[Array, " G+1"]  # the first place of each key, and the end of the last
 
-    def expand(self, rows: int, top_k: int) -> tuple[Places, Places]:
-        """Places of tokens and of their pairs, `top_k` each, where the first `rows` places are kept and those of
-        keys 0..G-1 used."""
+    def expand(self, rows: int, top_k: int, start: int | Array = 0) -> tuple[Places, Places]:
+        """Places of tokens and of their pairs, `top_k` each, where of the places `rows` from `start` on are kept, and
+        those of keys 0..G-1 used."""
         m, used = self.pair.shape[0], self.starts[-1]
-        kept = jnp.arange(rows, dtype=jnp.int32) < used
-        pair = jnp.where(kept, self.pair[:rows], m)
-        place = jnp.where(self.place < used, self.place, rows)
+        index = jnp.arange(rows, dtype=jnp.int32) + start
+        pair = jnp.where(index < used, self.pair.at[index].get(mode="clip"), m)
+        place = jnp.where((self.place >= start) & (self.place < used), self.place - start, rows)
         return Places(pair // top_k, place.reshape(-1, top_k)), Places(pair, place[:, None])
 
 
@@ -53,13 +60,13 @@ def sort_pairs(key: Int[Array, " m"], keys: int) -> Sorted:
         key, pair = lax.sort((key, index), num_keys=1, is_stable=True)
     starts = jnp.searchsorted(key, jnp.arange(keys + 1, dtype=jnp.int32), method="compare_all").astype(jnp.int32)
     place = jnp.zeros_like(pair).at[pair].set(index, unique_indices=True)
-    return Sorted(pair, place, starts)
+    return Sorted(*(checkpoint_name(x, ROUTED) for x in (pair, place, starts)))
 
 
 @jax.custom_vjp
 def spread(x: Array, places: Places) -> Array:
-    """[n, D] -> [R, D]: each place's token, zeros where there is none."""
-    return _take(x, places.token)
+    """[n, D] -> [R, D]: each place's token; where there is none, anything."""
+    return spread_rows(x, places.token, places.place)
 
 
 @jax.custom_vjp

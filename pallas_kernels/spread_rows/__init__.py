@@ -1,0 +1,1 @@
+"""Rows copied to several places each."""
