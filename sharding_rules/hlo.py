@@ -200,14 +200,18 @@ class _Module:
         return _shape_bytes(definition[: _type_end(definition)])
 
     def _trips(self, attributes: str) -> int | None:
-        """Trips of a while: what the compiler noted, or the bound of a `counter < constant` condition."""
+        """Trips of a while: what the compiler noted, or what a `counter < constant` condition allows, from 0."""
         if match := _TRIPS.search(attributes):
             return int(match[1])
         condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
         lines = list(self.computations.get(condition[1], {}).values()) if condition else []
-        bounds = [m[1] for line in lines if (m := re.search(r"s(?:32|64)\[\]\S*\s+constant\((\d+)\)", line))]
+        bounds = [number for line in lines if (number := _number(line)) is not None]
         compares = [line for line in lines if " compare(" in line and "direction=LT" in line]
-        return int(bounds[0]) if len(bounds) == 1 and len(compares) == 1 and len(lines) <= 5 else None
+        if len(bounds) != 1 or len(compares) != 1 or len(lines) > 5:
+            return None
+        places = [m[1] for line in lines if (m := re.search(r" get-tuple-element\(.*\bindex=(\d+)", line))]
+        body = self.computations.get(_callees(attributes)["body"][0], {})
+        return -(-bounds[0] // (_stride(body, int(places[0])) if len(places) == 1 else 1))
 
     def _groups(self, attributes: str) -> tuple[tuple[int, ...], ...]:
         """Replica groups in any of the three forms that XLA prints; empty means all devices."""
@@ -218,6 +222,22 @@ class _Module:
         if text.startswith("["):
             return _iota_groups(text)
         return _explicit(_braced(attributes, "replica_groups=")) or (tuple(range(self.num_devices)),)
+
+
+def _number(definition: str) -> int | None:
+    """The value of an integer constant."""
+    match = re.match(r"[su](?:32|64)\[\]\S*\s+constant\((\d+)\)", definition)
+    return int(match[1]) if match else None
+
+
+def _stride(body: Mapping[str, str], place: int) -> int:
+    """What a loop's body adds to the counter at `place` of its tuple: the partitioner's own loops, in which chunks of a
+    matmul's operand travel around, take two steps at once. 1 where the body does not say."""
+    tuples = [m[1] for line in body.values() if (m := re.search(r" tuple\((.*?)\)(?:,|$)", line))]
+    counters = re.findall(r"%?([A-Za-z_][\w.\-]*)(?=,|$)", re.sub(r"/\*.*?\*/", "", tuples[-1])) if tuples else []
+    added = re.search(r" add\((.*?)\)", body.get(counters[place], "")) if place < len(counters) else None
+    names = re.findall(r"%?([A-Za-z_][\w.\-]*)", added[1]) if added else []
+    return next((n for name in names if (n := _number(body.get(name, "")))), 1)
 
 
 def _mesh_groups(text: str) -> tuple[tuple[int, ...], ...]:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -44,7 +45,7 @@ ROWS = [
 ]
 
 
-def measure(row: tuple) -> dict:
+def measure(row: tuple, quick: bool) -> dict:
     """Compiles one row in this process."""
     from jaxscale.config import MeshConfig
     from jaxscale.models.presets import preset
@@ -59,9 +60,12 @@ def measure(row: tuple) -> dict:
         seq_len=seq_len,
         remat=remat,
         accum_steps=accum,
+        quick=quick,
     )
     return {
         "row": row,
+        "date": time.strftime("%Y-%m-%d"),
+        "quick": quick,
         "memory": compiled.memory._asdict(),
         "census": [r._asdict() for r in compiled.census.rows],
         "seconds": compiled.trace_seconds + compiled.compile_seconds,
@@ -70,7 +74,7 @@ def measure(row: tuple) -> dict:
 
 
 def table(path: Path) -> str:
-    """Markdown: each measured row beside today's estimate."""
+    """Markdown: the newest measurement of each row beside today's estimate."""
     from jaxscale.config import MeshConfig
     from jaxscale.models.presets import preset
     from jaxscale.plan.estimate import estimate
@@ -80,7 +84,8 @@ def table(path: Path) -> str:
         "| seconds | host |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for record in map(json.loads, path.read_text().splitlines()):
+    newest = {tuple(r["row"]): r for r in map(json.loads, path.read_text().splitlines())}
+    for record in (newest[row] for row in ROWS if row in newest):
         name, pod, mesh, rows, seq_len, remat, accum = record["row"]
         guess = estimate(
             preset(name),
@@ -101,7 +106,7 @@ def table(path: Path) -> str:
         lines.append(
             f"| {name} | {pod} | {mesh} | {rows} x {seq_len}{micro} | {remat} | {memory / 1e9:.2f} GB | "
             f"{guess.memory.total / 1e9:.2f} | {guess.memory.total / memory - 1:+.1%} | {compared} | "
-            f"{record['seconds']:.0f} | "
+            f"{record['seconds']:.0f}{', quick' if record.get('quick') else ''} | "
             f"{record['host_bytes'] / 1e9:.1f} GB |"
         )
     return "\n".join(lines)
@@ -110,6 +115,7 @@ def table(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="rows whose model, pod or mesh holds this text")
+    parser.add_argument("--quick", action="store_true", help="XLA's lowest optimisation level")
     parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"))
     parser.add_argument("--one", type=int, help="compile this row and print it")
     parser.add_argument("--table", type=Path, help="print the table of a file that --out wrote")
@@ -117,11 +123,12 @@ def main() -> None:
     if args.table:
         print(table(args.table))
     elif args.one is not None:
-        print(json.dumps(measure(ROWS[args.one])))
+        print(json.dumps(measure(ROWS[args.one], args.quick)))
     else:
         for i, row in enumerate(ROWS):
             if args.rows in " ".join(map(str, row)):  # a process each: its peak memory is its own
-                done = subprocess.run([sys.executable, __file__, "--one", str(i)], stdout=subprocess.PIPE, text=True)
+                command = [sys.executable, __file__, "--one", str(i), *["--quick"] * args.quick]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 print(row, "done" if done.returncode == 0 else "failed", flush=True)
                 if done.returncode == 0:
                     with args.out.open("a") as file:

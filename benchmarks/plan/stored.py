@@ -63,6 +63,7 @@ def run(path: Path) -> None:
             state, metrics = step(state, batch)
             losses = [float(metrics["loss"])]
             first = time.perf_counter() - start
+            print(f"{name}: {first:.2f} s to the first loss, {losses[0]}", flush=True)
             for _ in range(3):
                 state, metrics = step(state, batch)
                 losses.append(float(metrics["loss"]))
@@ -74,7 +75,7 @@ def run(path: Path) -> None:
                 jax.block_until_ready(metrics)
                 turns.append((time.perf_counter() - start) / STEPS)
             print(
-                f"{jax.devices()[0].device_kind}, {name}: {first:.2f} s to the first loss, "
+                f"{jax.devices()[0].device_kind}, {name}: "
                 f"{statistics.median(turns) * 1e3:.1f} ms a step, losses {losses}, gradient norm {norm:.6f}",
                 flush=True,
             )

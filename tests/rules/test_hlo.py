@@ -229,6 +229,23 @@ def test_condition_gives_the_trips_when_the_compiler_does_not():
     assert census(collectives(_module(line, extra))) == {"all-reduce": 7}
 
 
+@pytest.mark.parametrize(("stride", "trips"), [(1, 15), (2, 8), (4, 4)])
+def test_a_loop_may_take_several_steps_at_once(stride, trips):
+    """As the partitioner writes a matmul whose operand travels around: unsigned, and unrolled."""
+    state = "(f32[16,4], u32[], /*index=2*/u32[])"
+    extra = (
+        f"%cond (s: {state}) -> pred[] {{\n  %n = u32[] constant(15)\n  %s = {state} parameter(0)\n"
+        "  %i = u32[] get-tuple-element(%s), index=1\n  ROOT %lt = pred[] compare(%i, %n), direction=LT\n}\n"
+        f"%body (s: {state}) -> {state} {{\n  %s = {state} parameter(0)\n  %one = u32[] constant({stride})\n"
+        "  %i = u32[] get-tuple-element(%s), index=1\n  %x = f32[16,4] get-tuple-element(%s), index=0\n"
+        "  %k = u32[] get-tuple-element(%s), index=2\n  %r = f32[16,4] all-reduce(%x), replica_groups={}\n"
+        f"  %next = u32[] add(%i, %one)\n  ROOT %t = {state} tuple(%r, %next, /*index=2*/%k)\n}}\n"
+    )
+    line = f"%w = {state} while(%p), condition=%cond, body=%body"
+    (found,) = collectives(_module(line, extra))
+    assert (found.count, found.trips_known) == (trips, True)
+
+
 def test_element_types():
     for dtype, size in [("bf16", 32), ("pred", 16), ("s4", 8), ("f8e4m3fn", 16), ("c64", 128)]:
         line = f"%x = {dtype}[16] negate(%p)\n  ROOT %r = {dtype}[16] all-reduce(%x), replica_groups={{}}"

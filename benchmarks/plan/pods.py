@@ -1,0 +1,129 @@
+"""Four models on four pods that are not here: planned, then the best mesh compiled, each row in a process of its own.
+
+python benchmarks/plan/pods.py --out benchmarks/plan/pods.jsonl    # all rows; needs jax[tpu] and jax[cuda13]
+python benchmarks/plan/pods.py --rows tpu7x --out pods.jsonl       # those whose model or pod holds this text
+python benchmarks/plan/pods.py --table benchmarks/plan/pods.jsonl  # the table of docs/planner.md, newest of each row
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+MODELS = ("llama3-8b", "qwen3-30b-a3b", "llama3-70b", "llama3-405b")
+PODS = ("v5p:8x8x8", "v6e:16x16", "tpu7x:4x4x4", "h200:128x8")
+ROWS = list(itertools.product(MODELS, PODS))
+SEQ_LEN = 8192
+BATCH = 1024  # rows of a step: 8M tokens
+QUICK = ()
+
+
+def measure(name: str, pod: str) -> dict:
+    """Plans and compiles one row in this process."""
+    from jaxscale.models.presets import preset
+    from jaxscale.plan.aot import compile_step
+    from jaxscale.plan.search import search
+
+    found = {
+        "row": (name, pod),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {p: metadata.version(p) for p in ("jax", "libtpu", "jax-cuda13-plugin")},
+        "load": os.getloadavg()[0],
+    }
+    start = time.perf_counter()
+    try:
+        plan = search(preset(name), pod, batch_size=BATCH, seq_len=SEQ_LEN)
+    except ValueError as error:
+        return found | {"refused": str(error), "seconds": time.perf_counter() - start} | _spent()
+    planned = time.perf_counter() - start
+    best, quick = plan.best, pod.startswith(QUICK)
+    compiled = compile_step(
+        preset(name),
+        best.mesh,
+        pod,
+        batch_size=BATCH,
+        seq_len=SEQ_LEN,
+        remat=best.remat,
+        accum_steps=best.accum_steps,
+        quick=quick,
+    )
+    mesh = str(best.mesh)
+    return (
+        found
+        | {
+            "mesh": mesh,
+            "remat": best.remat,
+            "accum_steps": best.accum_steps,
+            "step_seconds": best.seconds,
+            "share_of_peak": best.share_of_peak,
+            "estimate": {"memory": best.memory.total, "payload": sum(t.bytes for t in best.transfers)},
+            "compiler": {"memory": compiled.memory.total, "payload": sum(r.bytes for r in compiled.census.rows)},
+            "quick": quick,
+            "seconds": time.perf_counter() - start,
+            "parts": {"plan": planned, "trace": compiled.trace_seconds, "compile": compiled.compile_seconds},
+        }
+        | _spent()
+    )
+
+
+def _spent() -> dict:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"cpu_seconds": used.ru_utime + used.ru_stime, "host_bytes": used.ru_maxrss * 1024}
+
+
+def table(path: Path) -> str:
+    """Markdown: the newest measurement of each row."""
+    newest = {tuple(r["row"]): r for r in map(json.loads, path.read_text().splitlines())}
+    lines = [
+        "| model | pod | best mesh | step, estimated | of the matmul rate | memory: compiler | estimate | "
+        "payload: estimate to compiler | seconds | CPU seconds | host |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, pod in (key for key in ROWS if key in newest):
+        r = newest[model, pod]
+        spent = f"{r['seconds']:.0f}{', quick' if r.get('quick') else ''} | {r['cpu_seconds']:.0f} | "
+        spent += f"{r['host_bytes'] / 1e9:.1f} GB |"
+        if "refused" in r:
+            lines.append(f"| {model} | {pod} | fits nowhere | - | - | - | - | - | {spent}")
+            continue
+        micro = f", {r['accum_steps']} micro-batches" if r["accum_steps"] > 1 else ""
+        own, guess = r["compiler"], r["estimate"]
+        lines.append(
+            f"| {model} | {pod} | {r['mesh']}, {r['remat']}{micro} | {r['step_seconds']:.2f} s | "
+            f"{r['share_of_peak']:.0%} | {own['memory'] / 1e9:.2f} GB | {guess['memory'] / own['memory'] - 1:+.1%} | "
+            f"{guess['payload'] / own['payload'] - 1:+.1%} | {spent}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="rows whose model or pod holds this text")
+    parser.add_argument("--out", type=Path, default=Path("pods.jsonl"))
+    parser.add_argument("--one", type=int, help="measure this row and print it")
+    parser.add_argument("--table", type=Path, help="print the table of a file that --out wrote")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+    elif args.one is not None:
+        print(json.dumps(measure(*ROWS[args.one])))
+    else:
+        for i, row in enumerate(ROWS):
+            if args.rows in " ".join(row):  # a process each: its peak memory is its own
+                done = subprocess.run([sys.executable, __file__, "--one", str(i)], stdout=subprocess.PIPE, text=True)
+                print(row, "done" if done.returncode == 0 else "failed", flush=True)
+                if done.returncode == 0:
+                    with args.out.open("a") as file:
+                        file.write(done.stdout.splitlines()[-1] + "\n")
+
+
+if __name__ == "__main__":
+    main()
