@@ -26,10 +26,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxscale.layers import act
+from jaxscale.parallel.expert_local import Call, among, experts_local
 from jaxscale.parallel.permute import Places, Sorted, collect, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions
-from pallas_kernels import ragged_dot, ragged_dots
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -37,14 +36,6 @@ EP, TP = "ep", "tp"
 Dispatch = Literal["auto", "all_gather", "all_to_all", "two_level"]
 _SLACK = 1.25  # buffers, in even shares: routing that a balance loss holds fits
 _FAR = 9.0  # how much longer a byte takes between hosts than inside one: NVLink 450 GB/s, network 50 GB/s
-
-
-class _Call(NamedTuple):
-    num_experts: int  # over the devices that exchange
-    activation: str
-    dispatch: str
-    chunks: int
-    hosts: int
 
 
 class _Level(NamedTuple):
@@ -106,13 +97,13 @@ def apply_experts(
       ValueError: ep does not divide the experts, hosts do not divide ep; an unknown dispatch.
     """
     num_experts = p["w_up"].shape[0]
-    call = _Call(num_experts, activation, dispatch, chunks, hosts)
+    call = Call(num_experts, activation, dispatch, chunks, hosts)
     if dispatch not in get_args(Dispatch):
         raise ValueError(f"dispatch={dispatch!r} is not one of {', '.join(get_args(Dispatch))}")
     mesh = active_mesh()
     if mesh is None:  # no ep: one device
         rows = None if row_pairs is None else x.shape[0] * row_pairs
-        return _flat(functools.partial(_experts_local, call, rows=rows), x, experts, weights, p)
+        return _flat(functools.partial(experts_local, call, rows=rows), x, experts, weights, p)
     ep = mesh.shape[EP]
     if num_experts % ep:
         divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
@@ -136,7 +127,7 @@ def apply_experts(
         x, experts, weights, p = jax.tree.map(lambda a: _vary(a, axes), (x, experts, weights, p))
         if tp and "b_down" in p:  # once: what the devices of tp return is summed
             p = p | {"b_down": p["b_down"] * (lax.axis_index(TP) == 0).astype(p["b_down"].dtype)}
-        fn = functools.partial(_dispatched, call, split=split) if ep > 1 else functools.partial(_experts_local, call)
+        fn = functools.partial(_dispatched, call, split=split) if ep > 1 else functools.partial(experts_local, call)
         out = _flat(fn, x, experts, weights, p)
         if scatter:
             out = lax.psum_scatter(out, TP, scatter_dimension=1, tiled=True)
@@ -169,11 +160,11 @@ def _flat(fn, x, experts, weights, p):
     return fn(x.reshape(-1, x.shape[-1]), experts.reshape(-1, K), weights.reshape(-1, K), p).reshape(x.shape)
 
 
-def _dispatched(call: _Call, x, experts, weights, p, *, split: bool):
+def _dispatched(call: Call, x, experts, weights, p, *, split: bool):
     ep = lax.axis_size(EP)
     if not split:  # every device of ep has these tokens (a batch that does not divide): each adds what is its own
         first = lax.axis_index(EP) * (call.num_experts // ep)
-        return _experts_local(call, x, experts, weights, p, first=first)
+        return experts_local(call, x, experts, weights, p, first=first)
     n, K = experts.shape
     way = call.dispatch if call.dispatch != "auto" else choose(ep, K, call.hosts)
     parts = min(call.chunks, n)
@@ -220,11 +211,11 @@ def _rows(size: int, rows: float, pairs: float) -> tuple[float, float]:
     return rows * (size - 1), _SLACK * pairs * (size - 1) / size
 
 
-def _one_level(call: _Call, level: _Level, way: str, pairs: int, x, experts, weights, p):
+def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weights, p):
     """pairs: of token and expert, that an even load gives each device."""
     n, K = experts.shape
     mine = call.num_experts // level.size
-    to = _among(experts, call.num_experts) // mine  # level.size: nobody
+    to = among(experts, call.num_experts) // mine  # level.size: nobody
     if way == "all_gather":
         most = level.size * n * min(K, mine)
         room = min(most, math.ceil(_SLACK * pairs))
@@ -240,31 +231,31 @@ def _one_level(call: _Call, level: _Level, way: str, pairs: int, x, experts, wei
     return _in_rounds(functools.partial(_exchanged, call, level, room), rounds, (experts, boxes), x, weights, p)
 
 
-def _gathered(call: _Call, level: _Level, room: int, turn, experts, x, weights, p):
+def _gathered(call: Call, level: _Level, room: int, turn, experts, x, weights, p):
     """Of each device's pairs those that have room in this turn."""
     first = level.index() * (call.num_experts // level.size)
     x, experts, weights = map(level.all_gather, (x, experts, weights))
-    return level.psum_scatter(_experts_local(call, x, experts, weights, p, first=first, rows=room, start=turn * room))
+    return level.psum_scatter(experts_local(call, x, experts, weights, p, first=first, rows=room, start=turn * room))
 
 
-def _exchanged(call: _Call, level: _Level, room: int, turn, indices, x, weights, p):
+def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, p):
     """Of the pairs for each device those that have room in this turn."""
     experts, boxes = indices
     mine = call.num_experts // level.size
-    key = _among(experts, call.num_experts).reshape(-1)
+    key = among(experts, call.num_experts).reshape(-1)
     tokens, single = _places(boxes, key // mine, room, turn * room, experts.shape[1])
     ids = jnp.where(single.token < len(key), key[jnp.minimum(single.token, len(key) - 1)] % mine, mine)
     sent = spread(x, tokens), ids[:, None], spread(weights.reshape(-1, 1), single)
     got, ids, w = map(level.all_to_all, sent)
-    y = _experts_local(call, got, ids, w, p, rows=got.shape[0])
+    y = experts_local(call, got, ids, w, p, rows=got.shape[0])
     return collect(level.all_to_all(y), tokens).astype(x.dtype)
 
 
-def _two_level(call: _Call, x, experts, weights, p):
+def _two_level(call: Call, x, experts, weights, p):
     across, inside = _levels(lax.axis_size(EP), call.hosts)
     n, K = experts.shape
     room = math.ceil(n * share_of_a_host(across.size, K))
-    host = _among(experts, call.num_experts) // (call.num_experts // across.size)
+    host = among(experts, call.num_experts) // (call.num_experts // across.size)
     seen = jnp.stack([(host[:, :k] == host[:, k : k + 1]).any(axis=1) for k in range(K)], axis=1)
     to = jnp.where(seen, across.size, host).reshape(-1)
     boxes = sort_pairs(to, across.size)
@@ -273,7 +264,7 @@ def _two_level(call: _Call, x, experts, weights, p):
     return _in_rounds(one_round, rounds, (experts, to, boxes), x, weights, p)
 
 
-def _by_hosts(call: _Call, across: _Level, inside: _Level, room: int, turn, indices, x, weights, p):
+def _by_hosts(call: Call, across: _Level, inside: _Level, room: int, turn, indices, x, weights, p):
     """Of the tokens for each host those that have room in this turn."""
     experts, to, boxes = indices
     n, K = experts.shape
@@ -285,11 +276,6 @@ def _by_hosts(call: _Call, across: _Level, inside: _Level, room: int, turn, indi
     local = call._replace(num_experts=held)
     y = _one_level(local, inside, way, n * K, got, ids - across.index() * held, w, p)
     return collect(across.all_to_all(y), tokens).astype(x.dtype)
-
-
-def _among(experts, num_experts: int):
-    """num_experts for what is nobody's."""
-    return jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
 
 
 def _places(boxes: Sorted, to, room: int, start, top_k: int) -> tuple[Places, Places]:
@@ -318,8 +304,8 @@ def _in_rounds(one_round, rounds, indices, x, weights, p):
     """
     if rounds is None:
         return one_round(0, indices, x, weights, p)
-    x, weights, p, rest = _later_rounds(one_round, rounds, indices, x, weights, p)
-    return one_round(0, indices, x, weights, p) + rest
+    *values, rest = _later_rounds(one_round, rounds, indices, x, weights, p)  # pyright: ignore[reportGeneralTypeIssues]
+    return one_round(0, indices, *values) + rest
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -354,67 +340,6 @@ def _later_rounds_bwd(one_round, args, grads):
 
 
 _later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
-
-
-def _experts_local(call: _Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None, start: Any = 0):
-    """The weighted sum over those experts that are here: numbers first..first + len(w_up) - 1.
-
-    Pairs are sorted by expert, so that each expert's rows lie together for a grouped matmul. Of that order `rows` pairs
-    from `start` on count (default: each token with each of its choices that can be here).
-    """
-    n, K = experts.shape
-    here = p["w_up"].shape[0]
-    rows = n * min(K, here) if rows is None else rows
-    local = _among(experts - first, here).reshape(-1)
-    pairs = sort_pairs(local, here)
-    tokens, single = pairs.expand(rows, K, start)
-    group = local[jnp.minimum(single.token, n * K - 1)]
-    h, w = spread(x, tokens), spread(weights.reshape(-1, 1), single)
-    sizes = jnp.diff(jnp.clip(pairs.starts - start, 0, rows))
-    y = _expert_mlp(call, h, w, sizes, jnp.minimum(group, here - 1), p)
-    return collect(y, tokens).astype(x.dtype)
-
-
-def _expert_mlp(call: _Call, h, w, sizes, group, p):
-    """The weights come in before the last matmul: its output is then needed by no gradient."""
-    used = jnp.arange(len(h))[:, None] < sizes.sum()  # the others may hold anything, and their gradients
-    w = jnp.where(used, w, 0.0)
-    gate, up = ragged_dots(h, (p["w_gate"], p["w_up"]), sizes)
-    if "b_gate" in p:
-        gate, up = gate + p["b_gate"][group], up + p["b_up"][group]
-    y = ragged_dot(_hidden(call.activation, gate, up, w), p["w_down"], sizes)
-    if "b_down" in p:
-        y = y + jnp.where(used, w * p["b_down"][group].astype(jnp.float32), 0.0).astype(y.dtype)
-    return y
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hidden(activation: str, gate, up, w):
-    """The hidden layer times the weights, in float32 inside. The backward pass computes it again from its inputs."""
-    return _weighed(activation, gate, up, w)
-
-
-def _hidden_fwd(activation: str, *args):
-    """Residuals: the inputs."""
-    return _weighed(activation, *args), args
-
-
-def _hidden_bwd(activation: str, args, grad):
-    return jax.vjp(functools.partial(_weighed, activation), *args)[1](grad)
-
-
-_hidden.defvjp(_hidden_fwd, _hidden_bwd)
-
-
-def _weighed(activation: str, gate, up, w):
-    dtype = gate.dtype
-    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    if activation == "gpt_oss":
-        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
-        hidden = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
-    else:
-        hidden = act(gate, activation) * up
-    return (hidden * w).astype(dtype)
 
 
 def _max_everywhere(x):

@@ -1,0 +1,85 @@
+"""What the experts of one device make of its rows: the part of `jaxscale.parallel.expert` that knows of no other."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale.layers import act
+from jaxscale.parallel.permute import collect, sort_pairs, spread
+from pallas_kernels import ragged_dot, ragged_dots
+
+
+class Call(NamedTuple):
+    num_experts: int  # over the devices that exchange
+    activation: str
+    dispatch: str
+    chunks: int
+    hosts: int
+
+
+def among(experts, num_experts: int):
+    """num_experts for what is nobody's."""
+    return jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
+
+
+def experts_local(call: Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None, start: Any = 0):
+    """The weighted sum over those experts that are here: numbers first..first + len(w_up) - 1.
+
+    Pairs are sorted by expert, so that each expert's rows lie together for a grouped matmul. Of that order `rows` pairs
+    from `start` on count (default: each token with each of its choices that can be here).
+    """
+    n, K = experts.shape
+    here = p["w_up"].shape[0]
+    rows = n * min(K, here) if rows is None else rows
+    local = among(experts - first, here).reshape(-1)
+    pairs = sort_pairs(local, here)
+    tokens, single = pairs.expand(rows, K, start)
+    group = local[jnp.minimum(single.token, n * K - 1)]
+    h, w = spread(x, tokens), spread(weights.reshape(-1, 1), single)
+    sizes = jnp.diff(jnp.clip(pairs.starts - start, 0, rows))
+    y = _expert_mlp(call, h, w, sizes, jnp.minimum(group, here - 1), p)
+    return collect(y, tokens).astype(x.dtype)
+
+
+def _expert_mlp(call: Call, h, w, sizes, group, p):
+    """The weights come in before the last matmul: its output is then needed by no gradient."""
+    used = jnp.arange(len(h))[:, None] < sizes.sum()  # the others may hold anything, and their gradients
+    w = jnp.where(used, w, 0.0)
+    gate, up = ragged_dots(h, (p["w_gate"], p["w_up"]), sizes)
+    if "b_gate" in p:
+        gate, up = gate + p["b_gate"][group], up + p["b_up"][group]
+    y = ragged_dot(_hidden(call.activation, gate, up, w), p["w_down"], sizes)
+    if "b_down" in p:
+        y = y + jnp.where(used, w * p["b_down"][group].astype(jnp.float32), 0.0).astype(y.dtype)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hidden(activation: str, gate, up, w):
+    """The hidden layer times the weights, in float32 inside. The backward pass computes it again from its inputs."""
+    return _weighed(activation, gate, up, w)
+
+
+def _hidden_fwd(activation: str, *args):
+    """Residuals: the inputs."""
+    return _weighed(activation, *args), args
+
+
+def _hidden_bwd(activation: str, args, grad):
+    return jax.vjp(functools.partial(_weighed, activation), *args)[1](grad)
+
+
+_hidden.defvjp(_hidden_fwd, _hidden_bwd)
+
+
+def _weighed(activation: str, gate, up, w):
+    dtype = gate.dtype
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if activation == "gpt_oss":
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+        hidden = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        hidden = act(gate, activation) * up
+    return (hidden * w).astype(dtype)
