@@ -243,7 +243,7 @@ def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, 
     experts, boxes = indices
     mine = call.num_experts // level.size
     key = among(experts, call.num_experts).reshape(-1)
-    tokens, single = _places(boxes, key // mine, room, turn * room, experts.shape[1])
+    tokens, single = places_in_boxes(boxes, key // mine, room, turn * room, experts.shape[1])
     ids = jnp.where(single.token < len(key), key[jnp.minimum(single.token, len(key) - 1)] % mine, mine)
     sent = spread(x, tokens), ids[:, None], spread(weights.reshape(-1, 1), single)
     got, ids, w = map(level.all_to_all, sent)
@@ -269,7 +269,7 @@ def _by_hosts(call: Call, across: _Level, inside: _Level, room: int, turn, indic
     experts, to, boxes = indices
     n, K = experts.shape
     held = call.num_experts // across.size  # by a host
-    tokens, _ = _places(boxes, to, room, turn * room, K)
+    tokens, _ = places_in_boxes(boxes, to, room, turn * room, K)
     ids = jnp.where(tokens.token[:, None] < n, experts[jnp.minimum(tokens.token, n - 1)], -1)
     got, ids, w = map(across.all_to_all, (spread(x, tokens), ids, spread(weights, tokens)))
     way = choose_inside(inside.size, got.shape[0], n * K)
@@ -278,7 +278,7 @@ def _by_hosts(call: Call, across: _Level, inside: _Level, room: int, turn, indic
     return collect(across.all_to_all(y), tokens).astype(x.dtype)
 
 
-def _places(boxes: Sorted, to, room: int, start, top_k: int) -> tuple[Places, Places]:
+def places_in_boxes(boxes: Sorted, to, room: int, start, top_k: int) -> tuple[Places, Places]:
     """Places of tokens, and of their pairs, in one buffer for each device that something goes to: of what goes there
     `room` rows, from `start` on."""
     size, m = boxes.starts.shape[0] - 1, to.shape[0]
