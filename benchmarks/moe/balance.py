@@ -86,12 +86,12 @@ def cut(files: list[np.ndarray], batches: int, rows: int, length: int, seed: int
 class Study:
     """One scope: its programs, compiled once for all seeds."""
 
-    def __init__(self, scope: str, weight: float, steps: int, rows: int, length: int):
+    def __init__(self, scope: str, weight: float, rate: float, steps: int, rows: int, length: int):
         model = SMALL if rows == 16 else MODEL
         moe = dataclasses.replace(model.moe, balance_rows=SCOPES[scope], balance_weight=weight)
         cfg = dataclasses.replace(model, moe=moe)
         loss = functools.partial(decoder.loss_fn, cfg=cfg)
-        optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-3, warmup_steps=max(steps // 12, 1)), steps)
+        optimizer = make_optimizer(OptimizerConfig(learning_rate=rate, warmup_steps=max(steps // 12, 1)), steps)
         step = make_train_step(loss, optimizer, donate=False)
         specs, self.steps, self.shape = decoder.param_specs(cfg), steps, (rows, length)
 
@@ -143,11 +143,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--weight", type=float, default=0.01, help="MoEConfig.balance_weight")
+    parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run after this many")
     parser.add_argument("--small", action="store_true", help="a size for a CPU")
     options = parser.parse_args()
     rows, length = (16, 64) if options.small else (32, 256)
-    runs = options.out / f"{options.steps} steps, weight {options.weight}"
+    runs = options.out / f"{options.steps} steps, weight {options.weight}, rate {options.rate}"
     runs.mkdir(parents=True, exist_ok=True)
     begun, studies, files = time.time(), {}, read_files()
     for seed, scope in itertools.product(range(options.seeds), options.scopes):
@@ -155,7 +156,7 @@ def main() -> int:
         if file.exists() or time.time() - begun > options.seconds:
             continue
         if scope not in studies:
-            studies[scope] = Study(scope, options.weight, options.steps, rows, length)
+            studies[scope] = Study(scope, options.weight, options.rate, options.steps, rows, length)
         report, trace = studies[scope].run(files, seed)
         np.save(options.out / f"trace-{scope}-{seed}.npy", trace)
         file.write_text(json.dumps({"scope": scope, "seed": seed} | report, indent=1) + "\n")
