@@ -435,6 +435,10 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     accum_steps: int = 1  # micro-batches in a step
     remat: Literal["none", "dots", "full"] = "none"
+    precision: str = ""
+    """of matmuls: fp8, fp8-delayed, int8; a recipe such as w4a16-g64 to train for it; empty: model.dtype"""
+    precision_skip: str = ""
+    """a regular expression: weights whose path holds it stay in model.dtype"""
     z_loss: float = 0.0  # weight of mean(logsumexp(logits) ** 2)
     loss_chunk: int = 2048  # tokens per device whose logits are held at a time
     eval_every: int = 100

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxscale.config import ModelConfig
 from jaxscale.models import decoder
+from jaxscale.models.unstacked import unstack
 from jaxscale.sharding import active_mesh, constrain, place
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -64,6 +65,8 @@ def generate(
     mesh = _mesh_of(params) if mesh is None else mesh
     if mesh is not None:
         params = jax.device_put(params, place(params, decoder.param_specs(cfg), mesh, rules))
+    if _copied_by_xla(params):
+        params = unstack(params, join=mesh is None or mesh.shape["tp"] == 1)
     # Rows without a prompt fill the batch up, so that it divides over the mesh.
     split = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rules.compute.get("batch", ()))
     tokens, lengths = _pad(rows, _round_up(len(rows), split))
@@ -277,6 +280,13 @@ def _pad(rows: list[np.ndarray], batch_size: int) -> tuple[np.ndarray, np.ndarra
 def _mesh_of(params: Any) -> Mesh | None:
     sharding = jax.tree.leaves(params)[0].sharding
     return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def _copied_by_xla(params: Any) -> bool:
+    """Whether a program over stacked layers would copy each of them first: values of 4 bits, on a GPU."""
+    leaves = jax.tree.leaves(params)
+    narrow = any(jax.dtypes.itemsize_bits(x.dtype) == 4 for x in leaves)
+    return narrow and next(iter(leaves[0].devices())).platform == "gpu"
 
 
 def _round_up(n: int, multiple: int) -> int:

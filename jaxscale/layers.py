@@ -36,7 +36,10 @@ def rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], inv_freq: np.
 
 def gated_mlp(y: Float[Array, "B T D"], p: dict[str, Array], activation: str) -> Float[Array, "B T F"]:
     """The hidden layer of a gated MLP (Shazeer 2020): act(y W_gate) * (y W_up), with biases where there are any."""
-    gate, up = matmul("BTD,DF->BTF", y, p["w_gate"]), matmul("BTD,DF->BTF", y, p["w_up"])
+    if "w_gate_up" in p:  # side by side
+        gate, up = jnp.split(matmul("BTD,DF->BTF", y, p["w_gate_up"]), 2, axis=-1)
+    else:
+        gate, up = matmul("BTD,DF->BTF", y, p["w_gate"]), matmul("BTD,DF->BTF", y, p["w_up"])
     if "b_gate" in p:
         gate, up = gate + p["b_gate"][None, None], up + p["b_up"][None, None]
     return act(gate, activation) * up

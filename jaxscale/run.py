@@ -15,11 +15,12 @@ from jaxscale.data import load_tokenizer, make_dataset
 from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
-from jaxscale.parallel.context import compiler_options
+from jaxscale.parallel import context as over_cp
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import fallback_notes, init_params, num_params
 from jaxscale.plan.check import check_config
+from jaxscale.quantize import training as quantized
 from jaxscale.train import (
     Callback,
     TrainState,
@@ -52,6 +53,7 @@ def run(
     out = Path(cfg.out)
     mesh = make_mesh(cfg.mesh)
     check_config(cfg, mesh.size)
+    precision, scales = _precision(cfg)
     index, count = share = batch_share(mesh, cfg.data.batch_size, rules)
     where = {"process_index": index, "process_count": count}
     first = jax.process_index() == 0
@@ -92,6 +94,12 @@ def run(
         options = {"remat": cfg.remat, "z_loss": cfg.z_loss, "chunk": cfg.loss_chunk, "context": context}
         return decoder.loss_fn(params, batch, model, rules=rules, **options)
 
+    platform = mesh.devices.flat[0].platform
+    options = over_cp.compiler_options(platform) if split.cp > 1 else {}
+    if precision is not None:
+        loss_fn = quantized.rounded(loss_fn, specs, precision)
+        options |= quantized.compiler_options(precision, platform)
+
     @jax.jit
     def eval_step(params, batch):
         _, parts = decoder.loss_fn(params, batch, model, rules=rules, chunk=cfg.loss_chunk, context=context)
@@ -107,10 +115,10 @@ def run(
     with jax.set_mesh(mesh):
         if levels.latest_step() is None:
             key, param_key = jax.random.split(jax.random.key(cfg.seed))
-            state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key)
+            state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key, scales)
             position = data.state(0)
         else:
-            state = levels.restore(abstract_train_state(specs, optimizer, mesh, rules))
+            state = levels.restore(abstract_train_state(specs, optimizer, mesh, rules, scales))
             position = levels.metadata(int(state.step))["data"]
             console.print(f"resumed from step {int(state.step)} of {out}", highlight=False)
         if first:
@@ -128,7 +136,6 @@ def run(
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         flops = cfg.model.flops_per_token(cfg.data.seq_len)
         tokens = cfg.data.batch_size * cfg.data.seq_len
-        options = compiler_options(mesh.devices.flat[0].platform) if split.cp > 1 else None
         writers: tuple[Callback, ...] = (
             MetricsFile(out / "metrics.jsonl"),
             TensorBoard(out / "tensorboard", cfg.log_every),
@@ -136,7 +143,7 @@ def run(
         )
         return fit(
             state,
-            make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps, compiler_options=options),
+            make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps, compiler_options=options or None),
             map(put, data.batches(position)),
             steps=cfg.steps,
             callbacks=(
@@ -177,11 +184,19 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     train = from_dict(TrainConfig, json.loads((out / "config.json").read_text()))
     optimizer = make_optimizer(train.optimizer, train.steps)
     with Checkpointer(out / "checkpoints") as checkpointer:
-        target = abstract_train_state(decoder.param_specs(train.model), optimizer, mesh, rules)
+        target = abstract_train_state(decoder.param_specs(train.model), optimizer, mesh, rules, _precision(train)[1])
         state = checkpointer.restore(target)
     return LoadedRun(
         train=train, params=state.params, tokenizer=load_tokenizer(out / "tokenizer.json"), step=int(state.step)
     )
+
+
+def _precision(cfg: TrainConfig) -> tuple[Any, Any]:
+    """How matmuls are rounded, and the state of delayed scaling at step 0; None each where cfg does not ask for it."""
+    if not cfg.precision:
+        return None, None
+    precision = quantized.parse_precision(cfg.precision, cfg.precision_skip)
+    return precision, quantized.init_scales(decoder.param_specs(cfg.model), precision)
 
 
 def _total(counts: Iterable[float], num_parts: int) -> float:

@@ -21,6 +21,7 @@ from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 ROUTED = "routed"  # the name of a token's experts and places: small, and slow to find again
+ROUNDED = "rounded_matmul"  # checkpoint name of what a matmul of operands in 8 bits returns
 # Changes of a type alone: to keep what they return would keep their operand.
 CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
 WIDTHS = frozenset({"embed", "latent"})  # what a matrix is multiplied along or gives, beside heads and hidden layers
@@ -281,7 +282,9 @@ def saveable(remat: str, prim: Any, *args: Any, **params: Any) -> bool:
     if remat == "none":
         return True
     if prim.name == "name":
-        return params["name"] in (ATTENTION, RAGGED_DOT, ROUTED)
+        return params["name"] in (ATTENTION, RAGGED_DOT, ROUTED, ROUNDED)
+    if prim.name == "dot_general" and jnp.dtype(args[0].dtype).itemsize == 1:  # scaled afterwards, and named then
+        return False
     out = params.get("out_sharding")
     partial = out is not None and bool(out.spec.unreduced)
     return not partial and bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params))

@@ -29,12 +29,14 @@ LossFn = Callable[..., Any]  # (params, batch) -> loss, or (loss, {name: scalar}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a step reads and writes: step (int32 scalar), params, opt_state, and a PRNG key."""
+    """Everything that a step reads and writes: step (int32 scalar), params, opt_state, a PRNG key, and where a loss
+    function takes `scales` those (of delayed scaling: jaxscale.quantize.training)."""
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
     key: jax.Array
+    scales: Any = None
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -49,16 +51,18 @@ class Preempted(Exception):
         self.step = step
 
 
-def make_train_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def make_train_state(
+    params: Params, optimizer: optax.GradientTransformation, key: jax.Array, scales: Any = None
+) -> TrainState:
     """The state at step 0. Optimizer moments are made in the shards of their parameters."""
     opt_state = jax.jit(optimizer.init)(params)
     step = jnp.zeros((), jnp.int32)
     mesh = active_mesh()
     if mesh is not None:  # scalars too belong to the mesh, on every device alike
-        step, key, opt_state = jax.tree.map(
-            lambda x: jax.reshard(x, jax.typeof(x).sharding.spec), (step, key, opt_state)
+        step, key, opt_state, scales = jax.tree.map(
+            lambda x: jax.reshard(x, jax.typeof(x).sharding.spec), (step, key, opt_state, scales)
         )
-    return TrainState(step=step, params=params, opt_state=opt_state, key=key)
+    return TrainState(step=step, params=params, opt_state=opt_state, key=key, scales=scales)
 
 
 def make_train_step(
@@ -73,9 +77,9 @@ def make_train_step(
 
     Args:
       loss_fn: (params, batch) -> loss, or (loss, metrics) with metrics a dict of scalars. A parameter named `key` gets
-        a fresh PRNG key each step (dropout). If the metrics hold a
-        `weight` (the number of labelled tokens, say), micro-batches count by it: the accumulated gradient is then the
-        gradient of the whole batch however its labels are spread.
+        a fresh PRNG key each step (dropout); one named `scales` gets those of the state, which its gradient replaces.
+        If the metrics hold a `weight` (the number of labelled tokens, say), micro-batches count by it: the accumulated
+        gradient is then the gradient of the whole batch however its labels are spread.
       optimizer: any optax transformation.
       accum_steps: micro-batches in a step; the leading dim of every batch leaf must divide by it.
       donate: reuse the old state's memory for the new one.
@@ -85,34 +89,42 @@ def make_train_step(
       step(state, batch) -> (state, metrics): loss, grad_norm and what loss_fn reports, float32 scalars.
     """
 
-    takes_key = "key" in inspect.signature(loss_fn).parameters
+    takes = inspect.signature(loss_fn).parameters
 
-    def grad_fn(params, batch, key):
-        def with_metrics(params):
-            out = loss_fn(params, batch, key=key) if takes_key else loss_fn(params, batch)
+    def grad_fn(params, scales, batch, key):
+        def with_metrics(params, scales):
+            options = {name: x for name, x in (("key", key), ("scales", scales)) if name in takes}
+            out = loss_fn(params, batch, **options)
             loss, metrics = out if isinstance(out, tuple) else (out, {})
             return loss, {"loss": loss, **metrics}
 
-        (_, metrics), grads = jax.value_and_grad(with_metrics, has_aux=True)(params)
-        return grads, metrics
+        (_, metrics), grads = jax.value_and_grad(with_metrics, argnums=(0, 1), has_aux=True)(params, scales)
+        return *grads, metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if ("scales" in takes) != (state.scales is not None):
+            raise ValueError(
+                "the loss function takes scales but the state has none: make_train_state(..., scales=init_scales(...))"
+                if state.scales is None
+                else "the state has scales but the loss function takes none: make the state without them"
+            )
         key = jax.random.fold_in(state.key, state.step)
         if accum_steps == 1:
-            grads, metrics = grad_fn(state.params, batch, key)
+            grads, scales, metrics = grad_fn(state.params, state.scales, batch, key)
         else:
-            grads, metrics = _accumulate(grad_fn, state.params, batch, key, accum_steps)
+            grads, scales, metrics = _accumulate(grad_fn, state.params, state.scales, batch, key, accum_steps)
         # optax divides by its int32 step counts: allowed here even where the user's own code promotes strictly.
         with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key, scales=scales)
+        return new, metrics
 
     return jax.jit(step, donate_argnums=0 if donate else (), compiler_options=compiler_options)
 
 
-def _accumulate(grad_fn, params, batch, key, accum_steps):
+def _accumulate(grad_fn, params, scales, batch, key, accum_steps):
     def split(x):
         if x.shape[0] % accum_steps:
             raise ValueError(f"batch dim {x.shape[0]} is not divisible by accum_steps={accum_steps}")
@@ -123,22 +135,22 @@ def _accumulate(grad_fn, params, batch, key, accum_steps):
     def weigh(tree, weight):
         return jax.tree.map(lambda x: x * weight.astype(x.dtype), tree)
 
-    def body(total, inputs):
+    def body(carry, inputs):
+        total, largest = carry
         micro, i = inputs
-        grads, metrics = grad_fn(params, micro, jax.random.fold_in(key, i))
+        grads, new, metrics = grad_fn(params, scales, micro, jax.random.fold_in(key, i))
         weight = metrics.get("weight", jnp.ones((), jnp.float32))
         part = weigh((grads, {k: v for k, v in metrics.items() if k != "weight"}), weight)
-        return jax.tree.map(jnp.add, total, (part, weight)), None
+        return (jax.tree.map(jnp.add, total, (part, weight)), jax.tree.map(jnp.maximum, largest, new)), None
 
     micro = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro), key)
+    shapes = jax.eval_shape(grad_fn, params, scales, jax.tree.map(lambda x: x[0], micro), key)
     grads = jax.tree.map(jnp.zeros_like, params)  # the gradients' types are the parameters' types
-    metrics = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes[1].items() if k != "weight"}
-    (total, weight), _ = jax.lax.scan(
-        body, ((grads, metrics), jnp.zeros((), jnp.float32)), (micro, jnp.arange(accum_steps))
-    )
+    metrics = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes[2].items() if k != "weight"}
+    start = ((grads, metrics), jnp.zeros((), jnp.float32)), jax.tree.map(jnp.zeros_like, scales)
+    ((total, weight), scales), _ = jax.lax.scan(body, start, (micro, jnp.arange(accum_steps)))
     grads, metrics = weigh(total, 1.0 / jnp.maximum(weight, 1e-30))
-    return grads, ({**metrics, "weight": weight} if "weight" in shapes[1] else metrics)
+    return grads, scales, ({**metrics, "weight": weight} if "weight" in shapes[2] else metrics)
 
 
 class Callback:
@@ -311,16 +323,25 @@ def _equal_parts(rows: dict[int, set[int]], batch_size: int) -> dict[int, tuple[
 
 
 def abstract_train_state(
-    specs: Any, optimizer: optax.GradientTransformation, mesh: Any, rules: Rules = MEGATRON_FSDP
+    specs: Any, optimizer: optax.GradientTransformation, mesh: Any, rules: Rules = MEGATRON_FSDP, scales: Any = None
 ) -> TrainState:
-    """The state of a run as ShapeDtypeStructs with their shardings on `mesh`: the target of a restore."""
+    """The state of a run as ShapeDtypeStructs with their shardings on `mesh`: the target of a restore.
 
-    def state(params, key):
-        return make_train_state(params, optimizer, key)
+    Args:
+      scales: as in make_train_state; their values do not matter.
+    """
+
+    def state(params, key, scales):
+        return make_train_state(params, optimizer, key, scales)
 
     abstract = mesh.abstract_mesh if isinstance(mesh, jax.sharding.Mesh) else mesh
     with jax.sharding.use_abstract_mesh(abstract):
-        shapes = jax.eval_shape(state, abstract_params(specs, abstract, rules), jax.eval_shape(jax.random.key, 0))
+        shapes = jax.eval_shape(
+            state,
+            abstract_params(specs, abstract, rules),
+            jax.eval_shape(jax.random.key, 0),
+            jax.eval_shape(lambda: scales),
+        )
 
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))

@@ -8,12 +8,15 @@ from jaxtyping import Array
 
 from jaxscale.config import ModelConfig
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, partitions
+from pallas_kernels.decode_attention.api import MAX_QUERIES, decode_attention, decode_attention_implementation
 from pallas_kernels.quantized_matmul.array import FORMATS, round_to
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 Cache = dict[str, Array]
 CacheFormat = Literal["int8", "float8_e4m3fn", "int4"]
 CACHE = (None, "batch", "seq", "kv_heads", None)
+PAGE = 64  # slots that decode_attention reads at a time
+KERNELS = ("mosaic_gpu",)  # of its implementations those that are faster here than attention over all slots
 
 
 def init_cache(
@@ -112,6 +115,47 @@ def read(cache: Array, index: Array, rules: Rules) -> tuple[Array, Array]:
     layer = jax.lax.dynamic_index_in_dim(cache, index, keepdims=False)
     slots = jnp.broadcast_to(jnp.arange(layer.shape[1], dtype=jnp.int32)[None], layer.shape[:2])
     return layer, constrain(slots, ("batch", None), rules)
+
+
+def pages_fit(cache: Cache, q: Array) -> bool:
+    """Whether `attend` has a kernel for queries [B, T, N, H] over this cache, here."""
+    mesh = active_mesh()
+    if set(cache) != {"k", "v"} or q.shape[1] > MAX_QUERIES or cache["k"].shape[2] % PAGE:
+        return False
+    if mesh is not None:  # each device must hold whole heads of both, and all slots
+        split = [axes_of(partitions(x)[d : d + 1]) for x, d in ((q, 2), (cache["k"], 3))]
+        if split[0] != split[1] or partitions(cache["k"])[2] is not None:
+            return False
+    L, B, S, K, H = cache["k"].shape
+    new = jax.ShapeDtypeStruct
+    pages = new((L * B * S // PAGE, PAGE, K, H), cache["k"].dtype)
+    ints = new((B, S // PAGE), jnp.int32), new((B,), jnp.int32)
+    return decode_attention_implementation(new(q.shape, q.dtype), pages, pages, *ints) in KERNELS
+
+
+def attend(
+    cache: Cache, q: Array, index: Array, positions: Array, rules: Rules, *, sinks: Array | None = None, **options: Any
+) -> Array:
+    """Attention of queries [B, T, N, H], the last T tokens of each row, to layer `index`; their keys are in the cache.
+
+    The cache of all layers is read where it lies, as pages of `PAGE` slots; a page table picks the layer's.
+    """
+    positions = constrain(positions, ("batch", None), rules)
+
+    def attend_local(q, k, v, index, positions, sinks):
+        _, B, S, K, H = k.shape
+        pages = lambda x: x.reshape(-1, PAGE, K, H)
+        row = index * B + jnp.arange(B, dtype=jnp.int32)[:, None]
+        table = row * (S // PAGE) + jnp.arange(S // PAGE, dtype=jnp.int32)[None]
+        lengths = positions[:, -1] + 1
+        return decode_attention(q, pages(k), pages(v), table, lengths, sinks=sinks, **options)
+
+    if active_mesh() is not None:
+        q = constrain(q, ("batch", None, "q_heads", None), rules)
+        if sinks is not None:
+            sinks = constrain(sinks, ("q_heads",), rules)
+        attend_local = jax.shard_map(attend_local, out_specs=jax.typeof(q).sharding.spec)
+    return attend_local(q, cache["k"], cache["v"], index, positions, sinks)
 
 
 def _scale(name: str) -> str:

@@ -18,6 +18,7 @@ from jaxscale.models import mla, moe
 from jaxscale.models.cache import Cache
 from jaxscale.models.cache import CacheFormat as CacheFormat
 from jaxscale.models.cache import init_cache as init_cache
+from jaxscale.models.unstacked import specs_like
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
 from jaxscale.params import ParamSpec, constant, normal
@@ -199,6 +200,12 @@ def _hidden(
     carry, routing, start = (x, cache, moe.no_logits(cfg, tokens.shape, rules)), None, 0
     for name, kind, count in _stacks(cfg):
         body = functools.partial(layer, name, kind)
+        if isinstance(params[name], tuple):  # as `unstacked` lays them out: to generate, nothing else is returned
+            body = jax.jit(body)
+            for i, p in enumerate(params[name], start):
+                carry, _ = body(carry, (p, indices[i], local[i]))
+            start += count
+            continue
         if remat != "none" or active_mesh() is not None:
             body = jax.checkpoint(body, policy=functools.partial(saveable, remat), prevent_cse=False)
         part = slice(start, start + count)
@@ -325,10 +332,15 @@ def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, contex
 
 
 def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules, context):
-    y_q, y_kv = enter(y, INSIDE, (p["wq"], p["wk"]), rules)
-    q = matmul("BTD,DNH->BTNH", y_q, p["wq"])
-    k = matmul("BTD,DKH->BTKH", y_kv, p["wk"])
-    v = matmul("BTD,DKH->BTKH", y_kv, p["wv"])
+    if "wqkv" in p:
+        (y,) = enter(y, INSIDE, (p["wqkv"],), rules)
+        ends = cfg.num_heads, cfg.num_heads + cfg.num_kv_heads
+        q, k, v = jnp.split(matmul("BTD,DNH->BTNH", y, p["wqkv"]), ends, axis=2)
+    else:
+        y_q, y_kv = enter(y, INSIDE, (p["wq"], p["wk"]), rules)
+        q = matmul("BTD,DNH->BTNH", y_q, p["wq"])
+        k = matmul("BTD,DKH->BTKH", y_kv, p["wk"])
+        v = matmul("BTD,DKH->BTKH", y_kv, p["wv"])
     if cfg.qkv_bias:
         q, k, v = (x + p[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     if cfg.qk_norm:
@@ -337,9 +349,18 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
     inv_freq, factor = _rotation(cfg, local)
     q, k = (rope(x, positions, inv_freq, factor) for x in (q, k))
 
+    kinds = set(cfg.local_layers)
+    options = {"soft_cap": cfg.attn_soft_cap, "scale": cfg.query_scale}
     kv_positions, segments = positions, None if segment_ids is None else (segment_ids, segment_ids)
+    paged = False
     if cache is not None:
         cache = kv.update(cache, {"k": k, "v": v}, index, positions, rules)
+        paged = len(kinds) == 1 and kv.pages_fit(cache, q)
+    if paged:
+        window = cfg.window if kinds.pop() else None
+        o = kv.attend(cache, q, index, positions, rules, window=window, sinks=p.get("sinks"), **options)
+        return _attention_output(p, o, cfg, rules), cache
+    if cache is not None:
         k, kv_positions = kv.layer(cache, "k", index, q.dtype, rules)
         v, _ = kv.layer(cache, "v", index, q.dtype, rules)
 
@@ -348,26 +369,26 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
             attention,
             causal=True,
             window=cfg.window if is_local else None,
-            soft_cap=cfg.attn_soft_cap,
-            scale=cfg.query_scale,
+            **options,
         )
         split = context if cache is None else None
         where = (positions, kv_positions), segments, rules, split
         return tensor.attention(attend_one, q, k, v, *where, sinks=p.get("sinks"))
 
-    kinds = set(cfg.local_layers)
     if len(kinds) == 1:
         o = attend(kinds.pop(), q, k, v)
     else:  # one program for each kind of layer, chosen as the scan goes: the kernels see static windows
         o = jax.lax.cond(local, functools.partial(attend, True), functools.partial(attend, False), q, k, v)
+    return _attention_output(p, o, cfg, rules), cache
+
+
+def _attention_output(p, o, cfg, rules):
     out = einsum("BTNH,NHD->BTD", o, p["wo"], axes=RESIDUAL, rules=rules)
-    if cfg.out_bias:
-        out = out + p["bo"][None, None]
-    return out, cache
+    return out + p["bo"][None, None] if cfg.out_bias else out
 
 
 def _mlp_block(p, y, cfg, rules):
-    (y,) = enter(y, INSIDE, (p["w_up"],), rules)
+    (y,) = enter(y, INSIDE, (p["w_gate_up" if "w_gate_up" in p else "w_up"],), rules)
     h = gated_mlp(y, p, cfg.activation)
     out = einsum("BTF,FD->BTD", h, p["w_down"], axes=RESIDUAL, rules=rules)
     return out + p["b_down"][None, None] if cfg.mlp_bias else out
@@ -404,6 +425,7 @@ def _gather_layer(p, specs, cfg, rows, rules):
     """What has a way of its own to be gathered apart: experts, latent attention."""
     own = {"moe": moe.gather} if cfg.moe is not None else {}
     own |= {"attn": mla.gather} if cfg.mla is not None else {}
+    specs = specs_like(specs, p)
     rest, rest_specs = ({k: v for k, v in tree.items() if k not in own} for tree in (p, specs))
     gathered = {k: fn(p[k], specs[k], cfg, rows, rules) for k, fn in own.items()}
     return _gather(rest, rest_specs, cfg, rows, rules) | gathered

@@ -1,0 +1,108 @@
+"""Decoding over layers that are taken apart and over a cache read as pages: the logits of the stacked model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxscale
+from jaxscale.config import ModelConfig
+from jaxscale.generate import decode_step, generate, prefill
+from jaxscale.mesh import make_mesh
+from jaxscale.models import cache, decoder
+from jaxscale.models.unstacked import unstack
+from jaxscale.params import init_params
+from sharding_rules.rules import MEGATRON_FSDP
+
+CFG = ModelConfig(
+    name="tiny",
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=32,
+    mlp_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_seq_len=512,
+    dtype="float32",
+    qkv_bias=True,
+)
+SPECS = decoder.param_specs(CFG)
+
+
+def steps(params, tokens, cfg=CFG, count=2):
+    """Logits [B, count, V] of a prompt's next tokens."""
+    B, T = tokens.shape
+    logits, kept = jax.jit(functools.partial(prefill, cfg=cfg, max_len=256))(params, tokens, jnp.full(B, T, jnp.int32))
+    out = [logits]
+    step = jax.jit(functools.partial(decode_step, cfg=cfg))
+    for i in range(count):
+        following = jnp.argmax(out[-1], axis=-1).astype(jnp.int32)
+        logits, kept = step(params, kept, following, jnp.full(B, T + i, jnp.int32))
+        out.append(logits)
+    return np.stack(jax.device_get(out), axis=1)
+
+
+@pytest.fixture
+def params(rng):
+    made = init_params(jax.random.key(int(rng.integers(1 << 30))), SPECS)
+    noise = lambda path, x: x + jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype)
+    return jax.tree.map_with_path(noise, made)
+
+
+def test_layers_apart_are_the_same_model(rng, params):
+    recipe = [None, "w4a16-g16", "w8a8"][rng.integers(3)]
+    print(recipe)
+    params = params if recipe is None else jaxscale.quantize(params, recipe, SPECS)
+    tokens = jnp.asarray(rng.integers(1, 64, size=(2, 8)), jnp.int32)
+    want = steps(params, tokens)
+    apart = unstack(params)
+    assert len(apart["layers"]) == 2 and set(apart["layers"][0]["mlp"]) == {"w_gate_up", "w_down"}
+    assert "wqkv" in apart["layers"][1]["attn"] and "wq" not in apart["layers"][1]["attn"]
+    np.testing.assert_allclose(steps(apart, tokens), want, rtol=1e-4, atol=1e-4)
+    assert set(unstack(params, join=False)["layers"][0]["mlp"]) == {"w_gate", "w_up", "w_down"}
+
+
+def test_weights_that_are_not_alike_stay_apart(params):
+    rules = (("wk|w_up", jaxscale.quantize.recipe.Rounding(format="int8")), ("wq|wv|w_gate", None))
+    mixed = jaxscale.quantize(params, jaxscale.quantize.recipe.Recipe(rules=rules), SPECS)
+    assert "wq" in unstack(mixed)["layers"][0]["attn"] and "w_up" in unstack(mixed)["layers"][0]["mlp"]
+
+
+def test_a_cache_read_as_pages(rng, params, monkeypatch):
+    """Rows at positions of their own, windows and soft caps; on a mesh too."""
+    cfg = dataclasses.replace(CFG, window=[None, 70][rng.integers(2)], attn_soft_cap=[None, 5.0][rng.integers(2)])
+    tokens = jnp.asarray(rng.integers(1, 64, size=(4, 100)), jnp.int32)
+    lengths = jnp.asarray(rng.integers(40, 100, size=4), jnp.int32)
+    run = jax.jit(functools.partial(prefill, cfg=cfg, max_len=256))
+    step = lambda: jax.jit(functools.partial(decode_step, cfg=cfg))
+    _, kept = run(params, tokens, lengths)
+    want, _ = step()(params, kept, tokens[:, 0], lengths)
+    monkeypatch.setattr(cache, "KERNELS", ("xla",))
+    calls = []
+    monkeypatch.setattr(cache, "decode_attention", lambda *a, **k: calls.append(1) or KERNEL(*a, **k))
+    got, _ = step()(params, kept, tokens[:, 0], lengths)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert calls
+    mesh = make_mesh(devices=jax.devices()[:4], dp=2, tp=2)
+    with jax.set_mesh(mesh):
+        there = jax.device_put(params, jaxscale.param_shardings(SPECS, mesh, MEGATRON_FSDP))
+        _, kept = run(there, tokens, lengths)
+        before = len(calls)
+        got, _ = step()(there, kept, tokens[:, 0], lengths)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert len(calls) > before
+
+
+def test_generate_over_layers_apart(rng, params, monkeypatch):
+    small = jaxscale.quantize(params, "w4a16-g16", SPECS)
+    prompts = [rng.integers(1, 64, size=n).tolist() for n in (3, 7)]
+    want = generate(small, CFG, prompts, max_new_tokens=4)
+    monkeypatch.setattr("jaxscale.generate._copied_by_xla", lambda params: True)
+    assert generate(small, CFG, prompts, max_new_tokens=4) == want
+
+
+KERNEL = cache.decode_attention
