@@ -306,14 +306,13 @@ class _Step:
 
     def residuals(self, remat: str) -> float:
         """What one layer keeps for its backward pass."""
-        D, H, t = self.model.embed_dim, self.model.head_dim, self.tokens
+        D, t = self.model.embed_dim, self.tokens
         carry = t / self.mesh.tp * D * self.item
         if remat == "full":
             return carry
-        q, kv = t * self.heads * H * self.item, t * self.kv_heads * H * self.item
         if remat == "dots":  # q, k, v, gate, up as the matmuls gave them, attention's output and logsumexp; both
             # sums scattered; the carry
-            kept = 2 * carry + 2 * q + 4 * t * self.heads + 2 * kv
+            kept = 2 * carry + self.attention_kept(remat) + 4 * t * self.heads
             if self.experts is None:
                 return kept + 2 * t * self.mlp * self.item
             # The router's logits; gate and up, of shared experts too. What experts return is needed by no gradient.
@@ -322,8 +321,8 @@ class _Step:
         # Both norms keep two float32 arrays; the gated MLP six; attention q, k, v, its output and its logsumexp.
         norms = (8 if self.model.post_norms else 4) * t / self.mesh.tp * D * 4
         if self.model.qk_norm:
-            norms += 2 * t * (self.heads + self.kv_heads) * H * 4
-        kept = norms + 2 * carry + 2 * q + 2 * kv + 4 * t * self.heads
+            norms += 2 * t * (self.heads + self.kv_heads) * self.model.head_dim * 4
+        kept = norms + 2 * carry + self.attention_kept(remat) + 4 * t * self.heads
         if self.experts is None:
             return kept + 6 * t * self.mlp * self.item
         # The router's input and five arrays of its logits' size in float32; of each pair of token and expert the input,
@@ -333,6 +332,17 @@ class _Step:
         weights = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.experts and leaf.matrix)
         pairs = self.experts.rows * pair + self.experts.travelled(D, self.item)
         return kept + weights + routed + pairs + 6 * t * self.experts.shared * self.item
+
+    def attention_kept(self, remat: str) -> float:
+        """Queries, keys, values and what attention returns, of one layer; of latent attention the latents too."""
+        t, N, H, m = self.tokens, self.heads, self.model.head_dim, self.model.mla
+        if m is None:
+            return 2 * t * (N + self.kv_heads) * H * self.item
+        ranks = (m.q_rank or 0) + m.kv_rank
+        if remat == "dots":  # as the matmuls gave them: keys before the shared part, latents where the norms are
+            return self.item * (t * N * (H + m.nope_dim + 2 * m.value_dim) + t / self.mesh.tp * (ranks + m.rope_dim))
+        # The norms of latents keep two float32 arrays.
+        return self.item * t * (2 * N * (H + m.value_dim) + ranks) + 8 * t / self.mesh.tp * ranks
 
     def memory(self, pod: Pod, accum_steps: int) -> Memory:
         D, L = self.model.embed_dim, self.model.num_layers
@@ -420,17 +430,22 @@ class _Step:
             if matrix and depth and rest and rest != ("ep",):
                 # With replicas the partitioner does not scatter a layer's gradient: it is summed whole on all devices.
                 add("all-reduce", over, count, used)
+            elif matrix and rest and not pod.hardware.scatters:
+                add("all-reduce", over, count, used)  # both sums in one
             elif matrix:
                 add(scatter, gathered, count, used)
                 add("all-reduce", rest, count, used / math.prod(self.sizes[a] for a in gathered))
             else:
                 add("all-reduce", (*over, *(("tp",) if mesh.tp > 1 else ())), count, used)
         rows = self.tokens * self.model.embed_dim * self.item
-        add("all-gather", ("tp",), 6 * L + 2, (6 * L + 2) * rows)
+        into = rows  # what attention gathers over tp; of latent attention latents and the shared part of the keys
+        if (m := self.model.mla) is not None:
+            into = self.tokens * (m.kv_rank + m.rope_dim + (m.q_rank or self.model.embed_dim)) * self.item
+        add("all-gather", ("tp",), 6 * L + 2, (4 * L + 2) * rows + 2 * L * into)
         # A layer computed again scatters what attention put out once more; the MLP's sum only where a norm follows it.
         sums = 4 if self.remat != "full" else 6 if self.model.post_norms else 5
         add("reduce-scatter", ("tp",), 1, rows)  # the embedding's, explicit in its shard_map
-        add(scatter, ("tp",), sums * L + 1, (sums * L + 1) * rows)
+        add(scatter, ("tp",), sums * L + 1, ((sums - 1) * L + 1) * rows + L * into)
         if self.experts is not None:
             for kind, axis, count, size in self.experts.transfers(self.model.embed_dim * self.item, self.remat):
                 add(kind, (axis,), self.depth * count, self.depth * size)
@@ -533,5 +548,7 @@ class _Step:
         matmul += 2 * t * self.vocab * model.embed_dim * (4 if self.looped_loss else 3)
         half = self.seq_len / 2
         keys = sum(min(half, model.window or half) if local else half for local in model.local_layers)
-        # Forward 4 FLOPs for a query, a key it sees and a number of head_dim, backward 10.
-        return matmul, t * keys * self.heads * model.head_dim * (14 + 4 * (self.remat != "none"))
+        # For a query, a key it sees and a number of head_dim 2 FLOPs forward and 6 backward; of a value's dims 2 and 4.
+        value = model.mla.value_dim if model.mla else model.head_dim
+        each = model.head_dim * (8 + 2 * (self.remat != "none")) + value * (6 + 2 * (self.remat != "none"))
+        return matmul, t * keys * self.heads * each

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxscale.config import MeshConfig, ModelConfig, MoEConfig
+from jaxscale.config import MeshConfig, MLAConfig, ModelConfig, MoEConfig
 from jaxscale.models import decoder
 from jaxscale.params import abstract_params, num_params
 from jaxscale.plan.aot import abstract_batch, compile_step
@@ -21,7 +21,7 @@ from sharding_rules.rules import MEGATRON_FSDP
 def model(rng, **changes) -> ModelConfig:
     kv = int(rng.choice([2, 4]))
     sizes = {
-        "vocab_size": 64 * int(rng.integers(2, 6)),
+        "vocab_size": 64 * int(rng.integers(2, 12)),
         "num_layers": int(rng.integers(2, 5)),
         "embed_dim": 64 * int(rng.integers(1, 3)),
         "mlp_dim": 64 * int(rng.integers(2, 5)),
@@ -102,9 +102,17 @@ def test_only_the_experts_that_a_token_meets_are_computed(rng):
     assert held[0].bytes < whole[0].bytes  # a device gathers its own experts only
 
 
+def latent(rng) -> dict:
+    """Changes to a model: attention over latents, values smaller than keys."""
+    sizes = {"nope_dim": 32, "rope_dim": 16, "value_dim": 8 * int(rng.integers(1, 5))}
+    sizes |= {"kv_rank": 16 * int(rng.integers(2, 5)), "q_rank": None if rng.integers(2) else 48}
+    return {"mla": MLAConfig(**sizes), "num_heads": 4, "num_kv_heads": 4, "head_dim": 48}
+
+
+@pytest.mark.parametrize("attention", ["heads", "latent"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_residuals_are_what_the_traced_layers_keep(remat, rng):
-    cfg = model(rng, num_layers=5, dtype="bfloat16")
+def test_residuals_are_what_the_traced_layers_keep(remat, attention, rng):
+    cfg = model(rng, num_layers=5, dtype="bfloat16", **(latent(rng) if attention == "latent" else {}))
     mesh = MeshConfig()
     pod_mesh = jax.make_mesh((1,) * 6, ("pp", "dp", "fsdp", "ep", "cp", "tp"), devices=jax.devices()[:1])
     seq_len = 2048  # attention in chunks: its probabilities are not kept
@@ -120,7 +128,7 @@ def test_residuals_are_what_the_traced_layers_keep(remat, rng):
     found = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in tokens)
     expected = _Step(cfg, mesh, 1, seq_len, remat, 2048, MEGATRON_FSDP).residuals(remat)
     if remat == "none":  # plain XLA attention keeps its output in a layout of its own besides
-        expected += seq_len * cfg.num_heads * cfg.head_dim * 2
+        expected += seq_len * cfg.num_heads * (cfg.mla.value_dim if cfg.mla else cfg.head_dim) * 2
     assert found == expected, [a.str_short() for a in kept]
 
 
