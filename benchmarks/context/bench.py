@@ -308,12 +308,15 @@ class Bench:
                 seconds = self.seconds(compiled[name], arrays, self.mesh)
                 print(f"| ring, zigzag, T {T:,}: {name} | {seconds * 1e3:.2f} ms | differs by {off:.1e} |", flush=True)
 
-    def profile(self, T, options):
+    def profile(self, T, options, documents):
         N, H = (4, 64) if self.quick else (16, 128)
-        shapes = self.shapes(T, N, N, H, jnp.bfloat16, (), self.mesh)
-        run = self.split(shapes, "ring", "zigzag", OPTIONS[options] if options else None, causal=True)
+        rows = rows_of(T, documents, self.rng) if documents else ()
+        layout: Any = "packed" if documents else "zigzag"
+        shapes = self.shapes(T, N, N, H, jnp.bfloat16, rows, self.mesh)
+        run = self.split(shapes, "ring", layout, OPTIONS[options] if options else None, causal=True)
         with alone(60), tempfile.TemporaryDirectory() as where:
-            arrays = self.random(shapes)
+            order = layout_order(layout, T, self.cp, *rows)
+            arrays = self.random(shapes[:4]) + self.put([permute(x, order) for x in rows], self.mesh)
             self.seconds(run, arrays, self.mesh)
             with jax.set_mesh(self.mesh), jax.profiler.trace(where):
                 jax.block_until_ready(run(*arrays))
@@ -416,7 +419,7 @@ def main():
     elif args.part == "auto":
         bench.auto([(512, 4, 2, None)] if args.quick else GRID[slice(*args.shapes)])
     elif args.part == "profile":
-        bench.profile(args.length, args.option)
+        bench.profile(args.length, args.option, args.documents)
     else:
         bench.options([args.option] if args.option else SAFE[:1] if args.quick else SAFE, args.length)
 

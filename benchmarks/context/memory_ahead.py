@@ -2,6 +2,7 @@
 
     JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py v5p     # needs libtpu
     JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200    # needs jax[cuda13]
+    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200 ring 1048576 64    # one cell of the table
 
 bfloat16, B1 N16 K16 H128, causal, zigzag. Prints MiB a device: temporaries beyond arguments and results, and in
 brackets the local q, k, v, out, dout, dq, dk, dv.
@@ -65,6 +66,11 @@ def memory(target: str, seq_len: int, cp: int, strategy: CPStrategy) -> tuple[fl
 def main():
     target, *rest = sys.argv[1:]
     strategy: Any = rest[0] if rest else "ring"
+    if rest[1:]:
+        seq_len, cp = map(int, rest[1:])
+        temporary, held = memory(target, seq_len, cp, strategy)
+        print(f"| {strategy}, {target} | {seq_len} | {cp} | {temporary:,.0f} ({held:,.0f}) |")
+        return
     print(f"| {strategy}, {target}: T | " + " | ".join(f"cp {cp}" for cp in SIZES) + " |", flush=True)
     print("|---" * (len(SIZES) + 1) + "|", flush=True)
     for seq_len in LENGTHS:

@@ -65,8 +65,9 @@ def cut_rows(x: jax.Array, starts: jax.Array, length: int) -> jax.Array:
 
 def put_rows(x: jax.Array, part: jax.Array, starts: jax.Array) -> jax.Array:
     """x with the tokens that `cut_rows` takes replaced."""
-    # Behind a barrier: XLA would fuse the update with the kernel that wrote x, and fails to (jax 0.11.2).
-    x, part = lax.optimization_barrier(x), part.astype(x.dtype)
+    # Behind a barrier: XLA would fuse the update with the kernel that wrote x, and fails to (jax 0.11.2), or with what
+    # reads x to make the part, and copies x first.
+    x, part = lax.optimization_barrier((x, part.astype(x.dtype)))
     for i in range(x.shape[0]):
         x = lax.dynamic_update_slice(x, part[i : i + 1], (i, starts[i], *[0] * (x.ndim - 2)))
     return x

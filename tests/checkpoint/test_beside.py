@@ -1,6 +1,8 @@
 """Copies on the devices: which arrays fit, and that a donated state is saved as it was whichever way its arrays go."""
 
+import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +134,32 @@ def test_copies_leave_one_by_one_behind_training(tmp_path, meshes, rng, monkeypa
     assert max(later) <= 2000
     with Checkpointer(tmp_path) as ckpt:
         assert bits(ckpt.restore(abstract(state))) == want
+
+
+@pytest.mark.parametrize("room", [0, 1 << 20], ids=["host", "device"])
+def test_what_is_written_is_let_go(tmp_path, meshes, rng, monkeypatch, room):
+    """At once: what waits for the garbage collector is a second state in pinned memory, which takes seconds to pin."""
+    monkeypatch.setattr(snapshot, "_can_hold", lambda array: False)
+    monkeypatch.setattr(DeviceCopies, "room_on", lambda self, device: room)
+    taken = []
+    take = snapshot.copy_state
+
+    def watched(leaves, beside):
+        copies, held = take(leaves, beside)
+        taken.extend(map(weakref.ref, copies.values()))
+        return copies, held
+
+    monkeypatch.setattr(snapshot, "copy_state", watched)
+    state = arrays_of(rng, meshes["fsdp8"], {"a": 20, "b": 30})
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, state)  # the first one imports and caches
+        ckpt.wait()
+        gc.collect()
+        taken.clear()
+        gc.disable()
+        try:
+            ckpt.save(2, state)
+            ckpt.wait()
+            assert len(taken) == 2 and not any(copy() is not None for copy in taken)
+        finally:
+            gc.enable()
