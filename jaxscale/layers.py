@@ -1,14 +1,18 @@
 """The layers of a decoder: pure functions of arrays, each readable on its own. Shapes in the house's letters."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.config import RopeScaling
-from jaxscale.sharding import matmul
+from jaxscale.sharding import active_mesh, matmul, partitions
+from pallas_kernels import norm_rope
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float, offset: float = 0.0) -> Array:
@@ -19,19 +23,39 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float, 
     return (h * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
-def rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], inv_freq: np.ndarray, scale: float = 1.0) -> Array:
-    """Rotate the halves of the last dim by position (Su et al. 2021), angles in float32.
+def rope_angles(
+    positions: Int[Array, "B T"], inv_freq: Any, scale: Any = 1.0
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    """cos and sin of each token's angles (Su et al. 2021), float32.
 
     Args:
-      x: queries or keys.
       positions: of each token in its document; int32, since bfloat16 would round 257 to 256.
       inv_freq: [H/2] radians per position, from `rope_frequencies`.
       scale: multiplies cos and sin (YaRN's attention factor).
     """
-    angle = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inv_freq, jnp.float32)[None, None, None, :]
-    cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    angle = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(inv_freq, jnp.float32)[None, None, :]
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def rope(
+    x: Float[Array, "B T N H"],
+    angles: tuple[Array, Array],
+    norm: Float[Array, " H"] | None = None,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> Float[Array, "B T N H"]:
+    """Rotate the halves of the last dim by position, after an RMS norm of each head where its scale is given.
+
+    Args:
+      x: queries or keys, split over a mesh in any way but along H.
+      angles: from `rope_angles`.
+      norm: `rms_norm`'s scale; eps and offset too are those of `rms_norm`.
+    """
+    local = functools.partial(norm_rope, eps=eps, offset=offset)
+    if norm is None or active_mesh() is None:
+        return local(x, norm, *angles)
+    return jax.shard_map(local, out_specs=P(*partitions(x)))(x, norm, *angles)
 
 
 def gated_mlp(y: Float[Array, "B T D"], p: dict[str, Array], activation: str) -> Float[Array, "B T F"]:

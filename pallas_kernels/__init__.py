@@ -2,6 +2,7 @@
 
 from pallas_kernels.attention.api import attention, attention_backward, attention_implementation
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
+from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation, ragged_dots
@@ -14,6 +15,8 @@ __all__ = [
     "attention_implementation",
     "decode_attention",
     "decode_attention_implementation",
+    "norm_rope",
+    "norm_rope_implementation",
     "quantize_array",
     "quantized_matmul",
     "quantized_matmul_implementation",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxscale.config import ModelConfig
-from jaxscale.layers import gated_mlp, rms_norm, rope, rope_frequencies, soft_cap
+from jaxscale.layers import gated_mlp, rms_norm, rope, rope_angles, rope_frequencies, soft_cap
 from jaxscale.models import cache as kv
 from jaxscale.models import mla, moe
 from jaxscale.models.cache import Cache
@@ -343,11 +343,9 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
         v = matmul("BTD,DKH->BTKH", y_kv, p["wv"])
     if cfg.qkv_bias:
         q, k, v = (x + p[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
-    if cfg.qk_norm:
-        q = rms_norm(q, p["q_norm"], eps=cfg.norm_eps, offset=cfg.norm_offset)
-        k = rms_norm(k, p["k_norm"], eps=cfg.norm_eps, offset=cfg.norm_offset)
-    inv_freq, factor = _rotation(cfg, local)
-    q, k = (rope(x, positions, inv_freq, factor) for x in (q, k))
+    angles = rope_angles(positions, *_rotation(cfg, local))
+    rotate = functools.partial(rope, angles=angles, eps=cfg.norm_eps, offset=cfg.norm_offset)
+    q, k = (rotate(x, norm=p.get(name)) for x, name in ((q, "q_norm"), (k, "k_norm")))
 
     kinds = set(cfg.local_layers)
     options = {"soft_cap": cfg.attn_soft_cap, "scale": cfg.query_scale}

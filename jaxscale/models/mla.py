@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxscale.config import MLAConfig, ModelConfig
-from jaxscale.layers import rms_norm, rope, rope_frequencies, yarn_magnitude
+from jaxscale.layers import rms_norm, rope, rope_angles, rope_frequencies, yarn_magnitude
 from jaxscale.models import cache as kv
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
@@ -133,7 +133,7 @@ def _logit_scale(cfg: ModelConfig) -> float:
 
 def _rotate(x: Array, cfg: ModelConfig, positions: Array) -> Array:
     inv_freq, factor = rope_frequencies(_mla(cfg).rope_dim, cfg.rope_theta, cfg.rope_scaling)
-    return rope(x, positions, inv_freq, factor)
+    return rope(x, rope_angles(positions, inv_freq, factor))
 
 
 def _for_all_heads(k_rope: Array, like: Array) -> Array:
