@@ -45,14 +45,17 @@ class Config:
 
 
 def tuned(H: int, Hv: int) -> Config:
-    """The configuration for head_dim H of q and k, Hv of v."""
-    small = _triton.shared_memory() < 128 * 1024  # 99 KB: compute capability 8.6, 8.9, 12.0
-    if max(H, Hv) > 128:
-        return Config(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 1 if small else 2))
-    if max(H, Hv) > 64:
-        stages = 2 if small else 3
-        return Config(Blocks(128, 64, 8, stages), Blocks(128, 64, 8, 2), Blocks(64, 64 if small else 128, 8, 2))
-    return Config(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+    """The configuration for head_dim H of q and k, Hv of v; what spills no or few registers on an A100 and fits."""
+    wide, small = max(H, Hv), _triton.shared_memory() < 128 * 1024  # 99 KB: compute capability 8.6, 8.9, 12.0
+    if wide > 128 and small:
+        return Config(Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1))
+    if wide > 128:
+        return Config(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2))
+    if wide > 64:
+        return Config(
+            Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64 if small else 32, 64 if small else 128, 8, 2)
+        )
+    return Config(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2 if small else 3))
 
 
 def supported(inputs: Inputs, options: Options) -> str | None:
@@ -145,7 +148,7 @@ def _forward(inputs: Inputs, options: Options, blocks: Blocks) -> tuple[jax.Arra
         sink = sinks_ref[0][n] * _LOG2E if sinks_ref else -math.inf
         m = jnp.full((bq,), sink, jnp.float32)
         l = jnp.full((bq,), 1.0 if sinks_ref else 0.0, jnp.float32)
-        acc, m, l = _three_loops(step, bounds, ranges, (_zeros(bq, x.Hv), m, l))
+        acc, m, l = _three_loops(step, bounds, ranges, (x.zeros(bq, x.Hv), m, l))
         seen = l > 0.0
         total = jnp.where(seen, l, 1.0)
         inverse = jnp.where(seen, 1.0 / total, 0.0)
@@ -173,7 +176,7 @@ def _backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
 
 def _backward_dq(inputs: Inputs, options: Options, blocks: Blocks, do, lse, delta) -> jax.Array:
     """dq [B, T, N, H]; lse is that of base 2."""
-    x = _Call(inputs, options, blocks)
+    x = _Call(inputs, options, blocks, whole=True)
     bq, bkv, c = x.bq, x.bkv, options.scale * _LOG2E
     ranges = key_ranges(inputs, options, bq, bkv)
     tiles = ranges.shape[1]
@@ -197,7 +200,7 @@ def _backward_dq(inputs: Inputs, options: Options, blocks: Blocks, do, lse, delt
             ds = (ds if slope is None else ds * slope).astype(k[0].dtype)
             return tuple(a + dot(ds, y, 1, 0) for a, y in zip(dq, k))
 
-        dq = _three_loops(step, bounds, ranges, _zeros(bq, x.H))
+        dq = _three_loops(step, bounds, ranges, x.zeros(bq, x.H))
         x.store_rows(dq_ref, [a * options.scale for a in dq], b, t * bq, n)
 
     return _triton.launch(
@@ -213,7 +216,7 @@ def _backward_dq(inputs: Inputs, options: Options, blocks: Blocks, do, lse, delt
 
 def _backward_dkv(inputs: Inputs, options: Options, blocks: Blocks, do, lse, delta) -> tuple[jax.Array, jax.Array]:
     """dk [B, S, K, H] and dv [B, S, K, Hv]: blocks are transposed, keys down, and sum over the heads of a group."""
-    x = _Call(inputs, options, blocks)
+    x = _Call(inputs, options, blocks, whole=True)
     bq, bkv, c = x.bq, x.bkv, options.scale * _LOG2E
     ranges = query_ranges(inputs, options, bq, bkv)
 
@@ -241,7 +244,7 @@ def _backward_dkv(inputs: Inputs, options: Options, blocks: Blocks, do, lse, del
 
             return _three_loops(step, bounds, ranges, carry)
 
-        carry = _zeros(bkv, x.H), _zeros(bkv, x.Hv)
+        carry = x.zeros(bkv, x.H), x.zeros(bkv, x.Hv)
         dk, dv = of_head(0, carry) if x.G == 1 else lax.fori_loop(0, x.G, of_head, carry)
         x.store_keys(dk_ref, [a * options.scale for a in dk], b, t * bkv, head)
         x.store_keys(dv_ref, dv, b, t * bkv, head)
@@ -261,7 +264,10 @@ def _backward_dkv(inputs: Inputs, options: Options, blocks: Blocks, do, lse, del
 class _Call:
     """The sizes of one call, how its blocks are read and written, and which pairs of a block see each other."""
 
-    def __init__(self, inputs: Inputs, options: Options, blocks: Blocks):
+    def __init__(self, inputs: Inputs, options: Options, blocks: Blocks, *, whole: bool = False):
+        """whole: widths between 128 and 256 count as 256, not as 128 and the rest: sums in pieces of different width
+        spill a thousand bytes of registers on an A100, those of one width none."""
+        self.whole = whole
         (self.B, self.T, self.N, self.H), (self.S, self.K, self.Hv) = inputs.q.shape, inputs.v.shape[1:]
         self.G = self.N // self.K
         blocks = blocks.fit(self.T, self.S)
@@ -274,6 +280,13 @@ class _Call:
         self.names = [name for name in fields if arrays[name] is not None]
         self.arrays = [arrays[name] for name in self.names]
 
+    def pieces(self, width: int) -> list[tuple[int, int]]:
+        """(start, length) of the powers of two in which a row is taken."""
+        return [(0, 256)] if self.whole and width > 128 else pieces(width)
+
+    def zeros(self, rows: int, width: int) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros((rows, size), jnp.float32) for _, size in self.pieces(width))
+
     def rows(self, ref, b, start, n, width: int):
         return self._read(ref, b, start, n, self.bq, self.T, width)
 
@@ -284,8 +297,10 @@ class _Call:
     def _read(self, ref, b, start, n, block: int, end: int, width: int) -> list[jax.Array]:
         """Pieces [block, ...] of one head; zeros past the end."""
         rows = pl.ds(start, block)
-        keep = lambda size: inside((start, block, end), (0, size, size))
-        return [load(ref, b, rows, n, pl.ds(at, size), keep=keep(size)) for at, size in pieces(width)]
+        return [
+            load(ref, b, rows, n, pl.ds(at, size), keep=inside((start, block, end), _columns(at, size, width)))
+            for at, size in self.pieces(width)
+        ]
 
     def numbers(self, ref, b, start, n) -> jax.Array:
         """Of each query in a block one number of [B, N, T]."""
@@ -298,8 +313,9 @@ class _Call:
         self._write(ref, values, b, start, n, self.bkv, self.S)
 
     def _write(self, ref, values, b, start, n, block: int, end: int):
-        for value, (at, size) in zip(values, pieces(ref.shape[3]), strict=True):
-            keep = inside((start, block, end), (0, size, size))
+        width = ref.shape[3]
+        for value, (at, size) in zip(values, self.pieces(width), strict=True):
+            keep = inside((start, block, end), _columns(at, size, width))
             store(ref, value, b, pl.ds(start, block), n, pl.ds(at, size), keep=keep)
 
     def keep(self, refs, b, shape, q_dim: int, q_start, kv_start) -> jax.Array:
@@ -365,5 +381,6 @@ def _dots(x, y) -> jax.Array:
     return functools.reduce(lambda a, b: a + b, (dot(a, b, 1, 1) for a, b in zip(x, y, strict=True)))
 
 
-def _zeros(rows: int, width: int) -> tuple[jax.Array, ...]:
-    return tuple(jnp.zeros((rows, size), jnp.float32) for _, size in pieces(width))
+def _columns(at: int, size: int, width: int) -> tuple[int, int, int]:
+    """For `inside`: a piece that lies in the row has nothing to mask."""
+    return (at, size, width) if at + size > width else (0, size, size)

@@ -70,7 +70,7 @@ def test_attention_packed_documents(rng, interpreted, monkeypatch):
     small_blocks(monkeypatch)
     ids = attentions.documents(rng, 1, 70, padding=11)
     kwargs = {"segment_ids": ids, "positions": attentions.restarting(ids), "sinks": attentions.one(rng, (4,))}
-    attentions.check(rng, "triton", 1, 70, 70, 4, 2, 48, 16, jnp.bfloat16, causal=True, **kwargs)
+    attentions.check(rng, "triton", 1, 70, 70, 4, 2, 144, 16, jnp.bfloat16, causal=True, **kwargs)
 
 
 def test_attention_window_positions_soft_cap(rng, interpreted, monkeypatch):
