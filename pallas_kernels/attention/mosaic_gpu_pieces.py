@@ -35,9 +35,12 @@ class Config:
 
 
 class Mask:
-    """The mask inside of a block, from the arrays that a kernel receives for it."""
+    """The mask and the bias inside of a block, from the arrays that a kernel receives for them.
 
-    def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int):
+    keys_down: blocks of logits have keys down and queries across, and so has the bias that the kernel receives.
+    """
+
+    def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int, keys_down: bool = False):
         self.options, self.keys, self.ragged = options, keys, keys != padded_keys
         fields = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "window")
         arrays = {name: getattr(padded, name) for name in fields}
@@ -45,6 +48,28 @@ class Mask:
             arrays["window"] = padded.window[None]
         self.names = [name for name in fields if arrays[name] is not None]
         self.arrays = [arrays[name] for name in self.names]
+        bias = padded.bias
+        self.per_query = bias is not None and bias.shape[2] > 1
+        if bias is not None:
+            self.names.append("bias")
+            self.arrays.append(bias.swapaxes(2, 3) if keys_down and self.per_query else bias)
+
+    def add_bias(self, refs, s, b, n, q_dim: int, q_start, kv_start):
+        """s, such that scale times it holds the bias of head n."""
+        if "bias" not in self.names:
+            return s
+        ref = dict(zip(self.names, refs, strict=True))["bias"]
+        at = lax.rem(b, jnp.int32(ref.shape[0])), lax.rem(n, jnp.int32(ref.shape[1]))
+        layout = plgpu.Layout.WGMMA
+        if self.per_query:
+            starts = (q_start, kv_start) if q_dim == 0 else (kv_start, q_start)
+            block = (pl.ds(start, size) for start, size in zip(starts, s.shape))
+            bias = plgpu.load(ref.at[*at, *block], layout=layout, optimized=False).astype(jnp.float32)
+        else:
+            keys = ref.at[*at, 0, pl.ds(kv_start, s.shape[1 - q_dim])]
+            bias = plgpu.load(keys, layout=layout.reduce(q_dim), optimized=False).astype(jnp.float32)
+            bias = lax.broadcast_in_dim(bias, s.shape, [1 - q_dim])
+        return s + bias * (1 / self.options.scale)
 
     def keep(self, refs, b, shape, q_dim: int, q_start, kv_start):
         """Which pairs of a block see each other; queries along q_dim of `shape`, keys along the other."""

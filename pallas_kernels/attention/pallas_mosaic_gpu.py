@@ -44,6 +44,7 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     tiled,
 )
 from pallas_kernels.attention.pallas_mosaic_gpu_bwd import backward as backward_kernels
+from pallas_kernels.attention.xla import bias_gradient
 
 
 def tuned(H: int, Hv: int) -> Config:
@@ -67,8 +68,6 @@ def supported(inputs: Inputs, options: Options) -> str | None:
     H, Hv = inputs.q.shape[3], inputs.v.shape[3]
     if H not in (64, 128, 192, 256) or Hv not in (64, 128, 192, 256):
         return f"takes head_dim 64, 128, 192, 256. Got {H} and {Hv}"
-    if inputs.bias is not None:
-        return "takes no bias"
     if options.scale <= 0:
         return f"takes a positive scale. Got {options.scale}"
     return None
@@ -107,10 +106,13 @@ def _attention_bwd(options: Options, config: Config, residuals, cotangents):
     if inputs.sinks is not None:
         p_sink = jnp.exp(inputs.sinks.astype(jnp.float32)[None, :, None] - lse)
         dsinks = -jnp.sum(p_sink * delta, axis=(0, 2)).astype(inputs.sinks.dtype)
-    lse = jnp.where(unseen, 0.0, lse) * LOG2E
-    dq, dk, dv = backward_kernels(inputs, options, config, do, lse, delta)
+    lse = jnp.where(unseen, 0.0, lse)
+    dbias = None
+    if inputs.bias is not None:  # by XLA, which leaves it out where no one asks for it
+        dbias = bias_gradient(inputs, options, do, lse.swapaxes(1, 2), delta.swapaxes(1, 2))
+    dq, dk, dv = backward_kernels(inputs, options, config, do, lse * LOG2E, delta)
     none = dict.fromkeys(Inputs._fields[5:])
-    return (inputs._replace(q=dq, k=dk, v=dv, bias=None, sinks=dsinks, **none),)
+    return (inputs._replace(q=dq, k=dk, v=dv, bias=dbias, sinks=dsinks, **none),)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -168,7 +170,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
             acc = plgpu.layout_cast(jnp.full((ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
             def softmax(s, m, l, j, masked):
-                s = cap_logits(s, options)[0]
+                s = mask.add_bias(aux, cap_logits(s, options)[0], b, n, 0, q_start, j * bkv)
                 if masked:
                     keep = mask.keep(aux, b, s.shape, 0, q_start, j * bkv)
                     s = jnp.where(keep, s, -jnp.inf)

@@ -86,6 +86,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                     plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, do, v_smem.at[slot].transpose((1, 0)))
                     s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
+                    s = mask.add_bias(aux, s, b, n, 0, q_start, j * bkv)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
                     if masked:
                         p = jnp.where(mask.keep(aux, b, s.shape, 0, q_start, j * bkv), p, 0.0)
@@ -165,7 +166,7 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
     T = padded.q.shape[1]
     tiles = padded.k.shape[1] // tile
     ranges = query_ranges(inputs, options, bq, tile)
-    mask = Mask(padded, options, S, padded.k.shape[1])
+    mask = Mask(padded, options, S, padded.k.shape[1], keys_down=True)
     grid, locate = make_grid(B, K, tiles, T * (H + Hv) * 2 * G)
     c = options.scale * LOG2E
     widths = {x: width for x, width, want in (("dv", Hv, want_dv), ("dk", H, want_dk)) if want}
@@ -199,6 +200,7 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
                     if want_dk:
                         plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
                     s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=int(want_dk)), options)
+                    s = mask.add_bias(aux, s, b, k_head * G + lax.div(i, hi - lo), 1, j * bq, kv_start)
                     lse = plgpu.load(lse_smem.at[slot], layout=across)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
                     if masked:

@@ -292,6 +292,15 @@ def test_mosaic_gpu_under_vmap(rng):
         close("gradient", a, np.asarray(c, np.float64), 1e-2)
 
 
+def test_mosaic_gpu_bias(rng, monkeypatch):
+    """Of each pair, which differs between heads, or of each key; some of it -inf."""
+    small_blocks(monkeypatch)
+    shape, dtype = [((1, 2, 70, 150), jnp.float32), ((1, 1, 1, 150), jnp.bfloat16)][rng.integers(2)]
+    hidden = jnp.asarray(rng.random(shape) < 0.2).at[..., 0].set(False)
+    kwargs = {"bias": jnp.where(hidden, -jnp.inf, one(rng, shape, dtype)), "causal": True, "soft_cap": 3.0}
+    check(rng, "mosaic_gpu", 1, 70, 150, 2, 1, 64, 64, jnp.bfloat16, **kwargs)
+
+
 def test_every_tile_has_a_block(rng):
     """Known ranges: each tile once, blocks that end at about the same time; unknown ones: a block for each tile."""
     tiles = 40
@@ -503,7 +512,7 @@ def test_which_implementation_ran(caplog):
         h = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.bfloat16)
         assert attention_implementation(h, h, h) == "mosaic_gpu"
         bias = jax.ShapeDtypeStruct((1, 1, 16, 16), jnp.float32)
-        assert attention_implementation(h, h, h, bias=bias) == "xla"
+        assert attention_implementation(h, h, h, bias=bias) == "mosaic_gpu"
         assert attention_implementation(q, q, q) == "xla"
     _dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):
