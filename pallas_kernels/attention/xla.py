@@ -201,6 +201,7 @@ def bias_gradient(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Arra
     assert inputs.bias is not None
     K = inputs.k.shape[2]
     dbias = _chunked_grads(inputs, options, _group(do, K), _group(delta, K), _group(lse, K))[3]
+    assert dbias is not None
     return dbias.reshape(inputs.bias.shape).astype(inputs.bias.dtype)
 
 

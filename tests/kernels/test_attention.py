@@ -293,10 +293,10 @@ def test_mosaic_gpu_under_vmap(rng):
 
 
 def test_mosaic_gpu_bias(rng, monkeypatch):
-    """Of each pair, which differs between heads, or of each key; some of it -inf."""
+    """Of each pair, which differs between heads, or of each key; some of it -inf, for one query all of it."""
     small_blocks(monkeypatch)
     shape, dtype = [((1, 2, 70, 150), jnp.float32), ((1, 1, 1, 150), jnp.bfloat16)][rng.integers(2)]
-    hidden = jnp.asarray(rng.random(shape) < 0.2).at[..., 0].set(False)
+    hidden = jnp.asarray(rng.random(shape) < 0.2).at[..., 0].set(False).at[:, :, 30:31].set(True)
     kwargs = {"bias": jnp.where(hidden, -jnp.inf, one(rng, shape, dtype)), "causal": True, "soft_cap": 3.0}
     check(rng, "mosaic_gpu", 1, 70, 150, 2, 1, 64, 64, jnp.bfloat16, **kwargs)
 
