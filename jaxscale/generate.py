@@ -286,7 +286,7 @@ def _copied_by_xla(params: Any) -> bool:
     """Whether a program over stacked layers would copy each of them first: values of 4 bits, on a GPU."""
     leaves = jax.tree.leaves(params)
     narrow = any(jax.dtypes.itemsize_bits(x.dtype) == 4 for x in leaves)
-    return narrow and next(iter(leaves[0].devices())).platform == "gpu"
+    return narrow and isinstance(leaves[0], jax.Array) and next(iter(leaves[0].devices())).platform == "gpu"
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -350,15 +350,12 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
     kinds = set(cfg.local_layers)
     options = {"soft_cap": cfg.attn_soft_cap, "scale": cfg.query_scale}
     kv_positions, segments = positions, None if segment_ids is None else (segment_ids, segment_ids)
-    paged = False
     if cache is not None:
         cache = kv.update(cache, {"k": k, "v": v}, index, positions, rules)
-        paged = len(kinds) == 1 and kv.pages_fit(cache, q)
-    if paged:
-        window = cfg.window if kinds.pop() else None
-        o = kv.attend(cache, q, index, positions, rules, window=window, sinks=p.get("sinks"), **options)
-        return _attention_output(p, o, cfg, rules), cache
-    if cache is not None:
+        if len(kinds) == 1 and kv.pages_fit(cache, q):
+            window = cfg.window if kinds.pop() else None
+            o = kv.attend(cache, q, index, positions, rules, window=window, sinks=p.get("sinks"), **options)
+            return _attention_output(p, o, cfg, rules), cache
         k, kv_positions = kv.layer(cache, "k", index, q.dtype, rules)
         v, _ = kv.layer(cache, "v", index, q.dtype, rules)
 

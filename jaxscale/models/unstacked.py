@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.quantized_matmul.array import QuantizedArray
 
@@ -18,16 +19,16 @@ JOINED = {"wqkv": (("wq", "wk", "wv"), -2), "w_gate_up": (("w_gate", "w_up"), -1
 
 
 def unstack(params: Any, *, join: bool = True) -> Any:
-    """Decoder parameters whose stacks of layers are tuples; the arrays are copies.
+    """Decoder parameters whose stacks of layers are tuples; the layers' arrays are copies.
 
     Args:
       join: joins projections. Not for a mesh with tp: a device's share would no longer be whole heads of each.
     """
     layers = {}
-    for name in [name for name in params if name.endswith("layers")]:
+    for name in [name for name in params if name.endswith("layers") and not isinstance(params[name], tuple)]:
         stack = params[name]
         depth = jax.tree.leaves(stack)[0].shape[0]
-        layers[name] = tuple(_take(stack, i, join) for i in range(depth))
+        layers[name] = tuple(_take(stack, np.int32(i), join) for i in range(depth))
     return params | layers
 
 
@@ -40,9 +41,9 @@ def specs_like(specs: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("index", "join"))
-def _take(stack: Any, index: int, join: bool) -> Any:
-    layer = jax.tree.map(lambda x: x[index], stack)
+@functools.partial(jax.jit, static_argnames=("join",))
+def _take(stack: Any, index: Any, join: bool) -> Any:
+    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
     return {name: _join(part) if join and name in ("attn", "mlp") else part for name, part in layer.items()}
 
 

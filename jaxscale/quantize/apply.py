@@ -15,7 +15,7 @@ from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
-# What `jaxscale.sharding.matmul` multiplies by; experts and routers go other ways.
+# What `jaxscale.sharding.matmul` and `ragged_dot` multiply by.
 MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "embed", "head")
 
 
@@ -68,14 +68,20 @@ def select(params: Any, recipe: Recipe, specs: Any) -> dict[str, Rounding]:
 
 
 def is_matrix(name: str) -> bool:
-    return name.rpartition("/")[2] in MATRICES and "/moe/" not in name
+    return name.rpartition("/")[2] in MATRICES and "/router/" not in name
+
+
+def is_expert(name: str) -> bool:
+    """Whether a path is a routed expert's, [E, D, F] or [E, F, D]: rows reach it in groups."""
+    return "/experts/" in name
 
 
 def contraction_of(spec: ParamSpec) -> tuple[int, ...]:
-    """The dims that a matmul contracts: embed, or of what writes into the residual stream all others but layers."""
+    """The dims that a matmul contracts: embed, or of what writes into the residual stream all others but layers and
+    experts."""
     axes = spec.axes
     if axes[-1] == "embed" and axes != ("vocab", "embed"):
-        return tuple(d - len(axes) for d, axis in enumerate(axes) if axis not in ("embed", "layers"))
+        return tuple(d - len(axes) for d, axis in enumerate(axes) if axis not in ("embed", "layers", "experts"))
     return (axes.index("embed") - len(axes),)
 
 

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.params import path_name
-from jaxscale.quantize.apply import contraction_of, is_matrix, on_its_mesh, require_finite, round_weight, select
+from jaxscale.quantize.apply import (
+    contraction_of,
+    is_expert,
+    is_matrix,
+    on_its_mesh,
+    require_finite,
+    round_weight,
+    select,
+)
 from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
 from jaxscale.sharding import Weight, active_mesh
 from pallas_kernels.quantized_matmul.array import FORMATS, QuantizedArray, group_scales, quantize_array, round_to
@@ -83,7 +91,8 @@ def gather_statistics(
     *,
     only: str = "",
 ) -> dict[str, Statistics]:
-    """Path -> what the weight there is multiplied with, over all batches; of every matrix inside of the layers.
+    """Path -> what the weight there is multiplied with, over all batches; of every matrix inside of the layers but
+    routed experts'.
 
     On a mesh, call with the mesh set (`jax.set_mesh`).
 
@@ -96,7 +105,9 @@ def gather_statistics(
       ValueError: no batch; activations that are not finite; a weight that forward does not multiply by.
     """
     paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(specs)]
-    chosen = {name for name in paths if is_matrix(name) and "/" in name and re.search(only, name)}
+    chosen = {
+        name for name in paths if is_matrix(name) and "/" in name and not is_expert(name) and re.search(only, name)
+    }
 
     def observed(statistics, params):
         wrap = lambda path, _, w: Observed(w, statistics[path_name(path)]) if path_name(path) in chosen else w
@@ -136,7 +147,8 @@ def quantize_calibrated(
     *,
     rules: Rules = MEGATRON_FSDP,
 ) -> Any:
-    """`jaxscale.quantize` with the recipe's method. The vocabulary's matrices are rounded to the nearest.
+    """`jaxscale.quantize` with the recipe's method. The vocabulary's matrices and routed experts are
+    rounded to the nearest.
 
     Args:
       params, recipe, specs, rules: as in `jaxscale.quantize`.
@@ -147,7 +159,7 @@ def quantize_calibrated(
         raise ValueError("rounding to the nearest needs no calibration set: jaxscale.quantize(params, recipe, specs)")
     method = {"awq": awq, "gptq": gptq, "smoothquant": smoothquant}[recipe.method]
     chosen = select(params, recipe, specs)
-    if missing := [name for name in chosen if "/" in name and name not in statistics]:
+    if missing := [name for name in chosen if "/" in name and not is_expert(name) and name not in statistics]:
         raise ValueError(
             f"no statistics of {', '.join(missing)}, which the recipe rounds; gather them, or leave them out"
         )

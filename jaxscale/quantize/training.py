@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.params import path_name
-from jaxscale.quantize.apply import contraction_of, is_matrix
+from jaxscale.quantize.apply import contraction_of, is_expert, is_matrix
 from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
 from jaxscale.sharding import ROUNDED, Weight, active_mesh, partitions
 from pallas_kernels import _dispatch
@@ -155,7 +155,7 @@ def init_scales(specs: Any, precision: Precision | Recipe) -> dict[str, jax.Arra
 def _select(specs: Any, precision: Precision | Recipe) -> dict[str, Any]:
     """Path -> how it is rounded, for each weight that is."""
     names = [path_name(path) for path, _ in jax.tree.leaves_with_path(specs)]
-    matrices = [n for n in names if is_matrix(n) and n not in ("embed", "head")]
+    matrices = [n for n in names if is_matrix(n) and not is_expert(n) and n not in ("embed", "head")]
     if isinstance(precision, Recipe):
         chosen = {n: found for n in matrices if (found := precision.rounding(n)) is not None}
     else:
