@@ -219,7 +219,9 @@ def quantize_rows(x: jax.Array, groups: int, dtype: Activations) -> tuple[jax.Ar
     _, _, high = FORMATS[dtype]
     x = x.astype(jnp.float32).reshape(x.shape[0], groups, -1)
     scales = jnp.abs(x).max(axis=-1) / high
-    return round_to(x, scales, None, dtype).reshape(x.shape[0], -1), scales
+    values = round_to(x, scales, None, dtype).reshape(x.shape[0], -1)
+    # XLA drops a float that is made narrow and wide again: xla_allow_excess_precision, on by default.
+    return jax.lax.optimization_barrier(values) if dtype != "int8" else values, scales
 
 
 def repeat_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:

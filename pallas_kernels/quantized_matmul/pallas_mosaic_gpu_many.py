@@ -11,6 +11,7 @@ the registers of three warpgroups. int8 is summed exactly, in int32.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +67,14 @@ def unfit_many(w: QuantizedArray) -> str | None:
     return None
 
 
-def tuned(scaled: bool, integer: bool, groups: bool) -> Config:
-    """For scales of tiles or of channels; rows in groups have tiles of few rows."""
-    if scaled:
-        return Config()
+def tuned(scaled: bool, integer: bool, groups: bool, N: int) -> Config:
+    """For scales of tiles or of channels, rows in groups or not, N columns."""
     if integer and not groups:
-        return Config(warpgroups=2, columns=256, stages=4, promote=None)
-    return Config(promote=None if integer else 4)
+        return Config(warpgroups=2, columns=256, promote=None)
+    promote = 1 if scaled else None if integer else 4
+    if groups or N <= _STEP:
+        return Config(promote=promote)
+    return Config(promote=promote, pair=True, blocks=SM_COUNT // 2)
 
 
 def matmul_many(
@@ -96,7 +98,7 @@ def matmul_many(
     """
     (M, K), (G, N, _), scaled = x.shape, w.shape, x_scales.shape[1] > 1
     integer = x.dtype == jnp.int8
-    c = config or tuned(scaled, integer, group_sizes is not None)
+    c = config or tuned(scaled, integer, group_sizes is not None, N)
     assert not scaled or (c.promote == 1 and c.columns == _STEP), c
     kind = jnp.int32 if integer else jnp.float32
     rows, depth = c.warpgroups * UNIT, K // _STEP
@@ -255,7 +257,7 @@ def matmul_many(
 
             drain(c, for_each_tile(c, count * across, one_tile, late), free)
 
-    slots = {"num_arrivals": c.warpgroups, "num_barriers": c.stages}
+    slots: Any = {"num_arrivals": c.warpgroups, "num_barriers": c.stages}
     free = plgpu.ClusterBarrier(collective_axes=("pair",), **slots) if c.pair else plgpu.Barrier(**slots)
     out = plgpu.kernel(
         kernel,

@@ -22,7 +22,7 @@ from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import mma, order, tiled, values_layout, varying_as, widen
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import step_of
 from pallas_kernels.ragged_dot.mosaic_gpu_pieces import ALIGN, SM_COUNT, UNIT, drain, fill, for_each_tile, slot_of
-from pallas_kernels.ragged_dot.schedule import bounds
+from pallas_kernels.ragged_dot.schedule import bounds, sum_where
 
 _MOST = 64  # rows of a group on the average: above, a dequantized copy and wgmma of 64 rows of x win
 
@@ -213,22 +213,26 @@ def _tiles(group_sizes: jax.Array, M: int, rows: int) -> tuple[jax.Array, jax.Ar
     G = group_sizes.shape[0]
     begins, ends = bounds(group_sizes, M)
     begins, ends = jnp.append(begins, ends[-1:]), jnp.append(ends, jnp.int32(M))
+    group = jnp.arange(G + 1, dtype=jnp.int32)
+    upto = lambda x: sum_where(group[None] <= group[:, None], x[None])
+    within = lambda i, ends, x: sum_where((i[:, None] >= (ends - x)[None]) & (i[:, None] < ends[None]), group[None])
     sizes = ends - begins
-    laid = jnp.cumsum(-(-sizes[:-1] // ALIGN) * ALIGN, dtype=jnp.int32)  # where each group's rows end in the layout
-    starts = jnp.append(jnp.int32(0), laid)
+    # Each group's rows in the layout; the rows past the groups are not in it.
+    laid = jnp.where(group < G, -(-sizes // ALIGN) * ALIGN, 0)
+    laid_ends = upto(laid)
+    starts = laid_ends - laid
     row = jnp.arange(-(-(M + (ALIGN - 1) * min(G, M)) // ALIGN) * ALIGN, dtype=jnp.int32)
-    at = jnp.searchsorted(laid, row, side="right", method="compare_all").astype(jnp.int32)
+    at = within(row, laid_ends, laid)
     source = jnp.clip(row - starts[at] + begins[at], 0, M - 1)
 
     counts = -(-sizes // rows)
-    upto = jnp.cumsum(counts, dtype=jnp.int32)
+    count_ends = upto(counts)
     index = jnp.arange(M // rows + min(G + 1, M), dtype=jnp.int32)
-    at = jnp.searchsorted(upto, index, side="right", method="compare_all").astype(jnp.int32)
-    at = jnp.minimum(at, G)
-    skipped = (index - (upto - counts)[at]) * rows
+    at = within(index, count_ends, counts)
+    skipped = (index - (count_ends - counts)[at]) * rows
     left = jnp.clip(sizes[at] - skipped, 0, rows)
     table = jnp.stack([at, jnp.where(at < G, starts[at] + skipped, 0), begins[at] + skipped, left], axis=1)
-    return table, upto[-1:], source
+    return table, counts.sum(dtype=jnp.int32)[None], source
 
 
 def _set_registers(c: Config, computes: bool) -> None:

@@ -75,17 +75,24 @@ def ragged_dots(
 
     Their gradients to lhs are one sum, in float32 inside the kernel where there is one for it.
     """
-    if any(isinstance(r, QuantizedArray) for r in rhs):
+    plain = tuple(r for r in rhs if not isinstance(r, QuantizedArray))
+    if len(plain) < len(rhs):
         options = {"preferred_element_type": preferred_element_type, "implementation": implementation}
-        by_kind = lambda r: quantized_ragged_dot if isinstance(r, QuantizedArray) else ragged_dot
-        return tuple(by_kind(r)(lhs, r, group_sizes, **options) for r in rhs)
-    if not rhs or len({r.shape for r in rhs}) > 1 or len({r.dtype for r in rhs}) > 1:
-        raise ValueError(f"ragged_dots takes matrices of one shape and dtype. Got {[(r.shape, r.dtype) for r in rhs]}")
-    dtype = _check(lhs, rhs[0], group_sizes, preferred_element_type)
-    backend = _choose(lhs, rhs[0], dtype, implementation)
-    if 0 in (*lhs.shape, *rhs[0].shape):
-        return tuple(jnp.zeros((lhs.shape[0], r.shape[2]), dtype) for r in rhs)
-    lhs, group_sizes, *matrices = unify_vma((lhs, group_sizes, *rhs))
+        return tuple(
+            quantized_ragged_dot(lhs, r, group_sizes, **options)
+            if isinstance(r, QuantizedArray)
+            else ragged_dot(lhs, r, group_sizes, **options)
+            for r in rhs
+        )
+    if not plain or len({r.shape for r in plain}) > 1 or len({r.dtype for r in plain}) > 1:
+        raise ValueError(
+            f"ragged_dots takes matrices of one shape and dtype. Got {[(r.shape, r.dtype) for r in plain]}"
+        )
+    dtype = _check(lhs, plain[0], group_sizes, preferred_element_type)
+    backend = _choose(lhs, plain[0], dtype, implementation)
+    if 0 in (*lhs.shape, *plain[0].shape):
+        return tuple(jnp.zeros((lhs.shape[0], r.shape[2]), dtype) for r in plain)
+    lhs, group_sizes, *matrices = unify_vma((lhs, group_sizes, *plain))
     return _ragged_dots(lhs, tuple(matrices), group_sizes, dtype, backend)
 
 

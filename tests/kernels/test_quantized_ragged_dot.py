@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import QuantizedArray, quantize_array, ragged_dot, ragged_dot_implementation, ragged_dots
 from pallas_kernels.quantized_matmul import pallas_mosaic_gpu_many as many
-from pallas_kernels.quantized_matmul.array import quantize_rows
+from pallas_kernels.quantized_matmul.array import Format, quantize_rows
 from pallas_kernels.quantized_ragged_dot import pallas_mosaic_gpu_few as few
 from pallas_kernels.ragged_dot import pallas_mosaic_gpu as dense_kernel
 
 
-def matrices(rng, G, K, N, format="int4", group=None, **options) -> QuantizedArray:
+def matrices(rng, G, K, N, format: Format = "int4", group=None, **options) -> QuantizedArray:
     w = jnp.asarray(rng.normal(size=(G, K, N)) * rng.uniform(0.1, 10, size=(G, 1, N)), jnp.float32)
     return quantize_array(w, format, group=group, **options)
 
@@ -108,8 +108,8 @@ def test_plain_backends(rng, name, implementation):
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64)])
 def test_inputs_belong_to_all_matrices_or_to_each(rng, shape):
-    w = dataclasses.replace(matrices(rng, 3, 64, 24, group=32), inputs=jnp.asarray(rng.uniform(0.5, 2, shape)))
-    w = dataclasses.replace(w, inputs=w.inputs.astype(jnp.float32))
+    inputs = jnp.asarray(rng.uniform(0.5, 2, shape), jnp.float32)
+    w = dataclasses.replace(matrices(rng, 3, 64, 24, group=32), inputs=inputs)
     x, sizes = rows(rng, 20, 64, jnp.float32), [7, 0, 9]
     check(x, w, sizes, run(x, w, sizes, "xla"), bound=2.0**-18)
 
@@ -123,8 +123,10 @@ FEW = [  # sizes, M, K, N, format, group, config: tiles of fewer rows than a gro
 ]
 
 
-@pytest.mark.parametrize(("sizes", "M", "K", "N", "format", "group", "config"), FEW)
-def test_few_rows(rng, monkeypatch, sizes, M, K, N, format, group, config):
+@pytest.mark.parametrize("draw", range(2))
+def test_few_rows(rng, monkeypatch, draw):
+    """Each draw is one of two or three."""
+    sizes, M, K, N, format, group, config = FEW[int(rng.choice(np.arange(draw, len(FEW), 2)))]
     monkeypatch.setattr(few, "tuned", lambda *_: config)
     w, x = matrices(rng, len(sizes), K, N, format, group), rows(rng, M, K).at[sum(sizes) :].set(jnp.nan)
     got = run(x, w, sizes, "mosaic_gpu")
@@ -149,32 +151,33 @@ def test_layout_of_few_rows(rng, seed):
     assert count[0] <= len(table)
 
 
-MANY = {  # matrices, sizes, M, config: blocks with several tiles, more steps than stages
-    "float8 tiles": (lambda rng: tiles(rng, 3, 384, 256), [100, 0, 61], 170, many.Config(2, 128, 2, blocks=2, wide=1)),
-    "float8 channels": (
+MANY = [  # matrices, sizes, M, config: blocks with several tiles, more steps than stages
+    (lambda rng: tiles(rng, 3, 384, 256), [100, 0, 61], 170, many.Config(2, 128, 2, blocks=2, wide=1)),
+    (
         lambda rng: matrices(rng, 2, 512, 192, "float8_e4m3fn", activations="float8_e4m3fn"),
         [9, 200],
         230,
-        many.Config(3, 128, 3, 3, blocks=2),
+        many.Config(3, 128, 3, 4, blocks=2),
     ),
-    "int8 channels": (
+    (
         lambda rng: matrices(rng, 3, 256, 64, "int8", activations="int8"),
         [30, 70, 0],
         100,
         many.Config(3, 128, 2, None, blocks=2),
     ),
-    "int4 x int8": (
+    (
         lambda rng: matrices(rng, 2, 256, 64, "int4", activations="int8"),
         [3, 4],
         7,
-        many.Config(2, blocks=1),
+        many.Config(2, promote=None, blocks=1),
     ),
-}
+]
 
 
-@pytest.mark.parametrize("name", MANY)
-def test_both_in_8_bits(rng, monkeypatch, name):
-    make, sizes, M, config = MANY[name]
+@pytest.mark.parametrize("draw", range(2))
+def test_both_in_8_bits(rng, monkeypatch, draw):
+    """Each draw is one of two."""
+    make, sizes, M, config = MANY[2 * draw + int(rng.integers(2))]
     monkeypatch.setattr(many, "tuned", lambda *_: config)
     w = make(rng)
     x = rows(rng, M, w.shape[1]).at[3].set(0).at[sum(sizes) :].set(jnp.nan)
