@@ -48,7 +48,7 @@ def route(layer, x, *, cfg):
     return y, (chosen + group[:, None] * (E // cfg.num_groups)).astype(jnp.int32), weights
 
 
-def twin(params, x, contexts, step, cfg):
+def twin(params, x, contexts, step, *, cfg):
     added = []
     for i in range(L):
         layer, context = (jax.tree.map(operator.itemgetter(i), tree) for tree in (params, contexts))
@@ -62,38 +62,40 @@ def twin(params, x, contexts, step, cfg):
     return x, jax.tree.map(lambda *a: jnp.stack(a), *added)
 
 
-@pytest.mark.parametrize("cfg", [
-    MoEConfig(num_experts=E, top_k=1, mlp_dim=F), MoEConfig(num_experts=E, top_k=2, mlp_dim=F, num_groups=EP)
-])  # fmt: skip
-def test_the_same_generation(cfg, rng):
+CASES = [
+    MoEConfig(num_experts=E, top_k=1, mlp_dim=F),
+    MoEConfig(num_experts=E, top_k=2, mlp_dim=F, num_groups=EP),
+]
+
+
+def test_the_same_generation(rng):
+    """Two steps, of one of the cases; and what the program sends."""
+    cfg = CASES[rng.integers(len(CASES))]
     params = weights_of(rng)
     mesh = make_mesh(devices=jax.devices()[:EP], ep=EP)
     specs = jax.tree.map(lambda _: P(), params) | {"experts": {k: P(None, "ep") for k in params["experts"]}}
+    specs = specs, P("ep"), {"k": P(), "v": P()}, P()
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def step_fn(params, x, contexts, step):
-        body = lambda params, x, contexts: coherent_layers(
-            x, params, contexts, functools.partial(attend, step=step), functools.partial(route, cfg=cfg), cfg
-        )
-        return jax.shard_map(body, in_specs=(specs, P("ep"), P()), out_specs=(P("ep"), P()))(params, x, contexts)
+    def body(params, x, contexts, step):
+        steps = functools.partial(attend, step=step), functools.partial(route, cfg=cfg)
+        return coherent_layers(x, params, contexts, *steps, cfg)
 
-    contexts = {k: jnp.zeros((L, R, T, D)) for k in ("k", "v")}
-    held = contexts
-    with jax.set_mesh(mesh):
-        place = lambda tree, specs: jax.device_put(tree, jax.tree.map(lambda s: jax.NamedSharding(mesh, s), specs))
-        sharded = place(params, specs)
-        for step in range(2):
-            x = jnp.asarray(rng.standard_normal((R, D)), jnp.float32)
-            expected, new = twin(params, x, contexts, step, cfg)
-            args = sharded, place(x, P("ep")), place(held, jax.tree.map(lambda _: P(), held))
-            out, added = step_fn(*args, step)
-            for a, b in ((out, expected), (added["k"], new["k"]), (added["v"], new["v"])):
-                np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
-            contexts = {k: contexts[k].at[:, :, step].set(new[k]) for k in contexts}
-            held = {k: np.asarray(contexts[k]) for k in contexts}
-        found = census(step_fn.lower(*args, step).compile()).counts
+    contexts, run = {k: jnp.zeros((L, R, T, D)) for k in ("k", "v")}, None
+    expect = jax.jit(functools.partial(twin, cfg=cfg))
+    for step in range(2):
+        args = params, jnp.asarray(rng.standard_normal((R, D)), jnp.float32), contexts, jnp.int32(step)
+        expected, new = expect(*args)
+        with jax.set_mesh(mesh):
+            args = jax.device_put(args, jax.tree.map(lambda s: jax.NamedSharding(mesh, s), specs))
+            run = run or jax.jit(jax.shard_map(body, out_specs=(P("ep"), P()))).lower(*args).compile()
+            out, added = run(*args)
+        for a, b in ((out, expected), (added["k"], new["k"]), (added["v"], new["v"])):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
+        contexts = {k: contexts[k].at[:, :, step].set(new[k]) for k in contexts}
+    assert run is not None
+    found = census(run).counts
     assert found.pop("all-to-all") == {"ep": L}
-    assert found in ({"all-reduce": {"ep": n}} for n in (1, 2, 3)), found  # once a step: the tokens and what they add
+    assert list(found) == ["all-reduce"] and found["all-reduce"]["ep"] <= 3, found  # once a step, not for each layer
 
 
 def test_where_tokens_cannot_stand():
