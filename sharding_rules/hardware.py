@@ -64,8 +64,10 @@ class Hardware:
 
 
 # Matmul rates: 706 TFLOP/s of 989 measured on an H200; the others are taken at the same 0.7 of the vendor's peak.
-# Links: NVLink 4 450 GB/s each way, 400 Gb/s network per GPU; TPU figures are the vendor's per-chip interconnect, two
-# directions of one torus axis (jax-ml.github.io/scaling-book, "TPUs"; cloud.google.com/tpu/docs).
+# Links: NVLink 4 450 GB/s each way by the vendor, of which two H100s reached 259 in an all-gather of 128 MiB parts and
+# two H200s 280 in an all-to-all, 329 in a permute (docs/LOG.md); 400 Gb/s network per GPU; TPU figures are the
+# vendor's per-chip interconnect, two directions of one torus axis (jax-ml.github.io/scaling-book, "TPUs";
+# cloud.google.com/tpu/docs).
 # A tpu7x chip is two JAX devices: half of the chip's 2307 TFLOP/s, 7380 GB/s, 192 GiB and links each
 # (cloud.google.com/tpu/docs/tpu7x).
 HARDWARE = {
@@ -73,7 +75,7 @@ HARDWARE = {
     for h in (
         Hardware(name="h200", flops=706e12, memory_bandwidth=4.3e12, memory=141e9, bandwidth=450e9,
                  outer_bandwidth=50e9, node=8),
-        Hardware(name="h100", flops=700e12, memory_bandwidth=3.0e12, memory=80e9, bandwidth=450e9,
+        Hardware(name="h100", flops=700e12, memory_bandwidth=3.0e12, memory=80e9, bandwidth=280e9,
                  outer_bandwidth=50e9, node=8),
         Hardware(name="a100", flops=220e12, memory_bandwidth=1.8e12, memory=80e9, bandwidth=300e9,
                  outer_bandwidth=25e9, node=8),

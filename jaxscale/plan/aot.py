@@ -104,7 +104,7 @@ def compile_step(
       batch_size: rows of a step over the whole mesh, each of seq_len tokens.
       steps: of the learning-rate schedule, a constant in the program; what `stored.save_step` keeps runs with it.
       quick: XLA's lowest optimisation level: two to three times faster for v6e and tpu7x, with the same collectives and
-        the memory within 3 % (docs/planner.md). Not the program to run.
+        the memory within 5 % (docs/planner.md). Not the program to run.
 
     Raises:
       ValueError: the mesh or the batch does not fit the pod, or the TPU compiler finds no room for the program.

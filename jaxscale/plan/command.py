@@ -27,7 +27,7 @@ class PlanOptions:
     compile: bool = False
     """ask the real compiler about the best three meshes, or about --mesh (a minute each on a laptop)"""
     quick: bool = False
-    """with --compile: XLA's lowest optimisation level, faster to compile for v6e and tpu7x; memory within 3 %"""
+    """with --compile: XLA's lowest optimisation level, faster to compile for v6e and tpu7x; memory within 5 %"""
     report: str = "report.html"
     """the page with pictures that is written; empty: none"""
 

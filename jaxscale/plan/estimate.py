@@ -294,6 +294,7 @@ class _Step:
         whole = lambda n: n // mesh.tp if n % mesh.tp == 0 else n
         self.heads, self.kv_heads = whole(model.num_heads), whole(model.num_kv_heads)
         self.mlp, self.vocab = whole(model.mlp_dim), whole(model.vocab_size)
+        self.kv_dim = model.head_dim + (model.mla.value_dim if model.mla else model.head_dim)  # of a key and its value
         self.leaves = _leaves(model, mesh, rules)
         self.depth = max(leaf.depth for leaf in self.leaves)  # layers that are alike: all, or those with experts
         self.experts = None
@@ -319,7 +320,7 @@ class _Step:
             pairs = self.experts.rows * 2 * self.experts.width * self.item
             return kept + 4 * t * self.model.moe.num_routed + pairs + 2 * t * self.experts.shared * self.item
         # Both norms keep two float32 arrays; the gated MLP six; attention q, k, v, its output and its logsumexp.
-        norms = (8 if self.model.post_norms else 4) * t / self.mesh.tp * D * 4
+        norms = self.norms_kept()
         if self.model.qk_norm:
             norms += 2 * t * (self.heads + self.kv_heads) * self.model.head_dim * 4
         kept = norms + 2 * carry + self.attention_kept(remat) + 4 * t * self.heads
@@ -332,6 +333,10 @@ class _Step:
         weights = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.experts and leaf.matrix)
         pairs = self.experts.rows * pair + self.experts.travelled(D, self.item)
         return kept + weights + routed + pairs + 6 * t * self.experts.shared * self.item
+
+    def norms_kept(self) -> float:
+        """The float32 arrays of one layer's norms of the residual stream."""
+        return (8 if self.model.post_norms else 4) * self.tokens / self.mesh.tp * self.model.embed_dim * 4
 
     def attention_kept(self, remat: str) -> float:
         """Queries, keys, values and what attention returns, of one layer; of latent attention the latents too."""
@@ -361,16 +366,20 @@ class _Step:
         tables = head if self.model.tie_embeddings else 2 * head
         # Backward: what a layer keeps (computed again, or taken out of the stack), keys gathered over cp, gathered rows
         # and their gradients, gathered weights and their gradients.
-        keys = 2 * (self.keys - self.tokens) * self.kv_heads * self.model.head_dim * self.item
+        keys = (self.keys - self.tokens) * self.kv_heads * self.kv_dim * self.item
         backward = self.residuals("none") + keys + 4 * rows + 2 * layer + tables
+        if (
+            self.remat != "none"
+        ):  # computed again they go through fusions: compiled steps hold none at the fullest moment
+            backward -= self.norms_kept()
         # Loss: head, logits in float32 and their gradient in the model's dtype, the rows and their gradient.
         loss = head + tables + self.loss_rows * self.vocab * (4 + self.item) + 3 * rows
         if pod.platform == "tpu":
             # As buffers of compiled programs show (jaxscale.plan.buffers): the norms' float32 arrays are fused away,
             # four arrays of the MLP live at once, weights are gathered one matrix at a time, the zeros for the
-            # embedding's gradient come after the layers, the gradient of the logits is bfloat16.
-            q, kv = (n * self.model.head_dim * self.item for n in (self.tokens * self.heads, self.keys * self.kv_heads))
-            kept = 2 * rows / self.mesh.tp + 2 * q + 2 * kv
+            # embedding's gradient come after the layers, the logits' gradient comes out of their matmul in bfloat16.
+            kept = 2 * rows / self.mesh.tp
+            kept += (self.tokens * self.heads + self.keys * self.kv_heads) * self.kv_dim * self.item
             if self.experts is None:
                 kept += 4 * self.tokens * self.mlp * self.item
             else:
@@ -378,7 +387,8 @@ class _Step:
                 kept += self.experts.travelled(D, self.item)
                 kept += 4 * self.tokens * self.experts.shared * self.item
             backward = kept + 4 * rows + layer + head
-            loss = 2 * head + self.loss_rows * self.vocab * (4 + self.item) + 3 * rows
+            logits = self.loss_rows * self.vocab
+            loss = max(head + 4 * logits, 2 * head + self.item * logits) + 3 * rows
         return Memory(
             params=params,
             optimizer=2 * params,
@@ -449,10 +459,10 @@ class _Step:
         if self.experts is not None:
             for kind, axis, count, size in self.experts.transfers(self.model.embed_dim * self.item, self.remat):
                 add(kind, (axis,), self.depth * count, self.depth * size)
-        keys = self.keys * self.kv_heads * self.model.head_dim * self.item
+        keys = self.keys * self.kv_heads * self.kv_dim * self.item
         if self.context is None:
-            add("all-gather", ("cp",), 4 * L, 4 * L * keys)  # gathered again in the backward pass
-            add(scatter, ("cp",), 2 * L, 2 * L * keys)
+            add("all-gather", ("cp",), 4 * L, 2 * L * keys)  # gathered again in the backward pass
+            add(scatter, ("cp",), 2 * L, L * keys)
             return found
         for strategy, window, count in self.strategies(pod):
             for kind, times, size in self.context_transfers(strategy, window):
@@ -513,7 +523,7 @@ class _Step:
         """(kind, count, payload) of one layer's attention, forward and backward: jaxscale.parallel.context."""
         cp, H, layout = self.mesh.cp, self.model.head_dim, (self.context or Context()).layout
         queries = self.tokens * self.heads * H * self.item
-        keys, sums = (2 * self.tokens * self.kv_heads * H * size for size in (self.item, 4))
+        keys, sums = (self.tokens * self.kv_heads * self.kv_dim * size for size in (self.item, 4))
         forward = 2 if self.remat == "full" else 1  # what attention returned is kept by remat dots
         if strategy == "all_gather":
             return [("all-gather", 2 * (forward + 1), (forward + 1) * cp * keys), ("reduce-scatter", 2, cp * sums)]

@@ -118,7 +118,7 @@ def search(
                 break  # more micro-batches only cost more
     fitting = sorted((e for e in found if e.fits), key=lambda e: (e.seconds, e.memory.total))
     if not fitting:
-        raise ValueError(_fits_nowhere(model, pod, min(found, key=lambda e: e.memory.total)))
+        raise ValueError(_fits_nowhere(model, pod, min(found, key=lambda e: e.memory.total), one_mesh=mesh is not None))
     fastest: dict[MeshConfig, Estimate] = {}
     for e in fitting:
         fastest.setdefault(e.mesh, e)
@@ -171,14 +171,20 @@ def pareto(found: Sequence[Estimate]) -> Iterator[Estimate]:
             yield e
 
 
-def _fits_nowhere(model: ModelConfig, pod: Pod, smallest: Estimate) -> str:
+def _fits_nowhere(model: ModelConfig, pod: Pod, smallest: Estimate, *, one_mesh: bool) -> str:
     room = HEADROOM[pod.platform] * pod.hardware.memory
     state = smallest.memory.params + smallest.memory.optimizer + smallest.memory.gradients
     rest = smallest.memory.total - state
-    text = (
-        f"{model.name} fits no mesh of {pod.name}: {_name(smallest)} needs least, "
-        f"{human_bytes(smallest.memory.total)} of {human_bytes(room)} a device may hold"
-    )
+    needs = f"{human_bytes(smallest.memory.total)} of {human_bytes(room)} a device may hold"
+    if one_mesh:
+        large, remedy = "activations and buffers", "use fewer or shorter rows, or a larger tp or cp"
+        if state > rest:
+            large, remedy = "state", "split it further (fsdp, tp, ep)"
+        return (
+            f"{model.name} on {pod.name}: {_name(smallest)} needs least and does not fit: {needs}, "
+            f"{human_bytes(max(state, rest))} of it {large}; {remedy}, or leave the mesh out to search all"
+        )
+    text = f"{model.name} fits no mesh of {pod.name}: {_name(smallest)} needs least, {needs}"
     if rest < room:
         needed = math.ceil(pod.num_devices * state / (room - rest))
         return f"{text}; with this split at least {needed} devices hold its state, or use a smaller model"

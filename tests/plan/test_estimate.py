@@ -34,10 +34,17 @@ def model(rng, **changes) -> ModelConfig:
     return ModelConfig(**(sizes | changes))
 
 
+def latent(rng) -> dict:
+    """Changes to a model: attention over latents, values smaller than keys."""
+    sizes = {"nope_dim": 32, "rope_dim": 16, "value_dim": 8 * int(rng.integers(1, 5))}
+    sizes |= {"kv_rank": 16 * int(rng.integers(2, 5)), "q_rank": None if rng.integers(2) else 48}
+    return {"mla": MLAConfig(**sizes), "num_heads": 4, "num_kv_heads": 4, "head_dim": 48}
+
+
 @pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,tp=2", "fsdp=2,cp=2", "dp=2,fsdp=2"])
 def test_traffic_and_state_are_those_of_the_compiled_step(mesh, rng):
     """Bytes of every (kind, axes) within 5 %, or within the scalars and norm scales that are summed on the way."""
-    cfg = model(rng, post_norms=bool(rng.integers(2)))
+    cfg = model(rng, **(latent(rng) if rng.integers(2) else {"post_norms": bool(rng.integers(2))}))
     remat = str(rng.choice(["none", "dots", "full"]))
     sizes = {"batch_size": 8, "seq_len": 64, "remat": remat, "loss_chunk": 1024}
     pod = find_pod("cpu:4")
@@ -100,13 +107,6 @@ def test_only_the_experts_that_a_token_meets_are_computed(rng):
     held = [t for t in split.transfers if t.kind == "all-gather" and t.axes == "fsdp"]
     whole = [t for t in one.transfers if t.kind == "all-gather" and t.axes == "fsdp"]
     assert held[0].bytes < whole[0].bytes  # a device gathers its own experts only
-
-
-def latent(rng) -> dict:
-    """Changes to a model: attention over latents, values smaller than keys."""
-    sizes = {"nope_dim": 32, "rope_dim": 16, "value_dim": 8 * int(rng.integers(1, 5))}
-    sizes |= {"kv_rank": 16 * int(rng.integers(2, 5)), "q_rank": None if rng.integers(2) else 48}
-    return {"mla": MLAConfig(**sizes), "num_heads": 4, "num_kv_heads": 4, "head_dim": 48}
 
 
 @pytest.mark.parametrize("attention", ["heads", "latent"])

@@ -1,6 +1,7 @@
 """Pods by name, the search over meshes, the command."""
 
 import dataclasses
+import functools
 import itertools
 import subprocess
 import sys
@@ -113,6 +114,16 @@ def test_every_mesh_of_a_search_uses_all_devices_and_divides():
 def test_a_model_that_fits_nowhere_names_what_would():
     with pytest.raises(ValueError, match=r"llama3-405b fits no mesh of h200:1x8: .* at least \d+ devices"):
         search(preset("llama3-405b"), "h200:1x8", batch_size=8, seq_len=4096)
+
+
+def test_a_mesh_that_does_not_fit_is_answered_for_itself():
+    run = functools.partial(search, preset("llama3-70b"), "h200:1x8", seq_len=8192)
+    with pytest.raises(ValueError, match=r"dp=8 with remat full.* does not fit: .* of it state; split it") as error:
+        run(batch_size=8, mesh=MeshConfig(dp=8))
+    assert "no mesh" not in str(error.value) and "\n" not in str(error.value)
+    long = dataclasses.replace(preset("qwen3-0.6b"), max_seq_len=2**21)
+    with pytest.raises(ValueError, match=r"fsdp=8 with .* does not fit: .* and buffers; use fewer or shorter rows"):
+        search(long, "h200:1x8", batch_size=8, seq_len=2**21, mesh=MeshConfig(fsdp=8))
 
 
 def test_rows_of_a_batch():
