@@ -13,13 +13,10 @@ import jax
 import numpy as np
 
 from jaxscale.checkpoint.checksum import crc32_share, crc32_whole
-from jaxscale.checkpoint.snapshot import on_device, on_host
 
 # Orbax 0.12 keeps the id of its current operation per process: a second save makes the first one's threads wait for the
 # wrong directory. One at a time, then, from its start to its end.
 ONE_OPERATION = threading.Lock()
-
-IN_FLIGHT = 1 << 30  # bytes, or one array, that are on their way from devices to the disk at a time
 
 ITEM = "state"  # the folder of a step that holds the arrays
 OWNER: dict[str, Any] = {
@@ -28,27 +25,14 @@ OWNER: dict[str, Any] = {
 
 
 def start_save(path: str, arrays: Mapping[str, Any]) -> Any:
-    """Starts writing; the answer's `.result()` waits for it. All processes call it, with arrays that nobody donates.
-
-    What is still on devices comes to the host in the background, `IN_FLIGHT` bytes at a time: all at once would take
-    as much host memory, and on a GPU the next step then waited for all of it, although it donated nothing that moved.
-    """
+    """Starts writing; the answer's `.result()` waits for it. All processes call it, with arrays that nobody donates."""
     from orbax.checkpoint import v1 as ocp
-    from orbax.checkpoint._src.serialization.types import DefaultSerializationStatusCallback, TransferPriority
-
-    # Names alone, and no class of its own, which would keep what it refers to until the garbage collector comes.
-    later = frozenset(name for name, array in arrays.items() if on_device(array))
-    kinds = {False: TransferPriority.SYNCHRONOUS, True: TransferPriority.ASYNCHRONOUS_DEPRIORITIZED}
-    priorities = DefaultSerializationStatusCallback()
-    priorities.key_priority = lambda keypath: kinds[keypath[0].key in later]  # type: ignore[method-assign]
 
     context = ocp.Context()
     context.array.saving.use_compression = False  # random float32 shrinks by 7 % and takes five times as long
     context.array.saving.ocdbt_target_data_file_size = 256 << 20  # a file is sent to an object store in one piece
     context.asynchronous.timeout_secs = 600  # of a process for the others
     context.memory.deepcopy_host_arrays = False  # the snapshot is a copy already
-    context.memory.transfer_concurrent_bytes = IN_FLIGHT
-    context.memory.serialization_status_callback = priorities
     with context:
         return ocp.save_async(path, dict(arrays), checkpointable_name=ITEM, overwrite=True, custom_metadata=OWNER)
 
@@ -101,5 +85,5 @@ def local_share(array: Any) -> int:
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
             start = [index.start or 0 for index in shard.index]
-            share ^= crc32_share(on_host(shard.data), start, array.shape)
+            share ^= crc32_share(np.asarray(shard.data), start, array.shape)
     return share

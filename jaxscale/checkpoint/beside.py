@@ -1,7 +1,7 @@
 """Copies of shards beside them on their devices, so that a step that donates the shards need not wait for the host.
 
 A device copies 4 GB in about 2 ms, at the bandwidth of its memory; the way to the host takes 84 (measured on an H200).
-The copies live until they are written.
+The copies live until they have reached the host.
 """
 
 import collections

@@ -119,7 +119,9 @@ class Levels:
         json.dumps(dict(metadata or {}))
         if writers:
             axes = getattr(writers[-1], "axes", None)
-            snapshot = take_snapshot(state, beside=self._beside, axes=axes, pool=self.pool)
+            # Several processes start a save on disk in this thread, with all of it on the host.
+            fetch = jax.process_count() > 1 and not all(isinstance(store, MemoryCheckpointer) for store in writers)
+            snapshot = take_snapshot(state, beside=self._beside, axes=axes, pool=self.pool, fetch=fetch)
             try:
                 for store in writers:
                     store.save_snapshot(step, snapshot.share(), metadata=metadata)

@@ -21,14 +21,16 @@ def take_snapshot(
     beside: DeviceCopies,
     axes: Mapping[str, Sequence[str | None]] | None = None,
     pool: "HostPool | None" = None,
+    fetch: bool = True,
 ) -> "Snapshot":
     """Starts copying `state` and returns; the caller may donate it at once.
 
     Args:
       state: any pytree of jax arrays, PRNG keys, numpy arrays and Python numbers.
-      beside: the caller's; what it could copy stays on the devices, for whoever writes it to fetch piece by piece.
+      beside: the caller's; what it could copy leaves behind what training runs next.
       axes: logical axes of the parameters by path; they go into the records.
       pool: waits until it has room.
+      fetch: False leaves what could be copied on its device there, for whoever writes it to fetch in the background.
 
     Raises:
       ValueError: there is nothing to save, or the pool is smaller than the state.
@@ -50,7 +52,7 @@ def take_snapshot(
         size = sum(map(_local_bytes, stored.values()))
         pool.reserve(size)
     try:
-        copies, held = copy_state(stored, beside)
+        copies, held = copy_state(stored, beside, fetch=fetch)
     except BaseException:
         if pool is not None:
             pool.release(size)
@@ -60,7 +62,7 @@ def take_snapshot(
 
 @dataclasses.dataclass
 class Snapshot:
-    """Arrays by name, in host memory or copied on their devices, with their records. The last user frees them."""
+    """Arrays by name, in host memory (or, not fetched, on devices), with their records. The last user frees them."""
 
     records: dict[str, Record]
     copies: dict[str, Any]
@@ -75,6 +77,13 @@ class Snapshot:
         with self.lock:
             self.users += 1
         return self
+
+    def fetch(self) -> None:
+        """Brings what is still on devices to the host, one array after the other, in the background while steps run."""
+        with self.lock:
+            for name, copy in self.copies.items():
+                if _on_device(copy):
+                    self.copies[name] = jax.block_until_ready(fetch_all({name: copy})[name])
 
     def release(self) -> None:
         with self.lock:
@@ -118,12 +127,14 @@ class HostPool:
             self._changed.notify_all()
 
 
-def copy_state(leaves: Mapping[str, Any], beside: DeviceCopies) -> tuple[dict[str, Any], list[np.ndarray]]:
+def copy_state(
+    leaves: Mapping[str, Any], beside: DeviceCopies, *, fetch: bool = True
+) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Arrays that stay as they are though `leaves` be donated at once, and what must be kept alive with them.
 
-    On an accelerator these are copies on the device as far as its memory allows, and in pinned host memory beyond that.
-    Both are ordered before whatever the devices run next, so this returns at once while the copying goes on; but a step
-    that donates what leaves for the host waits until it has left.
+    On an accelerator these are copies in pinned host memory, ordered before whatever the devices run next, so this
+    returns at once while the copying goes on. A step that donates the leaves waits until they have left the device;
+    so where memory is free they are copied on the device first, and only the others leave from where they are.
 
     On the CPU the arrays are in host memory already: views of their buffers are held, and a step that donates them
     writes its results elsewhere for once.
@@ -135,7 +146,8 @@ def copy_state(leaves: Mapping[str, Any], beside: DeviceCopies) -> tuple[dict[st
     moved = {name: _one_replica(leaf) for name, leaf in arrays.items() if name not in held}
     names = beside.fitting(moved)
     copied = dict(zip(names, beside.copy([moved.pop(name) for name in names])))
-    copies |= held | fetch_all(moved) | copied
+    copies |= held | fetch_all(moved)  # these first: the next step waits for them
+    copies |= fetch_all(copied) if fetch else copied
     return {name: copies[name] for name in leaves}, views
 
 
@@ -147,12 +159,12 @@ def fetch_all(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 def on_host(part: Any) -> np.ndarray:
     """A shard as numpy sees it; one that is still on its device comes through pinned memory, which is then free."""
-    if on_device(part):
+    if _on_device(part):
         (part,) = fetch_all({"": part}).values()
     return np.asarray(part)
 
 
-def on_device(array: Any) -> bool:
+def _on_device(array: Any) -> bool:
     return isinstance(array, jax.Array) and not _can_hold(array) and array.sharding.memory_kind != "pinned_host"
 
 

@@ -93,7 +93,9 @@ class Checkpointer:
         if self._commit(step) is not None:
             return False
         json.dumps(dict(metadata or {}))  # a TypeError now rather than later
-        snapshot = take_snapshot(state, beside=self._beside, axes=self.axes, pool=self.pool)
+        # Several processes start the save in this thread, all of it on the host; one fetches in the background.
+        fetch = jax.process_count() > 1
+        snapshot = take_snapshot(state, beside=self._beside, axes=self.axes, pool=self.pool, fetch=fetch)
         return self.save_snapshot(step, snapshot, metadata=metadata)
 
     def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
@@ -219,6 +221,7 @@ class Checkpointer:
         self, step: int, path: str, snapshot: Snapshot, metadata: dict[str, Any], started: Any, failure_key: str
     ) -> None:
         records = snapshot.records
+        snapshot.fetch()
         with arrays.ONE_OPERATION:
             started = started or arrays.start_save(path, snapshot.copies)
             try:

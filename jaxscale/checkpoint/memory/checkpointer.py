@@ -86,7 +86,9 @@ class MemoryCheckpointer:
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts copying `state` and returns; the caller may donate it at once. All hosts call it."""
         self._background.ready()
-        return self.save_snapshot(step, take_snapshot(state, beside=self._beside, pool=self.pool), metadata=metadata)
+        return self.save_snapshot(
+            step, take_snapshot(state, beside=self._beside, pool=self.pool, fetch=False), metadata=metadata
+        )
 
     def save_snapshot(self, step: int, snapshot: Snapshot, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """`save` of a snapshot that was taken already, which is released when it is copied; False if it is there."""
