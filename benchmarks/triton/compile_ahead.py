@@ -43,7 +43,8 @@ RAGGED = {"8 groups": (16384, 4096, 14336, 8), "64 groups": (32768, 2048, 1408, 
 # M, dtype, group of a weight [8192, 8192], activations
 QUANTIZED = {
     **{f"int4 M={M}": (M, jnp.int4, 128, None) for M in (1, 16, 64, 256)},
-    **{f"int8 M={M}": (M, jnp.int8, 8192, None) for M in (1, 64)},
+    "int8 M=1": (1, jnp.int8, 8192, None),
+    "int8 g128 M=64": (64, jnp.int8, 128, None),
     "int4 g32": (8, jnp.int4, 32, None),
     "int8 x int8": (4096, jnp.int8, 8192, "int8"),
 }

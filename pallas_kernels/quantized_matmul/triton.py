@@ -20,6 +20,7 @@ from pallas_kernels._triton import cover, dot, inside, load, store
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_rows, repeat_to
 
 _MOST = 256  # rows of x in 16 bits: with more, XLA, which dequantizes in memory, is as fast
+_MOST_CHANNELS = 16  # for 8 bits with scales of channels, which XLA widens on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,9 @@ def supported(x, w: QuantizedArray, dtype) -> str | None:
         return None
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes x in bfloat16 and float16. Got {x.dtype}"
-    if x.shape[0] > _MOST:
-        return f"takes at most {_MOST} rows of x. Got {x.shape[0]}"
+    most = _MOST_CHANNELS if w.values.dtype == jnp.int8 and G == 1 else _MOST
+    if x.shape[0] > most:
+        return f"takes at most {most} rows of x for {w.values.dtype}, {G} scales a row. Got {x.shape[0]}"
     least = 32 if w.values.dtype == jnp.int4 else 16
     if G > 1 and w.group % least:
         return f"takes groups that are multiples of {least} for {w.values.dtype}, or channels. Got {w.group}"

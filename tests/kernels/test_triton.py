@@ -246,6 +246,7 @@ def test_refused_calls_say_why(interpreted, words, call):
 def test_refused_weights_say_why(rng, interpreted):
     for words, M, format, group, activations in (
         ("at most 256 rows", 257, "int4", 128, None),
+        ("at most 16 rows", 17, "int8", None, None),
         ("int4 and int8. Got float8_e4m3fn", 3, "float8_e4m3fn", None, None),
         ("multiples of 32 for int4", 3, "int4", 16, None),
         ("scales of channels", 3, "int8", 64, "int8"),
