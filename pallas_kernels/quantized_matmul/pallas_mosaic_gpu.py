@@ -1,6 +1,6 @@
 """Quantized matmul for Hopper GPUs (sm90): which of the kernels runs a call.
 
-Few rows, activations in bfloat16, int8 or float8: pallas_mosaic_gpu_few. More rows, activations rounded to 8 bits:
+Few rows, activations in bfloat16 or rounded to 8 bits: pallas_mosaic_gpu_few. More rows, activations rounded to 8 bits:
 pallas_mosaic_gpu_many.
 """
 
@@ -23,9 +23,11 @@ def supported(x, w: QuantizedArray, dtype) -> str | None:
         return f"needs a Hopper GPU; this is {kind}"
     if 0 in (*x.shape, *w.values.shape):
         return f"takes at least one number. Got x {x.shape}, w {w.values.shape}"
-    if unfit_few(_few(x, w), w) is None:
+    if w.activations is None:
+        return unfit_few(x, w)
+    if w.scales.shape[1] == 1 and unfit_few(_like(x, jnp.bfloat16), w) is None:
         return None
-    return unfit_few(x, w) if w.activations is None else unfit_many(w)
+    return unfit_many(w)
 
 
 def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
@@ -33,17 +35,13 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
     if w.activations is None:
         return matmul_few(x, w, dtype)
     values, scales = quantize_rows(x, w.scales.shape[1], w.activations)
-    if unfit_few(_few(x, w), w) is not None:
-        w_values = w.values.astype(values.dtype)[None]  # int4 is exact in both
-        return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32)[None], dtype)
-    if w.activations == "int8":
-        return matmul_few(values, w, dtype, scales)
-    # Few rows are bound by reading w: float8 wins nothing, and bfloat16 holds its values exactly.
-    return (matmul_few(values.astype(jnp.bfloat16), w, jnp.float32) * scales).astype(dtype)
+    if w.scales.shape[1] == 1 and unfit_few(_like(x, jnp.bfloat16), w) is None:
+        # Few rows are bound by reading w: 8 bits win nothing, and bfloat16 holds their values exactly.
+        out = matmul_few(values.astype(jnp.bfloat16), w, jnp.float32)
+        return (out * scales).astype(dtype)
+    w_values = w.values.astype(values.dtype)[None]  # int4 is exact in both, and widening it a small part of the time
+    return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32)[None], dtype)
 
 
-def _few(x, w: QuantizedArray) -> jax.ShapeDtypeStruct:
-    """What the kernel for few rows would get as x; float8 with more than one scale a row is not for it."""
-    if w.activations is None or (w.activations == "float8_e4m3fn" and w.scales.shape[1] > 1):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype if w.activations is None else jnp.float32)
-    return jax.ShapeDtypeStruct(x.shape, jnp.int8 if w.activations == "int8" else jnp.bfloat16)
+def _like(x, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, dtype)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
-from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import add_scaled, varying_as
+from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import varying_as
 from pallas_kernels.ragged_dot.mosaic_gpu_pieces import (
     ALIGN,
     SM_COUNT,
@@ -197,19 +197,16 @@ def matmul_many(
                     acc = pl.run_scoped(scope, plgpu.ACC(shape, kind))
                     slot = slot_of(done + first + promote - 1, c)
                     if scaled:
-                        scale = plgpu.load(s_smem.at[slot, own], layout=row_layout) * w_scale
-                        total = add_scaled(total, acc, scale)
-                    else:
-                        total += acc
+                        acc *= rowwise(plgpu.load(s_smem.at[slot, own], layout=row_layout) * w_scale)
                     plgpu.barrier_arrive(free.at[slot])
-                    return total, following
+                    return total + acc, following
 
                 total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
                 start = tile_of(0) if scaled else jnp.float32(1)
                 return lax.fori_loop(0, lax.div(steps, jnp.int32(promote)), few_steps, (total, start))[0]
 
-            def one_tile(now, done):
-                group, start, column, begin, end, steps = now
+            def one_tile(i, done):
+                group, start, column, begin, end, steps = tile(i)
                 row = start + wg * UNIT
 
                 @pl.when(row < end)
@@ -236,15 +233,15 @@ def matmul_many(
 
                 return done + steps
 
-            for_each_tile(c, count * across, tile, one_tile, late)
+            for_each_tile(c, count * across, one_tile, late)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
         def _feed():
             _set_registers(c, False)
 
-            def one_tile(now, done):
-                group, start, column, _, _, steps = now
+            def one_tile(i, done):
+                group, start, column, _, _, steps = tile(i)
                 here = pl.ds(pl.multiple_of(start, ALIGN), rows)
                 columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
 
@@ -258,7 +255,7 @@ def matmul_many(
 
                 return fill(c, copy, steps, done, free)
 
-            drain(c, for_each_tile(c, count * across, tile, one_tile, late, ahead=False), free)
+            drain(c, for_each_tile(c, count * across, one_tile, late), free)
 
     slots: Any = {"num_arrivals": c.warpgroups, "num_barriers": c.stages}
     free = plgpu.ClusterBarrier(collective_axes=("pair",), **slots) if c.pair else plgpu.Barrier(**slots)

@@ -34,6 +34,7 @@ class Config:
     rows: int = 16  # of x
     warpgroups: int = 4  # that compute
     stages: int = 5  # steps in flight
+    width: int = 128  # bytes of a row of w in a step
     blocks: int = SM_COUNT
 
 
@@ -64,7 +65,7 @@ def tuned(height: int, N: int) -> Config:
         return Config(8, warpgroups)
     if height <= 10:
         return Config(16, warpgroups)
-    return Config(32, warpgroups, 4)  # with 64 the registers do not suffice
+    return Config(32, warpgroups, 4) if height <= 24 else Config(64, warpgroups, 6, 64)
 
 
 def grouped_few(
@@ -73,7 +74,7 @@ def grouped_few(
     """[M, N] of lhs [M, K] and rhs [G, K, N]; zeros past the groups."""
     (M, K), (G, N, _), S = lhs.shape, rhs.values.shape, rhs.scales.shape[-1]
     c = config or tuned(-(-M // G), N)
-    step = step_of(K, rhs.values.dtype)
+    step = step_of(K, rhs.values.dtype, c.width)
     width = step * jax.dtypes.itemsize_bits(rhs.values.dtype) // 8
     group = K // S
     piece = min(group, step)  # of K: one accumulator's, with one scale
@@ -102,8 +103,8 @@ def grouped_few(
             _set_registers(c, True)
             mine = pl.ds(wg * UNIT, UNIT)
 
-            def one_tile(now, done):
-                matrix, _, column, begin, rows, steps = now
+            def one_tile(i, done):
+                matrix, _, column, begin, rows, steps = tile(i)
                 own = pl.ds(pl.multiple_of(column + wg * UNIT, UNIT), UNIT)
 
                 def factors(k):
@@ -160,15 +161,15 @@ def grouped_few(
 
                 return done + steps
 
-            for_each_tile(c, tiles, tile, one_tile)
+            for_each_tile(c, tiles, one_tile)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
         def _feed():
             _set_registers(c, False)
 
-            def one_tile(now, done):
-                matrix, start, column, _, _, steps = now
+            def one_tile(i, done):
+                matrix, start, column, _, _, steps = tile(i)
                 rows = pl.ds(pl.multiple_of(start, ALIGN), c.rows)
                 columns = pl.ds(pl.multiple_of(column, tile_columns), tile_columns)
 
@@ -179,7 +180,7 @@ def grouped_few(
 
                 return fill(c, copy, steps, done, free)
 
-            drain(c, for_each_tile(c, tiles, tile, one_tile, ahead=False), free)
+            drain(c, for_each_tile(c, tiles, one_tile), free)
 
     out = plgpu.kernel(
         kernel,

@@ -78,30 +78,22 @@ def drain(c: Any, done, free) -> None:
         pl.when(done + k >= c.stages)(lambda: plgpu.barrier_wait(free.at[slot_of(done + k, c)]))
 
 
-def for_each_tile(c: Any, count, tile, one_tile, late: Any = False, *, ahead: bool = True):
-    """one_tile(tile(i), carry) for the tiles of this block, from a carry of 0; the last carry.
+def for_each_tile(c: Any, count, one_tile, late: Any = False):
+    """one_tile(i, carry) for the tiles of this block, from a carry of 0; the last carry.
 
     Blocks take turns, forth and back: where tiles go from the longest to the shortest, all blocks get about as much
-    work. late: half of the blocks begin with the second half of their turns. ahead: what tile(i) reads of tables is on
-    its way during the tile before; who feeds is ahead of the others anyway.
+    work. late: half of the blocks begin with the second half of their turns.
     """
     block = lax.axis_index("block")
     turns = lax.div(count + c.blocks - 1, jnp.int32(c.blocks))
     shift = jnp.where(late & (block >= c.blocks // 2), lax.div(turns, jnp.int32(2)), 0)
 
-    def at(j):
-        j = lax.rem(j + shift, jnp.maximum(turns, 1))
-        return j * c.blocks + jnp.where(lax.rem(j, jnp.int32(2)) == 0, block, c.blocks - 1 - block)
-
-    def read(j):
-        return tuple(tile(jnp.clip(at(j), 0, jnp.maximum(count - 1, 0))))
-
     def turn(j, carry):
-        done, now = carry
-        now, following = (now, read(j + 1)) if ahead else (read(j), ())
-        return lax.cond(at(j) < count, lambda: one_tile(now, done), lambda: done), following
+        j = lax.rem(j + shift, turns)
+        i = j * c.blocks + jnp.where(lax.rem(j, jnp.int32(2)) == 0, block, c.blocks - 1 - block)
+        return lax.cond(i < count, lambda: one_tile(i, carry), lambda: carry)
 
-    return lax.fori_loop(0, turns, turn, (jnp.int32(0), read(0) if ahead else ()))[0]
+    return lax.fori_loop(0, turns, turn, jnp.int32(0))
 
 
 def walk(i, down, across: int, wide: int):

@@ -124,8 +124,8 @@ def grouped_sum(
         def _compute():
             _set_registers(c, 240)
 
-            def one_tile(now, done):
-                start, column, begin, end, steps = now[1:]
+            def one_tile(i, done):
+                start, column, begin, end, steps = tile(i)[1:]
                 units = lax.div(end - start + UNIT - 1, jnp.int32(UNIT))  # that hold rows of the group
                 share = lax.div(units + c.warpgroups - 1, jnp.int32(c.warpgroups))
                 mine = jnp.clip(units - wg * share, 0, share)
@@ -154,15 +154,15 @@ def grouped_sum(
 
                 return done + steps
 
-            for_each_tile(c, count * across, tile, one_tile, late)
+            for_each_tile(c, count * across, one_tile, late)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
         def _feed():
             _set_registers(c, 24)
 
-            def one_tile(now, done):
-                group, start, column, _, _, steps = now
+            def one_tile(i, done):
+                group, start, column, _, _, steps = tile(i)
 
                 def copy(k, slot):
                     for i, (lhs_ref, rhs_ref) in enumerate(operands):
@@ -184,7 +184,7 @@ def grouped_sum(
 
                 return fill(c, copy, steps, done, free)
 
-            drain(c, for_each_tile(c, count * across, tile, one_tile, late, ahead=False), free)
+            drain(c, for_each_tile(c, count * across, one_tile, late), free)
 
     b_shape = (c.columns, UNIT) if transposed else (UNIT, c.columns)
     scratch = (
@@ -228,8 +228,8 @@ def contraction(
         def _compute():
             _set_registers(c, 240)
 
-            def one_tile(now, done):
-                group, row, column, first, begin, end, steps = now
+            def one_tile(i, done):
+                group, row, column, first, begin, end, steps = tile(i)
 
                 def mask(slot, k):
                     """Zeros for the rows of other groups in the first and the last step."""
@@ -259,15 +259,15 @@ def contraction(
                 store(c, acc, store_smem, out_ref.at[group], dtype, row, column, 0, K)
                 return done + steps
 
-            for_each_tile(c, jnp.int32(G * down * across), tile, one_tile)
+            for_each_tile(c, jnp.int32(G * down * across), one_tile)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
         def _feed():
             _set_registers(c, 24)
 
-            def one_tile(now, done):
-                _, row, column, first, _, _, steps = now
+            def one_tile(i, done):
+                _, row, column, first, _, _, steps = tile(i)
 
                 def copy(k, slot):
                     step = pl.ds(pl.multiple_of(first + k * UNIT, ALIGN), UNIT)
@@ -279,7 +279,7 @@ def contraction(
 
                 return fill(c, copy, steps, done, free)
 
-            drain(c, for_each_tile(c, jnp.int32(G * down * across), tile, one_tile, ahead=False), free)
+            drain(c, for_each_tile(c, jnp.int32(G * down * across), one_tile), free)
 
     scratch = (
         tiled((c.stages, c.warpgroups, UNIT, c.rows), lhs.dtype),

@@ -69,7 +69,6 @@ FEW = [  # M, N, K, format, group, options
     (6, 64, 384, "int8", 128, {"symmetric": False}),
     (16, 256, 256, "int8", None, {}),
     (70, 256, 256, "int4", 128, {}),  # two parts, the second with few rows
-    (40, 64, 512, "int4", None, {}),
     (4, 64, 256, "float8_e4m3fn", None, {}),
     (4, 64, 256, "float8_e5m2", 64, {}),
     (4, 64, 256, "float4_e2m1fn", 32, {}),
@@ -82,10 +81,10 @@ def test_few_rows(rng, M, N, K, format, group, options):
     check(x, w, run(x, w))
 
 
-@pytest.mark.parametrize("config", [few.Config(2, 3, 2), few.Config(3, 1, 2), few.Config(1, 2, 4, 2)], ids=str)
+@pytest.mark.parametrize("config", [few.Config(2, 2, 2, 2), few.Config(1, 3, 1, 2, 64)], ids=str)
 def test_few_rows_shared_by_warpgroups_and_blocks(rng, config):
-    """More steps than stages, shares whose scales do not begin with them; x kept, x in steps."""
-    w, x = weight(rng, 128, 1536, "int4", int(rng.choice([128, 512]))), rows(rng, 13, 1536)
+    """Shares of K that differ in length, one of them empty; more steps than stages."""
+    w, x = weight(rng, 128, 1280, "int4", 128), rows(rng, 17, 1280)
     with configured(few, config):
         check(x, w, run(x, w))
 
@@ -139,22 +138,11 @@ def test_both_in_8_bits(rng, M, N, K, format, activations, group, config):
     assert (got[3] == 0).all()
 
 
-FEW_OF_8_BITS = [  # M, N, K, format, group, activations
-    (3, 64, 256, "int4", None, "float8_e4m3fn"),
-    (3, 64, 256, "int4", None, "int8"),
-    (9, 72, 512, "int4", 128, "int8"),
-    (70, 64, 512, "int8", 64, "int8"),
-    (20, 64, 1024, "int4", 512, "int8"),  # groups larger than a step
-    (5, 128, 192, "int8", None, "int8"),
-]
-
-
-@pytest.mark.parametrize("draw", range(3))
-def test_few_rows_of_8_bits(rng, draw):
-    """They meet 4-bit values too, and int8 of both in int8, whose sums are exact. Each draw is one of two."""
-    M, N, K, format, group, activations = FEW_OF_8_BITS[draw + 3 * int(rng.integers(2))]
-    w = weight(rng, N, K, format, group, activations=activations)
-    x = rows(rng, M, K)
+@pytest.mark.parametrize("activations", ["int8", "float8_e4m3fn"])
+def test_few_rows_of_8_bits(rng, activations):
+    """They meet 4-bit values too."""
+    w = weight(rng, 64, 256, "int4", activations=activations)
+    x = rows(rng, 3, 256)
     want = quantized_matmul(x, w, implementation="reference", preferred_element_type=jnp.float32)
     got = run(x, w)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
@@ -188,7 +176,7 @@ REFUSED = {
     "N": ({"N": 68}, "multiple of 8"),
     "K": ({"K": 96}, "multiple of 64"),
     "group": ({"group": 16}, "groups of 32"),
-    "tiles": ({"M": 193, "activations": "int8", "format": "int8", "group": 64}, "scales of channels"),
+    "tiles": ({"activations": "int8", "format": "int8", "group": 64}, "scales of channels"),
     "mixed": ({"M": 17, "format": "int8", "activations": "float8_e4m3fn", "group": None}, "dtype of the activations"),
     "offsets": ({"M": 193, "format": "uint4", "activations": "int8", "group": None}, "no offsets"),
 }

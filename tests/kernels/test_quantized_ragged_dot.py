@@ -117,7 +117,7 @@ def test_inputs_belong_to_all_matrices_or_to_each(rng, shape):
 FEW = [  # sizes, M, K, N, format, group, config: tiles of fewer rows than a group has, more tiles than blocks
     ([3, 0, 9, 4], 20, 512, 72, "int4", 128, few.Config(8, 2, 2, blocks=2)),
     ([17, 1, 0], 18, 192, 64, "int4", 32, few.Config(16, 1, 3, blocks=1)),
-    ([40, 0, 2], 50, 256, 192, "int8", None, few.Config(32, 2, 2, blocks=3)),
+    ([40, 0, 2], 50, 256, 192, "int8", None, few.Config(32, 2, 2, 64, blocks=3)),
     ([5, 6], 11, 256, 64, "float8_e4m3fn", 64, few.Config(8, 1, 2, blocks=2)),
     ([0, 0, 7], 9, 256, 128, "float4_e2m1fn", None, few.Config(16, 2, 2, blocks=2)),
 ]
