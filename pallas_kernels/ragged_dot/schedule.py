@@ -21,7 +21,8 @@ class Tiles(NamedTuple):
 def bounds(group_sizes: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
     """int32 [G], [G]: where each group begins and ends, never past row M, whatever the caller wrote."""
     sizes = jnp.clip(group_sizes, 0, M).astype(jnp.int32)
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    group = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+    ends = sum_where(group[None] <= group[:, None], sizes[None])
     return jnp.clip(ends - sizes, 0, M), jnp.clip(ends, 0, M)
 
 
@@ -43,33 +44,40 @@ def make_tiles(
     """
     begins, ends = bounds(group_sizes, M)
     begins, ends = jnp.append(begins, ends[-1:]), jnp.append(ends, jnp.int32(M))
-    group = jnp.arange(ends.shape[0], dtype=jnp.int32)
-    if unit is not None:
-        group = jnp.append(jnp.argsort(begins[:-1] - ends[:-1], stable=True).astype(jnp.int32), group[-1:])
-        begins, ends = begins[group], ends[group]
+    G = group_sizes.shape[0]
+    group = jnp.arange(G + 1, dtype=jnp.int32)
     first = begins // align * align
     length = jnp.where(ends > begins, ends - first, 0)
     counts = -(-length // block)
     if empty:
-        counts = jnp.append(jnp.maximum(counts[:-1], 1), counts[-1:])
+        counts = jnp.where(group < G, jnp.maximum(counts, 1), counts)
+    # How many tiles there are up to the end of each group, in the order of groups or, large ones first, of sizes.
+    if unit is None:
+        before = group[None] <= group[:, None]
+    else:
+        size = jnp.where(group < G, ends - begins, -1)
+        larger, as_large = size[None] > size[:, None], size[None] == size[:, None]
+        before = larger | (as_large & (group[None] <= group[:, None]))
+    upto = sum_where(before, counts[None])
+
+    index = jnp.arange(_most_tiles(M, G, block, align), dtype=jnp.int32)
+    count = counts.sum(dtype=jnp.int32)
+    used = index < count
+    mine = (index[:, None] >= (upto - counts)[None]) & (index[:, None] < upto[None])
+    pick = lambda x: sum_where(mine, x[None])
+    index = index - pick(upto - counts)
     step = unit or block
     units = -(-length // step)
     least, more = units // jnp.maximum(counts, 1), units % jnp.maximum(counts, 1)  # the first `more` have one more
-
-    upto = jnp.cumsum(counts, dtype=jnp.int32)
-    index = jnp.arange(_most_tiles(M, group_sizes.shape[0], block, align), dtype=jnp.int32)
-    at = jnp.searchsorted(upto, index, side="right", method="compare_all").astype(jnp.int32)
-    used = index < upto[-1]
-    at = jnp.where(used, at, ends.shape[0] - 1)
-    index -= (upto - counts)[at]
-    start = first[at] + step * (index * least[at] + jnp.minimum(index, more[at]))
-    height = step * jnp.where(index < more[at], least[at] + 1, least[at])
+    least, more, begins, ends, first = (pick(x) for x in (least, more, begins, ends, first))
+    start = first + step * (index * least + jnp.minimum(index, more))
+    height = step * jnp.where(index < more, least + 1, least)
     start = jnp.where(used, start, M)
-    begin = jnp.where(used, jnp.maximum(begins[at], start), M)
-    end = jnp.where(used, jnp.minimum(ends[at], start + height), M)
+    begin = jnp.where(used, jnp.maximum(begins, start), M)
+    end = jnp.where(used, jnp.minimum(ends, start + height), M)
     short = (length[:-1] > 0) & (length[:-1] < block)
-    table = jnp.stack([group[at], start, begin, end], axis=1)
-    return Tiles(table, upto[-1:], short.sum(dtype=jnp.int32)[None])
+    table = jnp.stack([jnp.where(used, pick(group), G), start, begin, end], axis=1)
+    return Tiles(table, count[None], short.sum(dtype=jnp.int32)[None])
 
 
 def sum_where(where: jax.Array, x: jax.Array) -> jax.Array:
