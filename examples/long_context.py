@@ -2,16 +2,16 @@
 
     python examples/long_context.py                             # all devices over cp
     python examples/long_context.py --mesh fsdp=2,cp=4,cp_strategy=ring,cp_layout=packed
-    python examples/long_context.py --seq-len 2048 --steps 20   # on a CPU, with JAX_PLATFORMS=cpu and
-                                                                # XLA_FLAGS=--xla_force_host_platform_device_count=4
+    python examples/long_context.py --simulate 4 --seq-len 2048 --steps 20    # four simulated devices of the CPU
 
-Rows are the running Python's own source, many files in each: documents of any length, which no equal cut of the row
-balances. The first lines say which strategy and layout were chosen, and why.
+Rows are text, by default the running Python's own source, many files in each: documents of any length, which no equal
+cut of the row balances. The first lines say which strategy and layout were chosen, and why.
 """
 
 import argparse
 import dataclasses
 
+import jax
 from rich.console import Console
 
 from jaxscale.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
@@ -23,8 +23,13 @@ def main():
     parser.add_argument("--mesh", type=MeshConfig.parse, default=MeshConfig(cp=-1))
     parser.add_argument("--seq-len", type=int, default=65536)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--text", default="stdlib", help="a directory of text instead of Python's source")
     parser.add_argument("--out", default="runs/long_context")
+    parser.add_argument("--simulate", type=int, help="train on this many simulated devices of the CPU")
     args = parser.parse_args()
+    if args.simulate:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.simulate)
     mesh = args.mesh
     if (mesh.cp_strategy, mesh.cp_layout) == (MeshConfig.cp_strategy, MeshConfig.cp_layout):
         mesh = dataclasses.replace(mesh, cp_strategy="auto", cp_layout="auto")
@@ -46,7 +51,7 @@ def main():
             out=args.out,
             steps=args.steps,
             remat="full",
-            data=DataConfig(seq_len=args.seq_len, batch_size=rows),
+            data=DataConfig(source=args.text, seq_len=args.seq_len, batch_size=rows),
         ),
         console=Console(),
     )

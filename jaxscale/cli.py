@@ -95,7 +95,8 @@ def _train(args: list[str]) -> int:
     cfg = make()
     if not isinstance(cfg, TrainConfig):
         raise ValueError(f"{args[0]} returned {type(cfg).__name__}; a run is a function that returns a TrainConfig")
-    cfg = _parse(TrainConfig, args[1:], f"jaxscale train {args[0]}", default=cfg, description=make.__doc__)
+    cfg, options = _mesh(cfg, args[1:])
+    cfg = _parse(TrainConfig, options, f"jaxscale train {args[0]}", default=cfg, description=make.__doc__)
     from jaxscale import distributed
     from jaxscale.run import run
 
@@ -409,6 +410,20 @@ def _simulate(args: list[str]) -> list[str]:
     )
     os.environ["JAX_PLATFORMS"] = "cpu"
     return args[:at] + args[at + 2 :]
+
+
+def _mesh(cfg: Any, args: list[str]) -> tuple[Any, list[str]]:
+    """Take `--mesh fsdp=2,tp=4`, as other commands write it, out of the arguments and into the configuration."""
+    from jaxscale.config import MeshConfig
+
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--mesh=") else [arg])]
+    if "--mesh" not in args:
+        return cfg, args
+    at = args.index("--mesh")
+    sizes = args[at + 1] if at + 1 < len(args) else ""
+    if not sizes or sizes.startswith("-"):
+        raise ValueError("--mesh: expected axes and their sizes, as in --mesh fsdp=2,tp=4")
+    return dataclasses.replace(cfg, mesh=MeshConfig.parse(sizes)), args[:at] + args[at + 2 :]
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -81,6 +81,18 @@ def test_train_moe(text):
     assert "mesh fsdp=2,ep=4" in out and "placed" in out
 
 
+@pytest.mark.slow
+def test_long_context(text, tmp_path):
+    """It says what it chose for packed rows over cp, and learns."""
+    mesh = ("--simulate", 4, "--mesh", "fsdp=2,cp=2")
+    sizes = ("--seq-len", 256, "--steps", 8)
+    out = python(EXAMPLES / "long_context.py", *mesh, *sizes, "--text", text, "--out", tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+    assert re.search(r"(ring|all_gather|ulysses|bidirectional)", out), out
+
+
 def test_train_llama_dry_run():
     out = python(EXAMPLES / "train_llama.py", "--dry-run", "--devices", 1024, "--mesh", "fsdp=128,tp=8")
     assert "8,030,261,248 parameters" in out  # of Llama 3.1 8B

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -203,14 +206,46 @@ def model_and_batch(rng, T=64):
 def test_models(rng, strategy, layout, remat):
     """Local and global layers in one scan, rematerialised, with fsdp and tp beside cp: loss and gradients are those of
     one device on the text as it was."""
+    agrees(rng, strategy, layout, remat, "fsdp=2,cp=2,tp=2")
+
+
+def agrees(rng, strategy, layout, remat, mesh):
     cfg, batch = model_and_batch(rng)
     specs = decoder.param_specs(cfg)
     params = init_params(jax.random.key(int(rng.integers(2**31))), specs)
     plain = jax.jit(functools.partial(decoder.loss_fn, cfg=cfg))(params, batch)[0]
     loss = functools.partial(decoder.loss_fn, cfg=cfg, remat=remat, context=Context(strategy, layout))
     dealt = context_layout.permute_batch(batch, layout, 2)
-    report = parity(loss, params, dealt, ["fsdp=2,cp=2,tp=2"], specs=specs)
+    report = parity(loss, params, dealt, [mesh], specs=specs)
     np.testing.assert_allclose(report.loss, plain, rtol=1e-6)
+
+
+SIXTEEN = """
+import runpy, sys
+import jax
+import numpy as np
+jax.config.update("jax_num_cpu_devices", 16)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+agrees = runpy.run_path(sys.argv[1])["agrees"]
+agrees(np.random.default_rng(int(sys.argv[2])), *sys.argv[3:], "dp=2,fsdp=2,cp=2,tp=2")
+print("AGREES", jax.device_count())
+"""
+
+
+@pytest.mark.slow
+def test_sixteen_devices(rng):
+    """dp, fsdp, cp and tp at once."""
+    strategy, layout = str(rng.choice(["ring", "all_gather", "usp"])), str(rng.choice(LAYOUTS[1:]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SIXTEEN, __file__, str(rng.integers(1 << 30)), strategy, layout, "full"],
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "AGREES 16" in done.stdout, done.stderr[-3000:]
 
 
 def test_micro_batches_of_a_split_sequence(rng):
