@@ -42,7 +42,7 @@ def _meetings(inputs: Inputs, options: Options, block_q: int, block_kv: int):
     kv_min, kv_max = (x[:, None, :] for x in extremes(kv_pos, block_kv))
     some = xp.ones((1, q_min.shape[1], kv_min.shape[2]), bool)
     whole = xp.arange(1, kv_min.shape[2] + 1) * block_kv <= S  # padded keys are always masked
-    every = xp.broadcast_to(whole[None, None], some.shape)
+    every = xp.broadcast_to(whole[None, None] & (inputs.bias is None), some.shape)  # a bias of -inf hides, too
     left, right = options.window
     if options.causal:
         right = 0 if right is None else min(right, 0)
@@ -81,8 +81,12 @@ def pad_inputs(inputs: Inputs, block_q: int, block_kv: int) -> Inputs:
     queries = {x: getattr(inputs, x) for x in ("q", "q_segment_ids", "q_positions")}
     keys = {x: getattr(inputs, x) for x in ("k", "v", "kv_segment_ids", "kv_positions")}
     blocks = [(queries, block_q), (keys, block_kv)]
+    bias = inputs.bias
+    if bias is not None:
+        bias = pad_to(bias if bias.shape[2] == 1 else pad_to(bias, 2, block_q), 3, block_kv)
     return inputs._replace(
-        **{name: None if x is None else pad_to(x, 1, block) for group, block in blocks for name, x in group.items()}
+        bias=bias,
+        **{name: None if x is None else pad_to(x, 1, block) for group, block in blocks for name, x in group.items()},
     )
 
 

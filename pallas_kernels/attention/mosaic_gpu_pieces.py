@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import heapq
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -31,13 +33,19 @@ class Config:
     block_q_dkv: int = 64
     stages_dkv: int = 2
     warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
+    fused: bool = False  # one backward kernel, of keys in tiles of 128
+    block_q: int = 64  # its queries in a step
+    stages_bwd: int = 2
     split_dkv: bool = False  # one kernel each for dk and dv, where registers do not hold both
 
 
 class Mask:
-    """The mask inside of a block, from the arrays that a kernel receives for it."""
+    """The mask and the bias inside of a block, from the arrays that a kernel receives for them.
 
-    def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int):
+    keys_down: the kernel's blocks of logits have keys down and queries across; so the bias is transposed for it.
+    """
+
+    def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int, keys_down: bool = False):
         self.options, self.keys, self.ragged = options, keys, keys != padded_keys
         fields = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "window")
         arrays = {name: getattr(padded, name) for name in fields}
@@ -45,6 +53,27 @@ class Mask:
             arrays["window"] = padded.window[None]
         self.names = [name for name in fields if arrays[name] is not None]
         self.arrays = [arrays[name] for name in self.names]
+        self.per_query = padded.bias is not None and padded.bias.shape[2] > 1
+        if padded.bias is not None:
+            self.names.append("bias")
+            self.arrays.append(padded.bias.swapaxes(2, 3) if keys_down and self.per_query else padded.bias)
+
+    def add_bias(self, refs, s, b, n, q_dim: int, q_start, kv_start):
+        """s, such that scale times it holds the bias of head n."""
+        if "bias" not in self.names:
+            return s
+        ref = dict(zip(self.names, refs, strict=True))["bias"]
+        at = lax.rem(b, jnp.int32(ref.shape[0])), lax.rem(n, jnp.int32(ref.shape[1]))
+        layout = plgpu.Layout.WGMMA
+        if self.per_query:
+            starts = (q_start, kv_start) if q_dim == 0 else (kv_start, q_start)
+            block = (pl.ds(start, size) for start, size in zip(starts, s.shape))
+            bias = plgpu.load(ref.at[*at, *block], layout=layout, optimized=False).astype(jnp.float32)
+        else:
+            keys = ref.at[*at, 0, pl.ds(kv_start, s.shape[1 - q_dim])]
+            bias = plgpu.load(keys, layout=layout.reduce(q_dim), optimized=False).astype(jnp.float32)
+            bias = lax.broadcast_in_dim(bias, s.shape, [1 - q_dim])
+        return s + bias * (1 / self.options.scale)
 
     def keep(self, refs, b, shape, q_dim: int, q_start, kv_start):
         """Which pairs of a block see each other; queries along q_dim of `shape`, keys along the other."""
@@ -170,6 +199,28 @@ def heads_at_once(heads: int, bytes_per_head: int) -> int:
     """The divisor of `heads` such that what so many of them stream fits in the L2."""
     fit = max(1, _L2_BYTES // max(bytes_per_head, 1))
     return max(d for d in range(1, heads + 1) if heads % d == 0 and d <= fit)
+
+
+def make_schedule(ranges, B: int, N: int, tiles: int, together: int):
+    """int32 [blocks, 1 + most tiles]: how many tiles a block computes, and which: (batch * N + head) * tiles + tile.
+
+    Tiles of `together` heads come first, of these the ones that take longest. Where the table of ranges is known each
+    goes to the block that is free first; else each has a block of its own, and the hardware does that.
+    """
+    pairs = B * N
+    heads = np.arange(pairs).reshape(-1, 1, together)
+    order = (heads * tiles + np.arange(tiles)[::-1, None]).reshape(-1)
+    if not isinstance(ranges, np.ndarray) or pairs * tiles <= SM_COUNT:
+        return np.stack([np.ones_like(order), order], axis=1).astype(np.int32)
+    steps = np.broadcast_to(ranges[..., 3] - ranges[..., 0], (B, tiles))
+    free = [(0, block) for block in range(SM_COUNT)]
+    lists: list[list[int]] = [[] for _ in free]
+    for x in order.tolist():
+        at, block = heapq.heappop(free)
+        lists[block].append(x)
+        heapq.heappush(free, (at + int(steps[x // tiles // N, x % tiles]) + 1, block))
+    most = max(map(len, lists))
+    return np.asarray([[len(x), *x, *[0] * (most - len(x))] for x in lists], np.int32)
 
 
 def accumulator(width: int):

@@ -12,13 +12,11 @@ A kernel compiles only where its registers suffice; `Config` holds what a sweep 
 """
 
 import functools
-import heapq
 import math
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,13 +27,13 @@ from pallas_kernels.attention.inputs import Inputs, Options, nameable
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
     ROWS,
-    SM_COUNT,
     Config,
     Mask,
     accumulator,
     cap_logits,
     heads_at_once,
     launch,
+    make_schedule,
     mma,
     read_bounds,
     set_registers,
@@ -44,6 +42,7 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     tiled,
 )
 from pallas_kernels.attention.pallas_mosaic_gpu_bwd import backward as backward_kernels
+from pallas_kernels.attention.xla import bias_gradient
 
 
 def tuned(H: int, Hv: int) -> Config:
@@ -67,8 +66,6 @@ def supported(inputs: Inputs, options: Options) -> str | None:
     H, Hv = inputs.q.shape[3], inputs.v.shape[3]
     if H not in (64, 128, 192, 256) or Hv not in (64, 128, 192, 256):
         return f"takes head_dim 64, 128, 192, 256. Got {H} and {Hv}"
-    if inputs.bias is not None:
-        return "takes no bias"
     if options.scale <= 0:
         return f"takes a positive scale. Got {options.scale}"
     return None
@@ -107,10 +104,13 @@ def _attention_bwd(options: Options, config: Config, residuals, cotangents):
     if inputs.sinks is not None:
         p_sink = jnp.exp(inputs.sinks.astype(jnp.float32)[None, :, None] - lse)
         dsinks = -jnp.sum(p_sink * delta, axis=(0, 2)).astype(inputs.sinks.dtype)
-    lse = jnp.where(unseen, 0.0, lse) * LOG2E
-    dq, dk, dv = backward_kernels(inputs, options, config, do, lse, delta)
+    lse = jnp.where(unseen, 0.0, lse)
+    dbias = None
+    if inputs.bias is not None:  # by XLA: nothing of it runs where no one asks for it
+        dbias = bias_gradient(inputs, options, do, lse.swapaxes(1, 2), delta.swapaxes(1, 2))
+    dq, dk, dv = backward_kernels(inputs, options, config, do, lse * LOG2E, delta)
     none = dict.fromkeys(Inputs._fields[5:])
-    return (inputs._replace(q=dq, k=dk, v=dv, bias=None, sinks=dsinks, **none),)
+    return (inputs._replace(q=dq, k=dk, v=dv, bias=dbias, sinks=dsinks, **none),)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -130,7 +130,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     tiles = padded.q.shape[1] // tile
     ranges = key_ranges(inputs, options, tile, bkv)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = _schedule(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
+    schedule = make_schedule(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
     c = options.scale * LOG2E
     buffers = 2 if max(H, Hv) <= 128 else 1  # of q: the next tile's arrives under this tile's work
 
@@ -168,7 +168,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
             acc = plgpu.layout_cast(jnp.full((ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
             def softmax(s, m, l, j, masked):
-                s = cap_logits(s, options)[0]
+                s = mask.add_bias(aux, cap_logits(s, options)[0], b, n, 0, q_start, j * bkv)
                 if masked:
                     keep = mask.keep(aux, b, s.shape, 0, q_start, j * bkv)
                     s = jnp.where(keep, s, -jnp.inf)
@@ -306,28 +306,6 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         (padded.q, padded.k, padded.v, ranges, schedule, _sinks(inputs), *mask.arrays),
     )
     return o[:, :T], lse[:, :, :T]
-
-
-def _schedule(ranges, B: int, N: int, tiles: int, together: int):
-    """int32 [blocks, 1 + most tiles]: how many tiles a block computes, and which: (batch * N + head) * tiles + tile.
-
-    Tiles of `together` heads come first, of these the ones that take longest. Where the table of ranges is known each
-    goes to the block that is free first; else each has a block of its own, and the hardware does that.
-    """
-    pairs = B * N
-    heads = np.arange(pairs).reshape(-1, 1, together)
-    order = (heads * tiles + np.arange(tiles)[::-1, None]).reshape(-1)
-    if not isinstance(ranges, np.ndarray) or pairs * tiles <= SM_COUNT:
-        return np.stack([np.ones_like(order), order], axis=1).astype(np.int32)
-    steps = np.broadcast_to(ranges[..., 3] - ranges[..., 0], (B, tiles))
-    free = [(0, block) for block in range(SM_COUNT)]
-    lists: list[list[int]] = [[] for _ in free]
-    for x in order.tolist():
-        at, block = heapq.heappop(free)
-        lists[block].append(x)
-        heapq.heappush(free, (at + int(steps[x // tiles // N, x % tiles]) + 1, block))
-    most = max(map(len, lists))
-    return np.asarray([[len(x), *x, *[0] * (most - len(x))] for x in lists], np.int32)
 
 
 def _sinks(inputs: Inputs) -> jax.Array:

@@ -196,6 +196,14 @@ def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, de
     return tuple(_input_cotangents(inputs, *grads, None, None)[:3])
 
 
+def bias_gradient(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    """The bias' gradient, in its shape and dtype; do, lse and delta as for `backward`."""
+    assert inputs.bias is not None
+    K = inputs.k.shape[2]
+    dbias = _chunked_grads(inputs, options, _group(do, K), _group(delta, K), _group(lse, K))[3]
+    return dbias.reshape(inputs.bias.shape).astype(inputs.bias.dtype)
+
+
 def _split(inputs: Inputs) -> tuple[_QueryChunk, _KeyChunk]:
     """Chunks of queries and keys on a leading dim, the last ones padded."""
     B, T, N, _ = inputs.q.shape

@@ -26,6 +26,8 @@ from pallas_kernels.attention.inputs import ATTENTION, Inputs, Options, visible
 xla = importlib.import_module("pallas_kernels.attention.xla")
 mosaic_tpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_tpu")
 mosaic_gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
+mosaic_gpu_bwd = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu_bwd")
+mosaic_gpu_pieces = importlib.import_module("pallas_kernels.attention.mosaic_gpu_pieces")
 
 
 def oracle(q, k, v, *, do, dlse, causal=False, segment_ids=None, positions=None, window=None, soft_cap=None, scale=None,
@@ -265,7 +267,7 @@ def test_mosaic_gpu_window_positions(rng, monkeypatch):
 def test_mosaic_gpu_several_tiles_in_a_block(rng, monkeypatch):
     """The one block of the forward kernel goes on to the next tile: q from two places in turn, a ring of k and v."""
     small_blocks(monkeypatch)
-    monkeypatch.setattr(mosaic_gpu, "SM_COUNT", 1)
+    monkeypatch.setattr(mosaic_gpu_pieces, "SM_COUNT", 1)
     kwargs = {"window": (17, 0), "soft_cap": 3.0, "sinks": one(rng, (1,))}
     check(rng, "mosaic_gpu", 1, 270, 330, 1, 1, 64, 64, jnp.float16, **kwargs)
 
@@ -292,18 +294,62 @@ def test_mosaic_gpu_under_vmap(rng):
         close("gradient", a, np.asarray(c, np.float64), 1e-2)
 
 
+def test_mosaic_gpu_bias(rng, monkeypatch):
+    """Of each pair, which differs between heads, or of each key; some of it -inf."""
+    small_blocks(monkeypatch)
+    shape, dtype = [((1, 2, 100, 150), jnp.float32), ((2, 1, 1, 150), jnp.bfloat16)][rng.integers(2)]
+    hidden = jnp.asarray(rng.random(shape) < 0.2).at[..., 0].set(False)
+    kwargs = {"bias": jnp.where(hidden, -jnp.inf, one(rng, shape, dtype)), "causal": True, "soft_cap": 3.0}
+    check(rng, "mosaic_gpu", 2, 100, 150, 2, 1, 64, 64, jnp.bfloat16, **kwargs)
+
+
+@pytest.mark.parametrize("H", [64, 128])
+def test_mosaic_gpu_backward_in_one_kernel(rng, monkeypatch, H):
+    """Its two ways to share dq between warpgroups; two blocks that compute several tiles of keys."""
+    monkeypatch.setattr(mosaic_gpu_bwd, "SM_COUNT", 2)
+    if H == 64:
+        small_blocks(monkeypatch, fused=True, block_q=128)
+        kwargs = {"causal": True, "segment_ids": documents(rng, 1, 150, padding=20), "sinks": one(rng, (2,))}
+        check(rng, "mosaic_gpu", 1, 150, 150, 2, 1, H, H, jnp.bfloat16, **kwargs)
+    else:
+        small_blocks(monkeypatch, fused=True)
+        kwargs = {"window": (int(rng.integers(1, 90)), 0), "soft_cap": 3.0}
+        check(rng, "mosaic_gpu", 1, 270, 330, 1, 1, H, H, jnp.float16, **kwargs)
+
+
+def test_no_block_of_the_backward_waits_for_ever(rng):
+    """Tiles in the order of each block, where one may start only when the one that adds to dq before it has ended."""
+    tiles, pairs = 30, 12
+    for known in (True, False):
+        ranges = np.sort(rng.integers(0, 2 * tiles, (1, tiles, 4)), axis=2).astype(np.int32)
+        table = mosaic_gpu_bwd._schedule(ranges if known else jnp.asarray(ranges), pairs, tiles, 4, 2)
+        left = [row[1 : 1 + row[0]].tolist() for row in table]
+        np.testing.assert_array_equal(np.sort(np.concatenate(left)), np.arange(pairs * tiles))
+        if known:
+            steps = [(2 * (ranges[0, :, 3] - ranges[0, :, 0])[np.asarray(x) % tiles] + 2).sum() for x in left]
+            assert len(left) == mosaic_gpu_bwd.SM_COUNT
+            assert max(steps) <= np.mean(steps) + 4 * tiles + 2
+        ended: set[int] = set()
+        while len(ended) < pairs * tiles:
+            before = len(ended)
+            for x in left:
+                while x and (x[0] % tiles == tiles - 1 or x[0] + 1 in ended):
+                    ended.add(x.pop(0))
+            assert len(ended) > before
+
+
 def test_every_tile_has_a_block(rng):
     """Known ranges: each tile once, blocks that end at about the same time; unknown ones: a block for each tile."""
     tiles = 40
     for together in (1, 6):
         ranges = np.sort(rng.integers(0, tiles, (1, tiles, 4)), axis=2).astype(np.int32)
-        table = mosaic_gpu._schedule(ranges, 2, 3, tiles, together)
+        table = mosaic_gpu_pieces.make_schedule(ranges, 2, 3, tiles, together)
         done = [row[1 : 1 + row[0]] for row in table]
         np.testing.assert_array_equal(np.sort(np.concatenate(done)), np.arange(6 * tiles))
         steps = [(ranges[0, x % tiles, 3] - ranges[0, x % tiles, 0] + 1).sum() for x in done]
-        assert len(table) == mosaic_gpu.SM_COUNT
+        assert len(table) == mosaic_gpu_pieces.SM_COUNT
         assert max(steps) - min(steps) <= tiles + 1
-        table = mosaic_gpu._schedule(jnp.asarray(ranges), 2, 3, tiles, together)
+        table = mosaic_gpu_pieces.make_schedule(jnp.asarray(ranges), 2, 3, tiles, together)
         assert (table[:, 0] == 1).all()
         np.testing.assert_array_equal(np.sort(table[:, 1]), np.arange(6 * tiles))
 
@@ -503,7 +549,7 @@ def test_which_implementation_ran(caplog):
         h = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.bfloat16)
         assert attention_implementation(h, h, h) == "mosaic_gpu"
         bias = jax.ShapeDtypeStruct((1, 1, 16, 16), jnp.float32)
-        assert attention_implementation(h, h, h, bias=bias) == "xla"
+        assert attention_implementation(h, h, h, bias=bias) == "mosaic_gpu"
         assert attention_implementation(q, q, q) == "xla"
     _dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):

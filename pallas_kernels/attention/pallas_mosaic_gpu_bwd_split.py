@@ -1,0 +1,277 @@
+"""The backward of attention for Hopper GPUs: one kernel for dq, one for dk and dv, both in the shape of the forward.
+
+Each output has one writer and one order of summation, so gradients repeat bit by bit. Together they do seven matmuls
+where five would do. One kernel of five, with dq summed in global memory by TMA in the order of the key blocks, was
+right on a device and slower than these two (docs/LOG.md).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _dispatch
+from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges
+from pallas_kernels.attention.inputs import Inputs, Options
+from pallas_kernels.attention.mosaic_gpu_pieces import (
+    LOG2E,
+    ROWS,
+    Config,
+    Mask,
+    accumulator,
+    before,
+    cap_logits,
+    feed_ring,
+    launch,
+    make_grid,
+    mma,
+    read_bounds,
+    set_registers,
+    slot_of,
+    three_loops,
+    tiled,
+)
+
+
+def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
+    """dq, dk, dv; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
+    dq = _backward_dq(inputs, options, config, do, lse, delta)
+    return dq, *_backward_dkv(inputs, options, config, do, lse, delta)
+
+
+def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> jax.Array:
+    """dq [B, T, N, H]; lse and delta are [B, N, T], lse in powers of two."""
+    B, T, N, H = inputs.q.shape
+    K, Hv = inputs.k.shape[2], inputs.v.shape[3]
+    S = inputs.k.shape[1]
+    dtype = inputs.q.dtype
+    wgs, bkv, stages = config.warpgroups_bwd, config.block_kv_dq, config.stages_dq
+    tile = wgs * ROWS
+    padded = pad_inputs(inputs, tile, bkv)
+    do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
+    tiles = padded.q.shape[1] // tile
+    ranges = key_ranges(inputs, options, tile, bkv)
+    mask = Mask(padded, options, S, padded.k.shape[1])
+    grid, locate = make_grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
+    c = options.scale * LOG2E
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
+        aux, (dq_ref, smem, q_barriers, k_barriers, v_barriers, k_free, v_free) = refs[:-7], refs[-7:]
+        q_smem, do_smem, k_smem, v_smem = smem
+        wg = lax.axis_index("wg")
+        b, n, t = locate()
+        t = tiles - 1 - t
+        lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+
+        @pl.when(wg < wgs)
+        def _compute():
+            set_registers(wgs, 240)
+            q_start = pl.multiple_of(t * tile + wg * ROWS, ROWS)
+            rows = pl.ds(q_start, ROWS)
+            q, do = q_smem.at[wg], do_smem.at[wg]
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q, q_barriers.at[wg])
+            plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do, q_barriers.at[wg])
+            reduced = plgpu.Layout.WGMMA.reduce(1)
+            lse = plgpu.load(lse_ref.at[b, n, rows], layout=reduced, optimized=False)
+            delta = plgpu.load(delta_ref.at[b, n, rows], layout=reduced, optimized=False)
+
+            def step(j, dq, masked):
+                slot = slot_of(j - lo, stages)
+                plgpu.barrier_wait(v_barriers.at[slot])
+
+                def products(s_ref, dp_ref):
+                    plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_ref, do, v_smem.at[slot].transpose((1, 0)))
+                    s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
+                    s = mask.add_bias(aux, s, b, n, 0, q_start, j * bkv)
+                    p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
+                    if masked:
+                        p = jnp.where(mask.keep(aux, b, s.shape, 0, q_start, j * bkv), p, 0.0)
+                    p = before(p, j + 1 < hi, k_barriers.at[slot_of(j + 1 - lo, stages)])
+                    dp = plgpu.wgmma_accumulator_load(dp_ref)
+                    ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
+                    return (ds if slope is None else ds * slope).astype(dtype)
+
+                block = accumulator(bkv)
+                ds = pl.run_scoped(products, block, block)
+                plgpu.barrier_arrive(v_free.at[slot])
+                dq = mma(dq, ds, k_smem.at[slot])
+                plgpu.barrier_arrive(k_free.at[slot])
+                return dq
+
+            plgpu.barrier_wait(q_barriers.at[wg])
+            pl.when(lo < hi)(lambda: plgpu.barrier_wait(k_barriers.at[0]))
+            dq = plgpu.layout_cast(jnp.full((ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+            dq = three_loops(step, (lo, full_lo, full_hi, hi), dq)
+            q[...] = (dq * options.scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, n])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == wgs)
+        def _feed():
+            set_registers(wgs, 24)
+            k_head = lax.div(n, jnp.int32(N // K))
+
+            def copy(i, ref, smem, slot, barriers):
+                keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
+                plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], barriers.at[slot])
+
+            copy_k = lambda i, slot: copy(i, k_ref, k_smem, slot, k_barriers)
+            copy_v = lambda i, slot: copy(i, v_ref, v_smem, slot, v_barriers)
+            feed_ring(hi - lo, stages, (v_free, copy_v), (k_free, copy_k))
+
+    smem = (
+        tiled((wgs, ROWS, H), dtype),
+        tiled((wgs, ROWS, Hv), dtype),
+        tiled((stages, bkv, H), dtype),
+        tiled((stages, bkv, Hv), dtype),
+    )
+    full = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
+    (dq,) = launch(
+        kernel,
+        "attention_dq",
+        [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
+        grid,
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
+        wgs + 1,
+    )
+    return dq[:, :T]
+
+
+def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> tuple[jax.Array, jax.Array]:
+    """dk [B, S, K, H] and dv [B, S, K, Hv]; a block sums over the query heads that share its kv head."""
+    run = functools.partial(_dkv, inputs, options, config, do, lse, delta)
+    if config.split_dkv:
+        return run(True, False)[0], run(False, True)[0]
+    dk, dv = run(True, True)
+    return dk, dv
+
+
+def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_dk: bool, want_dv: bool):
+    """The wanted ones of dk and dv."""
+    B, S, K, H = inputs.k.shape
+    N, Hv = inputs.q.shape[2], inputs.v.shape[3]
+    G = N // K
+    dtype = inputs.q.dtype
+    wgs, bq, stages = config.warpgroups_bwd, config.block_q_dkv, config.stages_dkv
+    tile = wgs * ROWS
+    padded = pad_inputs(inputs, bq, tile)
+    do, lse, delta = pad_to(do, 1, bq), pad_to(lse, 2, bq), pad_to(delta, 2, bq)
+    T = padded.q.shape[1]
+    tiles = padded.k.shape[1] // tile
+    ranges = query_ranges(inputs, options, bq, tile)
+    mask = Mask(padded, options, S, padded.k.shape[1], keys_down=True)
+    grid, locate = make_grid(B, K, tiles, T * (H + Hv) * 2 * G)
+    c = options.scale * LOG2E
+    widths = {x: width for x, width, want in (("dv", Hv, want_dv), ("dk", H, want_dk)) if want}
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
+        aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
+        *out_refs, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free = refs
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
+        wg = lax.axis_index("wg")
+        b, k_head, t = locate()
+        lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+
+        @pl.when(wg < wgs)
+        def _compute():
+            set_registers(wgs, 240)
+            kv_start = pl.multiple_of(t * tile + wg * ROWS, ROWS)
+            rows = pl.ds(kv_start, ROWS)
+            k, v = k_smem.at[wg], v_smem.at[wg]
+            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, k_head], k, kv_barriers.at[wg])
+            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, k_head], v, kv_barriers.at[wg])
+            across = plgpu.Layout.WGMMA.reduce(0)
+
+            def step(j, sums, masked, first):
+                i = first + j - lo
+                slot = slot_of(i, stages)
+                plgpu.barrier_wait(do_barriers.at[slot])
+
+                def products(s_ref, dp_ref, *sum_refs):  # s, dp: keys down, queries across
+                    in_flight = dict(zip(widths, sum_refs))
+                    plgpu.wgmma(s_ref, k, q_smem.at[slot].transpose((1, 0)))
+                    if want_dk:
+                        plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
+                    s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=int(want_dk)), options)
+                    n = k_head * G + lax.div(i, hi - lo)
+                    s = mask.add_bias(aux, s, b, n, 1, j * bq, kv_start)
+                    lse = plgpu.load(lse_smem.at[slot], layout=across)
+                    p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
+                    if masked:
+                        p = jnp.where(mask.keep(aux, b, s.shape, 1, j * bq, kv_start), p, 0.0)
+                    p = before(p, i + 1 < G * (hi - lo), q_barriers.at[slot_of(i + 1, stages)])
+                    new = {}
+                    if want_dv:
+                        new["dv"] = mma(sums["dv"], p.astype(dtype), do_smem.at[slot], in_flight.get("dv"))
+                    if want_dk:
+                        dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=int("dv" in in_flight))
+                        delta = plgpu.load(delta_smem.at[slot], layout=across)
+                        ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
+                        ds = (ds if slope is None else ds * slope).astype(dtype)
+                        new["dk"] = mma(sums["dk"], ds, q_smem.at[slot], in_flight.get("dk"))
+                    return {x: in_flight[x][...] if in_flight else new[x] for x in widths}
+
+                block = accumulator(bq)
+                accs = [] if _dispatch.interpreted("gpu") else [accumulator(width) for width in widths.values()]
+                sums = pl.run_scoped(products, block, block, *accs)
+                plgpu.barrier_arrive(do_free.at[slot])
+                plgpu.barrier_arrive(q_free.at[slot])
+                return sums
+
+            plgpu.barrier_wait(kv_barriers.at[wg])
+            pl.when(lo < hi)(lambda: plgpu.barrier_wait(q_barriers.at[0]))
+            zero = lambda width: plgpu.layout_cast(jnp.full((ROWS, width), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+
+            def head(g, sums):
+                return three_loops(functools.partial(step, first=g * (hi - lo)), (lo, full_lo, full_hi, hi), sums)
+
+            sums = lax.fori_loop(0, G, head, {x: zero(width) for x, width in widths.items()})
+            leaving = {"dk": k, "dv": v}
+            for x in widths:
+                leaving[x][...] = (sums[x] * (options.scale if x == "dk" else 1.0)).astype(dtype)
+            plgpu.commit_smem()
+            for x, out_ref in zip(widths, out_refs, strict=True):
+                plgpu.copy_smem_to_gmem(leaving[x], out_ref.at[b, rows, k_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == wgs)
+        def _feed():
+            set_registers(wgs, 24)
+
+            def copy(i, ref, row_ref, smem, row_smem, slot, barriers):
+                n = k_head * G + lax.div(i, hi - lo)
+                queries = pl.ds(pl.multiple_of((lo + lax.rem(i, hi - lo)) * bq, bq), bq)
+                plgpu.copy_gmem_to_smem(ref.at[b, queries, n], smem.at[slot], barriers.at[slot])
+                plgpu.copy_gmem_to_smem(row_ref.at[b, n, queries], row_smem.at[slot], barriers.at[slot])
+
+            copy_q = lambda i, slot: copy(i, q_ref, lse_ref, q_smem, lse_smem, slot, q_barriers)
+            copy_do = lambda i, slot: copy(i, do_ref, delta_ref, do_smem, delta_smem, slot, do_barriers)
+            feed_ring(G * (hi - lo), stages, (q_free, copy_q), (do_free, copy_do))
+
+    smem = (
+        tiled((wgs, ROWS, H), dtype),
+        tiled((wgs, ROWS, Hv), dtype),
+        tiled((stages, bq, H), dtype),
+        tiled((stages, bq, Hv), dtype),
+        plgpu.SMEM((stages, bq), jnp.float32),
+        plgpu.SMEM((stages, bq), jnp.float32),
+    )
+    full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
+    out = launch(
+        kernel,
+        "attention_" + "_".join(widths),
+        [jax.ShapeDtypeStruct((*padded.k.shape[:3], width), dtype) for width in widths.values()],
+        grid,
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
+        wgs + 1,
+    )
+    return [x[:, :S] for x in reversed(out)]
