@@ -24,12 +24,16 @@ KINDS = (
 )
 
 
+SELDOM = "seldom"  # the scope of loops that run only in the rare case
+
+
 def collectives(hlo_text: str) -> list["Collective"]:
     """Lists the collectives that one run of the program executes, in program order.
 
     An asynchronous pair counts once. Of a conditional's branches the one with the most traffic counts; the conditionals
     that one line of the program became (forward, computed again, backward) take the same one. A loop whose trip count
-    is not known counts as one trip and its collectives say `trips_known=False`.
+    is not known counts as one trip and its collectives say `trips_known=False`; one under `jax.named_scope(SELDOM)`, of
+    which the program says that it hardly ever takes a trip, does not count.
 
     Args:
       hlo_text: `jax.stages.Compiled.as_text()` or any HLO module text.
@@ -107,6 +111,7 @@ _NAME = re.compile(r"%?([A-Za-z_][\w.\-]*)$")
 _CALLEES = re.compile(
     r"\b(calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+_SELDOM = re.compile(rf'\bop_name="[^"]*\b{SELDOM}\b[^"]*"')
 _TRIPS = re.compile(r'"known_trip_count"\s*:\s*\{\s*"n"\s*:\s*"?(\d+)')
 _LINE = re.compile(r'stack_frame_id=\d+|source_file="[^"]*" source_line=\d+')
 _FLOAT8 = re.compile(r"f8e\w+")
@@ -144,6 +149,8 @@ class _Module:
         for name, rest in self.computations.get(computation, {}).items():
             opcode, operands, attributes = _split(rest)
             kind = opcode.removesuffix("-start")
+            if (kind in KINDS or opcode == "while") and _SELDOM.search(attributes):
+                continue
             if kind in KINDS:
                 # TPU writes a reduce-scatter as a fusion around an all-reduce and the slice of this device's part.
                 if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):

@@ -30,6 +30,7 @@ from jaxscale.parallel.expert_local import Call, among, experts_local
 from jaxscale.parallel.permute import Places, Sorted, collect, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions, place_quantized
 from pallas_kernels.quantized_matmul.array import QuantizedArray
+from sharding_rules.hlo import SELDOM
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -322,7 +323,8 @@ def _later_rounds(one_round, rounds, indices, x, weights, p):
         return turn + 1, y + one_round(turn, indices, x, weights, p)
 
     nothing = _vary(jnp.zeros_like(x), jax.typeof(x).mat.varying)
-    return x, weights, p, lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), nothing))[1]
+    with jax.named_scope(SELDOM):
+        return x, weights, p, lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), nothing))[1]
 
 
 def _later_rounds_fwd(one_round, *args):
@@ -339,7 +341,8 @@ def _later_rounds_bwd(one_round, args, grads):
         more = jax.vjp(lambda *values: one_round(turn, indices, *values), *values)[1](out)
         return turn + 1, *jax.tree.map(jnp.add, sums, list(more))
 
-    _, *sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), *first))
+    with jax.named_scope(SELDOM):
+        _, *sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), *first))
     return None, None, *sums
 
 

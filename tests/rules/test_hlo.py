@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding_rules.hlo import census, collectives, wire_bytes
+from sharding_rules.hlo import SELDOM, census, collectives, wire_bytes
 
 
 def _mesh(shape, names):
@@ -82,6 +82,22 @@ def test_an_unknown_trip_count_is_said():
     (found,) = _shard_mapped(mesh, body, P(), (4,))
     assert found.count == 1
     assert not found.trips_known
+
+
+def test_a_loop_that_seldom_runs_does_not_count():
+    mesh = _mesh((8,), ("t",))
+
+    def later(x, turns):
+        return jax.lax.while_loop(lambda c: c[1] < turns, lambda c: (jax.lax.psum(c[0], "t"), c[1] + 1), (x, 0))[0]
+
+    def body(x):
+        turns = x.astype(jnp.int32)[0]
+        with jax.named_scope(SELDOM):
+            y = later(x, turns)
+        return jax.lax.ppermute(y, "t", [(0, 1)]) + later(x + 1, turns)
+
+    found = _shard_mapped(mesh, body, P("t"), (32,))
+    assert sorted((c.kind, c.trips_known) for c in found) == [("all-reduce", False), ("collective-permute", True)]
 
 
 def test_a_scanned_partitioned_program():
