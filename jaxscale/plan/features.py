@@ -90,7 +90,7 @@ FEATURES: Mapping[str, Feature] = {
     "micro-batches": Feature("accum", {"accum_steps": 2}, use="train"),
     "float32": _model("dtype", dtype="float32"),
     "float16": _model("dtype", dtype="float16"),
-    "fp8": _model("dtype", dtype="float8_e4m3fn"),
+    "float8 activations": _model("dtype", dtype="float8_e4m3fn"),
     "head_dim=80": _model("head_dim", head_dim=80),
     "head_dim=128": _model("head_dim", head_dim=128),
     "head_dim=256": _model("head_dim", head_dim=256),

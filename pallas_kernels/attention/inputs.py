@@ -43,6 +43,15 @@ def nameable(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     return checkpoint_name(o, ATTENTION), checkpoint_name(lse, ATTENTION)
 
 
+def mask_arrays(inputs: Inputs) -> tuple[list[str], list[jax.Array]]:
+    """Names and arrays, of those that are given, from which a kernel makes a block's mask; a window is [1]."""
+    names = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "window")
+    given = {name: array for name in names if (array := getattr(inputs, name)) is not None}
+    if inputs.window is not None:
+        given["window"] = inputs.window[None]
+    return list(given), list(given.values())
+
+
 def visible(inputs: Inputs, options: Options) -> jax.Array | None:
     """Which keys each query sees: bool [B or 1, T, S], or None when all see all."""
     T, S = inputs.q.shape[1], inputs.k.shape[1]

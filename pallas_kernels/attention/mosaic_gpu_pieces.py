@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.attention.inputs import Inputs, Options
+from pallas_kernels.attention.inputs import Inputs, Options, mask_arrays
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # rows of one warpgroup: a wgmma is 64 rows high
@@ -42,12 +42,7 @@ class Mask:
 
     def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int, keys_down: bool = False):
         self.options, self.keys, self.ragged = options, keys, keys != padded_keys
-        fields = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "window")
-        arrays = {name: getattr(padded, name) for name in fields}
-        if padded.window is not None:
-            arrays["window"] = padded.window[None]
-        self.names = [name for name in fields if arrays[name] is not None]
-        self.arrays = [arrays[name] for name in self.names]
+        self.names, self.arrays = mask_arrays(padded)
         bias = padded.bias
         self.per_query = bias is not None and bias.shape[2] > 1
         if bias is not None:

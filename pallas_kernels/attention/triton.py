@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _triton
 from pallas_kernels._triton import cover, dot, inside, load, pieces, store
 from pallas_kernels.attention.blocks import key_ranges, query_ranges
-from pallas_kernels.attention.inputs import Inputs, Options, nameable
+from pallas_kernels.attention.inputs import Inputs, Options, mask_arrays, nameable
 
 _LOG2E = math.log2(math.e)
 
@@ -273,12 +273,7 @@ class _Call:
         blocks = blocks.fit(self.T, self.S)
         self.bq, self.bkv = blocks.q, blocks.kv
         self.options = options
-        fields = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "window")
-        arrays = {name: getattr(inputs, name) for name in fields}
-        if inputs.window is not None:
-            arrays["window"] = inputs.window[None]
-        self.names = [name for name in fields if arrays[name] is not None]
-        self.arrays = [arrays[name] for name in self.names]
+        self.names, self.arrays = mask_arrays(inputs)
 
     def pieces(self, width: int) -> list[tuple[int, int]]:
         """(start, length) of the powers of two in which a row is taken."""
