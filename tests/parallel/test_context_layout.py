@@ -79,7 +79,7 @@ def test_causal_balance(layout, cp):
 def test_packed_balance(rng, cp, masks):
     """Documents of any length: the planner's devices do the same work, where equal tokens do not."""
     T = 1024
-    positions, ids = packed_rows(rng, 3, T, 6)
+    positions, ids = packed_rows(rng, 12, T, 6)
     positions[0], ids[0] = np.arange(T), 1  # one document
     dealt = context_layout.permute_batch({"positions": positions, "segment_ids": ids}, "packed", cp, **masks)
     pairs = pairs_per_device(dealt["positions"], dealt["segment_ids"], cp, **masks)
