@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -67,3 +68,16 @@ def interpreted(hardware: str) -> bool:
         return False
     name = type(params).__name__
     return hardware == ("triton" if params is True else "gpu" if "GPU" in name else "tpu")
+
+
+def unless_hopper() -> str | None:
+    """None where kernels for Hopper GPUs (sm90) run, their interpreter included; else the reason."""
+    kind = device_kind()
+    hopper = interpreted("gpu") or re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind)
+    return None if hopper else f"needs a Hopper GPU; this is {kind}"
+
+
+def unless_tpu() -> str | None:
+    """None where kernels for TPUs run, their interpreter included; else the reason."""
+    kind = device_kind()
+    return None if interpreted("tpu") or kind.startswith("TPU") else f"needs a TPU; this is {kind}"

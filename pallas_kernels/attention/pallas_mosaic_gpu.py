@@ -14,7 +14,6 @@ A kernel compiles only where its registers suffice; `Config` holds what a sweep 
 import functools
 import heapq
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +59,8 @@ def tuned(H: int, Hv: int) -> Config:
 
 def supported(inputs: Inputs, options: Options) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
-        return f"needs a Hopper GPU; this is {kind}"
+    if reason := _dispatch.unless_hopper():
+        return reason
     if inputs.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16. Got {inputs.q.dtype}"
     H, Hv = inputs.q.shape[3], inputs.v.shape[3]

@@ -7,7 +7,6 @@ neither copied nor computed, and a block that hides nothing is not masked. In th
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +36,8 @@ TUNED = Config()
 def supported(inputs: Inputs, options: Options) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
     del options
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("tpu") and not re.match(r"TPU", kind):
-        return f"needs a TPU; this is {kind}"
+    if reason := _dispatch.unless_tpu():
+        return reason
     if inputs.q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 and bfloat16. Got {inputs.q.dtype}"
     if max(inputs.q.shape[3], inputs.v.shape[3]) > 256:

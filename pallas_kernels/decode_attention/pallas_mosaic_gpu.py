@@ -11,7 +11,6 @@ bit by bit.
 import dataclasses
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -59,9 +58,8 @@ def tuned(H: int, Hv: int, itemsize: int) -> Config:
 
 def supported(inputs: Inputs, options: Options) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
-        return f"needs a Hopper GPU; this is {kind}"
+    if reason := _dispatch.unless_hopper():
+        return reason
     q, pages = inputs.q.dtype, inputs.k_pages.dtype
     if q not in (jnp.bfloat16, jnp.float16):
         return f"takes q in bfloat16 and float16. Got {q}"

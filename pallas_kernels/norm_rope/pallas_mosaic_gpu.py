@@ -9,7 +9,6 @@ share a multiprocessor. (On an H100 tiles of two and four times the size were no
 
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -27,9 +26,8 @@ _BLOCKS = 1024  # of the backward pass at least: more than run at one time
 
 def supported(x: jax.Array, scale: jax.Array | None) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
-        return f"needs a Hopper GPU; this is {kind}"
+    if reason := _dispatch.unless_hopper():
+        return reason
     if scale is None:
         return "norms and rotates; XLA rotates alone"
     if x.dtype not in (jnp.bfloat16, jnp.float16):

@@ -4,8 +4,6 @@ Few rows, activations in bfloat16 or rounded to 8 bits: pallas_mosaic_gpu_few. M
 pallas_mosaic_gpu_many.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 
@@ -18,9 +16,8 @@ from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_many import matmul_many, 
 def supported(x, w: QuantizedArray, dtype) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
     del dtype
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
-        return f"needs a Hopper GPU; this is {kind}"
+    if reason := _dispatch.unless_hopper():
+        return reason
     if 0 in (*x.shape, *w.values.shape):
         return f"takes at least one number. Got x {x.shape}, w {w.values.shape}"
     if w.activations is None:

@@ -5,7 +5,6 @@ dequantized leaves the chip. int8 activations meet int8 weights in int8.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,8 @@ _ROWS, _COLUMNS, _DEPTH = 256, 512, 1024  # of the largest blocks
 
 def supported(x, w: QuantizedArray, dtype) -> str | None:
     """None, or the reason why this kernel cannot run this call."""
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("tpu") and not re.match(r"TPU", kind):
-        return f"needs a TPU; this is {kind}"
+    if reason := _dispatch.unless_tpu():
+        return reason
     if (x.dtype != jnp.bfloat16 and w.activations is None) or dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes x in bfloat16, or rounded to int8, to float32 and bfloat16. Got x {x.dtype}, out {dtype}"
     if w.values.dtype not in (jnp.int4, jnp.int8):

@@ -5,8 +5,6 @@ groups have few rows: pallas_mosaic_gpu_few, which reads the values as they lie.
 the memory are what is waited for, the matrices are dequantized in memory for the kernel of ragged_dot.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 
@@ -19,9 +17,8 @@ from pallas_kernels.ragged_dot import pallas_mosaic_gpu as dense
 
 def supported(lhs, rhs: QuantizedArray, dtype) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
-        return f"needs a Hopper GPU; this is {kind}"
+    if reason := _dispatch.unless_hopper():
+        return reason
     if 0 in (*lhs.shape, *rhs.shape):
         return f"takes at least one number. Got lhs {lhs.shape}, rhs {rhs.shape}"
     if rhs.activations is not None:

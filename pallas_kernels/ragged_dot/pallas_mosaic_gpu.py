@@ -13,7 +13,6 @@ results repeat bit by bit.
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +60,8 @@ def tuned(height: int, width: int) -> Config:
 
 def supported(lhs, rhs, dtype) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
-        return f"needs a Hopper GPU; this is {kind}"
+    if reason := _dispatch.unless_hopper():
+        return reason
     if lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16. Got {lhs.dtype}"
     _, K, N = rhs.shape

@@ -7,7 +7,6 @@ group where the sum runs over its rows.
 """
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +35,8 @@ TUNED = Config()
 
 def supported(lhs, rhs, dtype) -> str | None:
     """None, or the reason why these kernels cannot run this call."""
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("tpu") and not re.match(r"TPU", kind):
-        return f"needs a TPU; this is {kind}"
+    if reason := _dispatch.unless_tpu():
+        return reason
     if lhs.dtype not in (jnp.float32, jnp.bfloat16) or dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 and bfloat16. Got {lhs.dtype}, out {dtype}"
     _, K, N = rhs.shape

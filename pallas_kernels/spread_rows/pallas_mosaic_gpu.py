@@ -7,7 +7,6 @@ holds its row until the next one asks. Rows of 2048, 8 places each, on one H100:
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +26,8 @@ _MOST_PLACES = 16  # of a row: their stores are written out
 def supported(x, token, place) -> str | None:
     """None, or the reason why this kernel cannot run this call."""
     del token
-    kind = _dispatch.device_kind()
-    if not _dispatch.interpreted("gpu") and not re.search(r"\b(H100|H200|H800|H20|GH200)\b", kind):
-        return f"needs a Hopper GPU; this is {kind}"
+    if reason := _dispatch.unless_hopper():
+        return reason
     if jnp.dtype(x.dtype).itemsize not in (2, 4):
         return f"copies rows of 2 or 4 bytes a number. Got {x.dtype}"
     if x.shape[1] % 64 or 0 in x.shape or place.shape[1] > _MOST_PLACES:
