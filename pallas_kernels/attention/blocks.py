@@ -23,43 +23,73 @@ def query_ranges(inputs: Inputs, options: Options, block_q: int, tile: int):
 def _meetings(inputs: Inputs, options: Options, block_q: int, block_kv: int):
     """bool [B or 1, query blocks, key blocks]: may any pair see each other; do all pairs surely.
 
-    Known from the smallest and largest position and segment id of each block; numpy where nothing of it is traced, so
-    that a plain causal mask costs no operation on the device.
+    Known from the smallest and largest position and segment id of each block, and from the positions of its first and
+    last document: positions may restart, and where two documents meet in a block those of one say nothing of the other.
+    Exact where no document is shorter than a block. Numpy where nothing of it is traced, so that a plain causal mask
+    costs no operation on the device.
     """
     T, S = inputs.q.shape[1], inputs.k.shape[1]
     given = (inputs.q_positions, inputs.q_segment_ids, inputs.window)
     xp: Any = np if all(x is None for x in given) else jnp
 
-    def extremes(x, block):
-        """The smallest and largest of each block; the last block repeats its last element."""
-        x = xp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge")
-        x = x.reshape(x.shape[0], -1, block)
-        return x.min(axis=2), x.max(axis=2)
+    def cut(x, block):
+        """[B, blocks, block]; the last block repeats its last element."""
+        return xp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge").reshape(x.shape[0], -1, block)
 
     q_pos = xp.arange(T, dtype=np.int32)[None] if inputs.q_positions is None else inputs.q_positions
     kv_pos = xp.arange(S, dtype=np.int32)[None] if inputs.kv_positions is None else inputs.kv_positions
-    q_min, q_max = (x[:, :, None] for x in extremes(q_pos, block_q))
-    kv_min, kv_max = (x[:, None, :] for x in extremes(kv_pos, block_kv))
-    some = xp.ones((1, q_min.shape[1], kv_min.shape[2]), bool)
-    whole = xp.arange(1, kv_min.shape[2] + 1) * block_kv <= S  # padded keys are always masked
+    q_pos, kv_pos = cut(q_pos, block_q), cut(kv_pos, block_kv)
+    queries = [x(axis=2)[:, :, None] for x in (q_pos.min, q_pos.max)]
+    keys = [x(axis=2)[:, None, :] for x in (kv_pos.min, kv_pos.max)]
+    some = xp.ones((1, queries[0].shape[1], keys[0].shape[2]), bool)
+    whole = xp.arange(1, keys[0].shape[2] + 1) * block_kv <= S  # padded keys are always masked
     every = xp.broadcast_to(whole[None, None] & (inputs.bias is None), some.shape)  # a bias of -inf hides, too
+    near = queries, keys  # positions of those that may see each other
+    if inputs.q_segment_ids is not None:
+        assert inputs.kv_segment_ids is not None
+        q_ids, kv_ids = cut(inputs.q_segment_ids, block_q), cut(inputs.kv_segment_ids, block_kv)
+        q_ends, kv_ends = _Ends(q_pos, q_ids, (..., None)), _Ends(kv_pos, kv_ids, (slice(None), None, slice(None)))
+        first, last = jnp.maximum(q_ends.low, kv_ends.low), jnp.minimum(q_ends.high, kv_ends.high)
+        some = some & (first <= last)
+        every = every & q_ends.alone & kv_ends.alone & (q_ends.low == kv_ends.low)
+        near = q_ends.of(first, first == last, *queries), kv_ends.of(first, first == last, *keys)
     left, right = options.window
     if options.causal:
         right = 0 if right is None else min(right, 0)
     if inputs.window is not None:
         far = inputs.window - 1
         left, right = far, (jnp.minimum(far, 0) if options.causal else far)
+    (q_near, q_far), (kv_near, kv_far) = near
     if left is not None:
-        some, every = some & (kv_max - q_min >= -left), every & (kv_min - q_max >= -left)
+        some, every = some & (kv_far - q_near >= -left), every & (keys[0] - queries[1] >= -left)
     if right is not None:
-        some, every = some & (kv_min - q_max <= right), every & (kv_max - q_min <= right)
-    if inputs.q_segment_ids is not None:
-        assert inputs.kv_segment_ids is not None
-        q_low, q_high = (x[:, :, None] for x in extremes(inputs.q_segment_ids, block_q))
-        kv_low, kv_high = (x[:, None, :] for x in extremes(inputs.kv_segment_ids, block_kv))
-        some = some & (q_low <= kv_high) & (kv_low <= q_high) & (q_high > 0) & (kv_high > 0)
-        every = every & (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low) & (q_low != 0)
+        some, every = some & (kv_near - q_far <= right), every & (keys[1] - queries[0] <= right)
     return some, every
+
+
+class _Ends:
+    """The first and the last document of each block, padding aside, and where their tokens stand. `at` indexes
+    [B, blocks] for the table of meetings."""
+
+    def __init__(self, positions: jax.Array, ids: jax.Array, at: Any):
+        none = jnp.iinfo(jnp.int32)
+        low, high = jnp.where(ids > 0, ids, none.max).min(axis=2), ids.max(axis=2)
+
+        def reach(document):
+            here = ids == document[:, :, None]
+            smallest = jnp.where(here, positions, none.max).min(axis=2)
+            return smallest[at], jnp.where(here, positions, none.min).max(axis=2)[at]
+
+        self.low, self.high, self.alone = low[at], high[at], ((ids.min(axis=2) == high) & (high > 0))[at]
+        self.first, self.last = reach(low), reach(high)
+
+    def of(self, document, only, smallest, largest):
+        """The smallest and largest position of a block's tokens of this document, where it is the only one that
+        matters; of all its tokens otherwise."""
+        first, last = only & (document == self.low), only & (document == self.high)
+        return [
+            jnp.where(first, x, jnp.where(last, y, z)) for x, y, z in zip(self.first, self.last, (smallest, largest))
+        ]
 
 
 def _ranges(some, every):

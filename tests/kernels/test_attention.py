@@ -338,14 +338,16 @@ def test_block_tables_hold_every_visible_pair(rng):
     q, k = jnp.zeros((2, T, 1, 1)), jnp.zeros((2, S, 1, 1))
     ids = [jnp.asarray(np.sort(rng.integers(0, 4, (2, n)), axis=1), jnp.int32) for n in (T, S)]
     positions = [jnp.asarray(np.sort(rng.integers(0, 50, (2, n)), axis=1), jnp.int32) for n in (T, S)]
-    for _ in range(16):
-        causal, packed, placed = rng.random(3) < 0.5
+    shuffled = [jnp.asarray(rng.integers(0, 50, (2, n)), jnp.int32) for n in (T, S)]
+    for _ in range(24):
+        causal, packed, placed, anyhow = rng.random(4) < 0.5
         static = [(None, None), (int(rng.integers(0, 40)), None), (None, int(rng.integers(0, 40))), (5, 3)]
         inputs, options = Inputs(q, k, k), Options(bool(causal), static[rng.integers(4)], 1.0, None)
         if packed:
             inputs = inputs._replace(q_segment_ids=ids[0], kv_segment_ids=ids[1])
         if placed:
-            inputs = inputs._replace(q_positions=positions[0], kv_positions=positions[1])
+            q_positions, kv_positions = shuffled if anyhow else positions
+            inputs = inputs._replace(q_positions=q_positions, kv_positions=kv_positions)
         if options.window == (None, None):
             inputs = inputs._replace(window=jnp.int32(rng.integers(1, 60)))
         mask = visible(inputs, options)
@@ -368,15 +370,27 @@ def test_block_tables_hold_every_visible_pair(rng):
             )
 
 
-def test_packed_documents_cost_what_they_cost():
-    """Sixteen documents in one row: the tables visit little more than the blocks on their diagonals."""
-    ids = jnp.asarray(np.repeat(np.arange(1, 17), 1024)[None], jnp.int32)
-    q = jnp.zeros((1, ids.shape[1], 1, 1))
-    inputs = Inputs(q, q, q, q_segment_ids=ids, kv_segment_ids=ids)
-    table = np.asarray(key_ranges(inputs, Options(True, (None, None), 1.0, None), 128, 128))
-    visited, masked = (table[..., 3] - table[..., 0]).sum(), (table[..., 2] - table[..., 1]).sum()
-    assert visited == 16 * 8 * 9 // 2
-    assert masked == 16 * 8 * 7 // 2
+@pytest.mark.parametrize("restart", [False, True])
+def test_packed_documents_cost_what_they_cost(rng, restart):
+    """Documents and padding of any lengths of a block and more: the tables visit the blocks in which a pair is visible,
+    whether positions restart with each document or not, and mask only those that hide one."""
+    block, lengths = 16, rng.integers(16, 200, 12)
+    ids = np.repeat([*range(1, 12), 0], lengths)[None]
+    order = np.arange(ids.shape[1], dtype=np.int32)[None]
+    positions = jnp.asarray(order - (np.searchsorted(ids[0, : -lengths[-1]], ids[0]) if restart else 0))
+    q, ids = jnp.zeros((1, ids.shape[1], 1, 1)), jnp.asarray(ids, jnp.int32)
+    inputs = Inputs(q, q, q, None, None, ids, ids, positions, positions)
+    options = Options(True, [(None, None), (40, None)][rng.integers(2)], 1.0, None)
+    mask = np.asarray(visible(inputs, options))[0]
+    mask = np.pad(mask, [(0, -len(mask) % block)] * 2).reshape(-1, block, -(-len(mask) // block), block)
+    visible_blocks, full_blocks = mask.any((1, 3)), mask.all((1, 3))
+    for ranges, some, every in (
+        (key_ranges, visible_blocks, full_blocks),
+        (query_ranges, visible_blocks.T, full_blocks.T),
+    ):
+        lo, full_lo, full_hi, hi = np.asarray(ranges(inputs, options, block, block))[0].T
+        np.testing.assert_array_equal(hi - lo, some.sum(axis=1))
+        np.testing.assert_array_equal((full_hi - full_lo)[:-1], every.sum(axis=1)[:-1])
 
 
 # Transformations.
