@@ -5,14 +5,13 @@ python benchmarks/plan/accuracy.py --table benchmarks/plan/accuracy.jsonl       
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+import rows as benchmark
 
 # model, pod, mesh, rows, tokens of a row, remat, micro-batches
 ROWS = [
@@ -45,7 +44,7 @@ ROWS = [
 ]
 
 
-def measure(row: tuple, quick: bool) -> dict:
+def measure(row: tuple, args: argparse.Namespace) -> dict:
     """Compiles one row in this process."""
     from jaxscale.config import MeshConfig
     from jaxscale.models.presets import preset
@@ -60,12 +59,12 @@ def measure(row: tuple, quick: bool) -> dict:
         seq_len=seq_len,
         remat=remat,
         accum_steps=accum,
-        quick=quick,
+        quick=args.quick,
     )
     return {
         "row": row,
         "date": time.strftime("%Y-%m-%d"),
-        "quick": quick,
+        "quick": args.quick,
         "memory": compiled.memory._asdict(),
         "census": [r._asdict() for r in compiled.census.rows],
         "seconds": compiled.trace_seconds + compiled.compile_seconds,
@@ -84,8 +83,7 @@ def table(path: Path) -> str:
         "| seconds | host |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    newest = {tuple(r["row"]): r for r in map(json.loads, path.read_text().splitlines())}
-    for record in (newest[row] for row in ROWS if row in newest):
+    for record in benchmark.newest(path, ROWS):
         name, pod, mesh, rows, seq_len, remat, accum = record["row"]
         guess = estimate(
             preset(name),
@@ -112,28 +110,5 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="rows whose model, pod or mesh holds this text")
-    parser.add_argument("--quick", action="store_true", help="XLA's lowest optimisation level")
-    parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"))
-    parser.add_argument("--one", type=int, help="compile this row and print it")
-    parser.add_argument("--table", type=Path, help="print the table of a file that --out wrote")
-    args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
-    elif args.one is not None:
-        print(json.dumps(measure(ROWS[args.one], args.quick)))
-    else:
-        for i, row in enumerate(ROWS):
-            if args.rows in " ".join(map(str, row)):  # a process each: its peak memory is its own
-                command = [sys.executable, __file__, "--one", str(i), *["--quick"] * args.quick]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                print(row, "done" if done.returncode == 0 else "failed", flush=True)
-                if done.returncode == 0:
-                    with args.out.open("a") as file:
-                        file.write(done.stdout.splitlines()[-1] + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    benchmark.main(__doc__, __file__, ROWS, measure, table, quick="XLA's lowest optimisation level")

@@ -7,16 +7,15 @@ python benchmarks/plan/pods.py --table benchmarks/plan/pods.jsonl  # the table o
 
 import argparse
 import itertools
-import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+import rows as benchmark
 
 MODELS = ("llama3-8b", "qwen3-30b-a3b", "llama3-70b", "llama3-405b")
 PODS = ("v5p:8x8x8", "v6e:16x16", "tpu7x:4x4x4", "h200:128x8")
@@ -26,14 +25,16 @@ BATCH = 1024  # rows of a step: 8M tokens
 QUICK = ("v5p", "v6e", "tpu7x")
 
 
-def measure(name: str, pod: str) -> dict:
+def measure(row: tuple[str, str], args: argparse.Namespace) -> dict:
     """Plans and compiles one row in this process."""
+    del args
     from jaxscale.models.presets import preset
     from jaxscale.plan.aot import compile_step
     from jaxscale.plan.search import search
 
+    name, pod = row
     found = {
-        "row": (name, pod),
+        "row": row,
         "date": time.strftime("%Y-%m-%d"),
         "versions": {p: metadata.version(p) for p in ("jax", "libtpu", "jax-cuda13-plugin")},
         "load": os.getloadavg()[0],
@@ -85,14 +86,13 @@ def table(path: Path) -> str:
     from jaxscale.models.presets import preset
     from jaxscale.plan.estimate import estimate
 
-    newest = {tuple(r["row"]): r for r in map(json.loads, path.read_text().splitlines())}
     lines = [
         "| model | pod | best mesh | step, estimated | of the matmul rate | memory: compiler | estimate | "
         "payload: estimate to compiler | seconds | CPU seconds | host |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for model, pod in (key for key in ROWS if key in newest):
-        r = newest[model, pod]
+    for r in benchmark.newest(path, ROWS):
+        model, pod = r["row"]
         spent = f"{r['seconds']:.0f}{', quick' if r.get('quick') else ''} | {r['cpu_seconds']:.0f} | "
         spent += f"{r['host_bytes'] / 1e9:.1f} GB |"
         if "refused" in r:
@@ -112,26 +112,5 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="rows whose model or pod holds this text")
-    parser.add_argument("--out", type=Path, default=Path("pods.jsonl"))
-    parser.add_argument("--one", type=int, help="measure this row and print it")
-    parser.add_argument("--table", type=Path, help="print the table of a file that --out wrote")
-    args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
-    elif args.one is not None:
-        print(json.dumps(measure(*ROWS[args.one])))
-    else:
-        for i, row in enumerate(ROWS):
-            if args.rows in " ".join(row):  # a process each: its peak memory is its own
-                done = subprocess.run([sys.executable, __file__, "--one", str(i)], stdout=subprocess.PIPE, text=True)
-                print(row, "done" if done.returncode == 0 else "failed", flush=True)
-                if done.returncode == 0:
-                    with args.out.open("a") as file:
-                        file.write(done.stdout.splitlines()[-1] + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    benchmark.main(__doc__, __file__, ROWS, measure, table)
