@@ -11,20 +11,17 @@ several times the L2. TFLOP/s count the pairs of positions that see each other, 
 backward.
 """
 
-import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
-import queue
-import subprocess
 import sys
-import threading
-import time
 
-ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import runner
 
 JOB_SECONDS = 60  # compiling three kernels takes about ten
 
@@ -118,8 +115,6 @@ def make(work: Work, implementation: str, variant: str):
 
         return functools.partial(tokamax.dot_product_attention, is_causal=work.causal)
 
-    import importlib
-
     gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
     from pallas_kernels import attention
 
@@ -148,7 +143,6 @@ def check(work: Work, implementation: str, variant: str) -> dict:
     """Relative errors of o, dq, dk, dv against float32, cuDNN's beside them, and whether two runs agree bit by bit."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     small = dataclasses.replace(
         work, B=2, T=1000 if work.documents or work.window else 1024, N=4, K=4 * work.K // work.N
@@ -161,12 +155,8 @@ def check(work: Work, implementation: str, variant: str) -> dict:
 
     def errors(f):
         run = jax.jit(with_backward(f))
-        got = jax.tree.leaves(run(*x))
-        again = jax.tree.leaves(run(*x))
-        same = all(bool(jnp.array_equal(a, b)) for a, b in zip(got, again))
-        norm = lambda a: float(np.linalg.norm(np.asarray(a, np.float64)))
-        pairs = zip(got, jax.tree.leaves(exact))
-        return [norm(a.astype(jnp.float32) - b) / norm(b) for a, b in pairs], same
+        got = run(*x)
+        return runner.errors(got, exact), runner.same(got, run(*x))
 
     ours, same = errors(make(small, implementation, variant))
     bound = [1e-2] * 4
@@ -178,30 +168,11 @@ def check(work: Work, implementation: str, variant: str) -> dict:
     return {"error": "; ".join(wrong), "worst": max(ours), "seed": seed}
 
 
-def measure(run, args) -> tuple[float, float]:
-    """Median milliseconds of one call, and the seconds that compiling took."""
-    import jax
-    import numpy as np
-
-    start = time.perf_counter()
-    compiled = jax.jit(run).lower(*args).compile()
-    seconds = time.perf_counter() - start
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        out = [compiled(*args) for _ in range(16)]
-        jax.block_until_ready(out[-1])
-        times.append((time.perf_counter() - start) / 16)
-        del out
-    return float(np.median(times)) * 1e3, seconds
-
-
 def timing(work: Work, implementation: str, variant: str) -> dict:
     f = make(work, implementation, variant)
     q, k, v, do = arrays(work, 0)
-    forward, compile_forward = measure(f, (q, k, v))
-    both, compile_both = measure(with_backward(f), (q, k, v, do))
+    forward, compile_forward = runner.measure(f, q, k, v)
+    both, compile_both = runner.measure(with_backward(f), q, k, v, do)
     return {"fwd": forward, "both": both, "compile": compile_forward + compile_both}
 
 
@@ -217,111 +188,24 @@ def torch_timing(work: Work) -> dict:
         torch.nn.functional.scaled_dot_product_attention, is_causal=work.causal, enable_gqa=work.K != work.N
     )
 
-    def median(f):
-        for _ in range(3):
-            f()
-        times = []
-        for _ in range(9):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(16):
-                f()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 16)
-        return sorted(times)[4]
-
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         with torch.no_grad():
-            forward = median(lambda: attend(q, k, v))
-        both = median(lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), do))
+            forward = runner.measure_torch(lambda: attend(q, k, v))
+        both = runner.measure_torch(lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), do))
     return {"fwd": forward, "both": both, "compile": 0.0}
 
 
-def copy_bandwidth() -> dict:
-    """Bytes read and written a second by a copy of 4 GiB, and the rate of a large matmul."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jax.random.normal(jax.random.key(0), (2**30,), jnp.float32)
-    ms, _ = measure(lambda x: x + 1, (x,))
-    del x
-    a = jax.random.normal(jax.random.key(1), (8192, 8192), jnp.bfloat16)
-    matmul, _ = measure(lambda a: a @ a, (a,))
-    device = jax.devices()[0]
-    return {
-        "GB/s": 2 * 2**32 / ms / 1e6,
-        "matmul": 2 * 8192**3 / matmul / 1e9,
-        "device": device.device_kind,
-        "jax": jax.__version__,
-    }
-
-
-def child() -> None:
-    """Jobs as lines of JSON in, results out."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints is not a result
-    for line in sys.stdin:
-        kind, name, implementation, variant = json.loads(line)
-        try:
-            if kind == "ceilings":
-                result = copy_bandwidth()
-            elif kind == "check":
-                result = check(WORKS[name], implementation, variant)
-            elif implementation == "torch":
-                result = torch_timing(WORKS[name])
-            else:
-                result = timing(WORKS[name], implementation, variant)
-        except Exception as e:
-            result = {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"}
-        print(json.dumps(result), file=out, flush=True)
+def do(job) -> dict:
+    kind, name, implementation, variant = job
+    if kind == "ceilings":
+        return runner.ceilings()
+    work = WORKS[name]
+    if implementation == "torch":
+        return torch_timing(work)
+    return (check if kind == "check" else timing)(work, implementation, variant)
 
 
 # In the parent.
-
-
-class Worker:
-    """A child process; a fresh one after a job that did not answer in time or took the process down."""
-
-    def __init__(self):
-        self.process = None
-
-    def run(self, job, seconds: float) -> dict:
-        if self.process is None:
-            environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, "--child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            self.lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            line = self.lines.get(timeout=seconds)
-        except (queue.Empty, BrokenPipeError):
-            line = ""
-        if not line:
-            code = self.process.poll()
-            self.stop()
-            return {"error": f"no answer in {seconds:.0f} s" if code is None else f"the process ended with {code}"}
-        return json.loads(line)
-
-    @staticmethod
-    def read(process, lines):
-        for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    def stop(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
 
 
 def jobs():
@@ -342,29 +226,13 @@ def jobs():
             yield "time", name, "mosaic_gpu", variant
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", default="", help="run the jobs whose work, backend or variant holds this word")
-    parser.add_argument("--seconds", type=float, default=510, help="start no job after this many seconds")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = runner.parser(__doc__, 510).parse_args(argv)
     if args.child:
-        child()
-        return
-    start, worker, results = time.perf_counter(), Worker(), {}
-    for job in jobs():
-        kind, name, implementation, variant = job
-        left = args.seconds - (time.perf_counter() - start)
-        if left < 5 or not (kind == "ceilings" or args.only in f"{name} {implementation} {variant}"):
-            continue
-        if kind == "time" and results.get(("check", *job[1:]), {}).get("error"):
-            continue
-        if implementation == "tokamax" and any("No module" in r.get("error", "") for r in results.values()):
-            continue
-        results[job] = worker.run(job, min(JOB_SECONDS, left + 25))
-        print(f"[{time.perf_counter() - start:4.0f} s]", *job, results[job], flush=True)
-    worker.stop()
+        return runner.serve(do)
+    results = runner.run(jobs(), do, args, JOB_SECONDS, __file__)
     print_table(results)
+    return runner.status(results)
 
 
 def print_table(results) -> None:
@@ -375,12 +243,13 @@ def print_table(results) -> None:
         "  cuDNN's time over this: fwd, f+b"
     )
     rates = {}
-    for (kind, name, implementation, variant), r in results.items():
+    for job, r in results.items():
+        kind, name, implementation, variant = job
         if kind == "ceilings" or (kind == "check" and not r.get("error")):
             continue
         label = implementation if not variant else f"{implementation} {variant}"
-        if r.get("error"):
-            print(f"{name:20}{label:24}{'WRONG' if kind == 'check' else 'FAILED':>10}  {r['error']}")
+        if trouble := runner.trouble(job, r):
+            print(f"{name:20}{label:24}{trouble}")
             continue
         work = WORKS[name]
         rate = flops(work, False) / r["fwd"] / 1e9, flops(work, True) / r["both"] / 1e9
@@ -398,4 +267,4 @@ def print_table(results) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

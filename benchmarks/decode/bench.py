@@ -9,20 +9,17 @@ one watches: a job that hangs costs its time limit, not the run. A work that is 
 medians of rounds of calls issued back to back. GB/s count the keys and values of all sequences once, nothing else.
 """
 
-import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
-import queue
-import subprocess
 import sys
-import threading
-import time
 
-ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import runner
 
 JOB_SECONDS = 30
 
@@ -129,8 +126,6 @@ def arrays(work: Work, seed: int):
 
 
 def make(work: Work, implementation: str, variant: str):
-    import importlib
-
     import jax
 
     from pallas_kernels import decode_attention
@@ -192,28 +187,9 @@ def check(work: Work, implementation: str, variant: str) -> dict:
     exact = dense(small, args)
     error = float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
     wrong = [] if error < 1e-2 else [f"relative error {error:.4f} > 0.01"]
-    if not bool(jnp.array_equal(got, again)):
+    if not runner.same(got, again):
         wrong.append("two runs differ")
     return {"error": "; ".join(wrong), "worst": error, "seed": seed}
-
-
-def measure(run, args, rounds=9, calls=8) -> tuple[float, float]:
-    """Median milliseconds of one call, and the seconds that compiling took."""
-    import jax
-    import numpy as np
-
-    start = time.perf_counter()
-    compiled = run.lower(args).compile()
-    seconds = time.perf_counter() - start
-    jax.block_until_ready(compiled(args))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        out = [compiled(args) for _ in range(calls)]
-        jax.block_until_ready(out[-1])
-        times.append((time.perf_counter() - start) / calls)
-        del out
-    return float(np.median(times)) * 1e3, seconds
 
 
 HELD: dict = {}  # the arrays of the last timed work: drawing 4 GB takes longer than reading them
@@ -228,22 +204,12 @@ def held(work: Work):
     return {**args, "q": args["q"][:, : work.T]}
 
 
-def kernels(run, args) -> dict:
-    """Microseconds of each kernel of a call, as the GPU's own profiler counts them."""
-    try:
-        from jax.experimental.mosaic.gpu import profiler
-
-        _, times = profiler.measure(run, aggregate=False)(args)
-        return {name: round(ms * 1e3, 1) for name, ms in times}
-    except Exception as e:
-        return {"not profiled": f"{type(e).__name__}: {str(e)[:80]}"}
-
-
 def timing(work: Work, implementation: str, variant: str) -> dict:
     args = held(work)
     run = make(work, implementation, variant)
-    ms, seconds = measure(run, args, *((9, 8) if implementation != "xla" else (3, 2)))
-    return {"ms": ms, "compile": seconds, "kernels": kernels(run, args) if implementation == "mosaic_gpu" else {}}
+    ms, seconds = runner.measure(run, args)
+    kernels = runner.profile(run, args)[1] if implementation == "mosaic_gpu" else {}
+    return {"ms": ms, "compile": seconds, "kernels": {name: round(sum(us), 1) for name, us in kernels.items()}}
 
 
 def torch_timing(work: Work) -> dict:
@@ -253,102 +219,27 @@ def torch_timing(work: Work) -> dict:
     new = lambda n, t: torch.randn((work.B, n, t, work.H), device="cuda", dtype=torch.bfloat16)
     q, k, v = new(work.N, work.T), new(work.K, work.S), new(work.K, work.S)
     attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    times = []
     with torch.no_grad():
-        for _ in range(6):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(4):
-                attend()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 4)
-    return {"ms": sorted(times[1:])[2], "compile": 0.0}
+        return {"ms": runner.measure_torch(attend, rounds=5, calls=4), "compile": 0.0}
 
 
-def copy_bandwidth() -> dict:
-    """Bytes read and written a second by a copy of 4 GiB."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jax.random.normal(jax.random.key(0), (2**30,), jnp.float32)
-    ms, _ = measure(jax.jit(lambda x: x + 1), x)
-    device = jax.devices()[0]
-    return {"GB/s": 2 * 2**32 / ms / 1e6, "device": device.device_kind, "jax": jax.__version__}
-
-
-def child() -> None:
-    """Jobs as lines of JSON in, results out."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints is not a result
-    for line in sys.stdin:
-        kind, name, implementation, variant = json.loads(line)
-        work = (WORKS | CHECKS).get(name, Work())
-        try:
-            if kind == "copy":
-                result = copy_bandwidth()
-            elif kind == "check":
-                result = check(work, implementation, variant)
-            elif implementation == "torch":
-                HELD.clear()
-                result = torch_timing(work)
-            else:
-                result = timing(work, implementation, variant)
-        except Exception as e:
-            result = {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"}
-        print(json.dumps(result), file=out, flush=True)
+def do(job) -> dict:
+    kind, name, implementation, variant = job
+    if kind == "ceilings":
+        return runner.ceilings()
+    work = (WORKS | CHECKS)[name]
+    if implementation == "torch":
+        HELD.clear()
+        return torch_timing(work)
+    return (check if kind == "check" else timing)(work, implementation, variant)
 
 
 # In the parent.
 
 
-class Worker:
-    """A child process; a fresh one after a job that did not answer in time or took the process down."""
-
-    def __init__(self):
-        self.process = None
-
-    def run(self, job, seconds: float) -> dict:
-        if self.process is None:
-            environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, "--child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            self.lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            line = self.lines.get(timeout=seconds)
-        except (queue.Empty, BrokenPipeError):
-            line = ""
-        if not line:
-            code = self.process.poll()
-            self.stop()
-            return {"error": f"no answer in {seconds:.0f} s" if code is None else f"the process ended with {code}"}
-        return json.loads(line)
-
-    @staticmethod
-    def read(process, lines):
-        for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    def stop(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
 def jobs():
     """What the copy takes, the two works that matter, everything else, the peers, the variants."""
-    yield "copy", "", "", ""
+    yield "ceilings", "", "", ""
     for name in SWEPT:
         yield "check", name, "mosaic_gpu", "tuned"
     for name in SWEPT:
@@ -367,42 +258,26 @@ def jobs():
             yield "time", name, "mosaic_gpu", variant
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", default="", help="run the jobs whose work, backend or variant holds this word")
-    parser.add_argument("--seconds", type=float, default=90, help="start no job after this many seconds")
-    parser.add_argument("--json", type=pathlib.Path, help="write all results to this file")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = runner.parser(__doc__, 90).parse_args(argv)
     if args.child:
-        child()
-        return
-    start, worker, results = time.perf_counter(), Worker(), {}
-    for job in jobs():
-        kind, name, implementation, variant = job
-        left = args.seconds - (time.perf_counter() - start)
-        if left < 3 or not (kind == "copy" or args.only in f"{name} {implementation} {variant}"):
-            continue
-        if kind == "time" and results.get(("check", *job[1:]), {}).get("error"):
-            continue
-        results[job] = worker.run(job, min(JOB_SECONDS, left + 8))
-        print(f"[{time.perf_counter() - start:4.0f} s]", *job, results[job], flush=True)
-    worker.stop()
-    if args.json:
-        args.json.write_text(json.dumps([[*job, result] for job, result in results.items()], indent=1))
+        return runner.serve(do)
+    results = runner.run(jobs(), do, args, JOB_SECONDS, __file__)
     print_table(results)
+    return runner.status(results)
 
 
 def print_table(results) -> None:
-    copy = results.get(("copy", "", "", ""), {})
+    copy = results.get(("ceilings", "", "", ""), {})
     print(f"\n{json.dumps(copy)}")
     print(f"{'work':20}{'backend':24}{'worst err':>10}{'ms':>9}{'GB/s':>8}{'of copy':>9}")
-    for (kind, name, implementation, variant), r in results.items():
-        if kind == "copy" or (kind == "check" and name in WORKS and not r.get("error")):
+    for job, r in results.items():
+        kind, name, implementation, variant = job
+        if kind == "ceilings" or (kind == "check" and name in WORKS and not r.get("error")):
             continue
         label = f"{implementation} {variant}"
-        if r.get("error"):
-            print(f"{name:20}{label:24}{'WRONG' if kind == 'check' else 'FAILED':>10}  {r['error']}")
+        if trouble := runner.trouble(job, r):
+            print(f"{name:20}{label:24}{trouble}")
             continue
         worst = results.get(("check", name, implementation, variant), {}).get("worst")
         line = f"{name:20}{label:24}{'' if worst is None else f'{worst:.4f}':>10}"
@@ -413,4 +288,4 @@ def print_table(results) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

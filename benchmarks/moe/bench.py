@@ -10,21 +10,18 @@ timed. Times are medians of rounds of calls issued back to back. TFLOP/s count t
 for forward and backward; GB/s count the matrices of groups that have rows, and the rows in and out, once.
 """
 
-import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
-import queue
-import subprocess
 import sys
-import threading
-import time
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import runner
 
 JOB_SECONDS = 90
 
@@ -102,8 +99,6 @@ def arrays(work: Work, seed: int):
 
 def make(work: Work, implementation: str, variant: str):
     """The function lhs, rhs, group sizes -> out."""
-    import importlib
-
     import jax
 
     if implementation == "dense":
@@ -136,7 +131,6 @@ def check(work: Work, implementation: str, variant: str) -> dict:
     """Relative errors of the output and both gradients against float32 at full size, and whether two runs agree."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     seed = int.from_bytes(os.urandom(3), "little")
     x = arrays(work, seed)
@@ -145,29 +139,11 @@ def check(work: Work, implementation: str, variant: str) -> dict:
         exact = jax.jit(with_backward(make(work, "xla", "tuned")))(*wide)
     run = jax.jit(with_backward(make(work, implementation, variant)))
     got, again = run(*x), run(*x)
-    norm = lambda a: float(jnp.sqrt(jnp.sum(jnp.square(a.astype(jnp.float32)))))
-    errors = [norm(a.astype(jnp.float32) - b) / norm(b) for a, b in zip(got, exact, strict=True)]
+    errors = runner.errors(got, exact)
     wrong = [f"{n} {e:.4f} > 0.01" for n, e in zip(("out", "d_lhs", "d_rhs"), errors) if not e <= 1e-2]
-    if not all(bool(jnp.array_equal(a, b)) for a, b in zip(got, again, strict=True)):
+    if not runner.same(got, again):
         wrong.append("two runs differ")
-    return {"error": "; ".join(wrong), "worst": float(np.max(errors)), "seed": seed}
-
-
-def measure(run, args, rounds: int = 9, calls: int = 16) -> float:
-    """Median milliseconds of one call."""
-    import jax
-    import numpy as np
-
-    compiled = jax.jit(run).lower(*args).compile()
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = compiled(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times)) * 1e3
+    return {"error": "; ".join(wrong), "worst": max(errors), "seed": seed}
 
 
 def timing(work: Work, implementation: str, variant: str) -> dict:
@@ -178,8 +154,8 @@ def timing(work: Work, implementation: str, variant: str) -> dict:
     f = make(work, implementation, variant)
     lhs, rhs, grad, sizes = arrays(work, 0)
     return {
-        "fwd": measure(f, (lhs, rhs, sizes)),
-        "both": measure(with_backward(f), (lhs, rhs, grad, sizes)),
+        "fwd": runner.measure(f, lhs, rhs, sizes)[0],
+        "both": runner.measure(with_backward(f), lhs, rhs, grad, sizes)[0],
     }
 
 
@@ -192,105 +168,19 @@ def torch_timing(work: Work) -> dict:
     grad = torch.randn(work.M, work.N, device="cuda", dtype=torch.bfloat16)
     run = lambda: torch._grouped_mm(lhs, rhs, offs=ends)
 
-    def median(f):
-        for _ in range(3):
-            f()
-        times = []
-        for _ in range(9):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(16):
-                f()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 16)
-        return sorted(times)[4]
-
     with torch.no_grad():
-        forward = median(run)
-    return {"fwd": forward, "both": median(lambda: torch.autograd.grad(run(), (lhs, rhs), grad))}
-
-
-def ceilings() -> dict:
-    """Bytes read and written a second by a copy of 4 GiB, and the rate of a large matmul."""
-    import jax
-    import jax.numpy as jnp
-
-    device = jax.devices()[0]
-    result = {"device": device.device_kind, "jax": jax.__version__}
-    if device.platform == "cpu":
-        return result
-    x = jax.random.normal(jax.random.key(0), (2**30,), jnp.float32)
-    result["GB/s"] = 2 * 2**32 / measure(lambda x: x + 1, (x,)) / 1e6
-    del x
-    a = jax.random.normal(jax.random.key(1), (8192, 8192), jnp.bfloat16)
-    return result | {"TFLOP/s": 2 * 8192**3 / measure(lambda a: a @ a, (a,)) / 1e9}
+        forward = runner.measure_torch(run)
+    return {"fwd": forward, "both": runner.measure_torch(lambda: torch.autograd.grad(run(), (lhs, rhs), grad))}
 
 
 def do(job) -> dict:
     kind, name, implementation, variant = job
-    work = (WORKS | TINY).get(name)
-    try:
-        if work is None:
-            return ceilings()
-        return (check if kind == "check" else timing)(work, implementation, variant)
-    except Exception as e:
-        text = str(e).strip()
-        return {"error": f"{type(e).__name__}: {text.splitlines()[0][:160] if text else ''}"}
-
-
-def child() -> None:
-    """Jobs as lines of JSON in, results out."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints is not a result
-    for line in sys.stdin:
-        print(json.dumps(do(json.loads(line))), file=out, flush=True)
+    if kind == "ceilings":
+        return runner.ceilings()
+    return (check if kind == "check" else timing)((WORKS | TINY)[name], implementation, variant)
 
 
 # In the parent.
-
-
-class Worker:
-    """A child process; a fresh one after a job that did not answer in time or took the process down."""
-
-    def __init__(self):
-        self.process = None
-
-    def run(self, job, seconds: float) -> dict:
-        if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, "--child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-            )
-            self.lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            line = self.lines.get(timeout=seconds)
-        except (queue.Empty, BrokenPipeError):
-            line = ""
-        if line:
-            return json.loads(line)
-        code = self.process.poll()
-        self.stop()
-        return {"error": f"no answer in {seconds:.0f} s" if code is None else f"the process ended with {code}"}
-
-    @staticmethod
-    def read(process, lines):
-        for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    def stop(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
 
 
 def jobs(tiny: bool):
@@ -317,28 +207,14 @@ def jobs(tiny: bool):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser = runner.parser(__doc__, 510)
     parser.add_argument("--tiny", action="store_true", help="small sizes, in this process, on any device")
-    parser.add_argument("--only", default="", help="run the jobs whose work, backend or variant holds this word")
-    parser.add_argument("--seconds", type=float, default=510, help="start no job after this many seconds")
     args = parser.parse_args(argv)
     if args.child:
-        child()
-        return 0
-    start, worker, results = time.perf_counter(), Worker(), {}
-    for job in jobs(args.tiny):
-        kind, name, implementation, variant = job
-        left = args.seconds - (time.perf_counter() - start)
-        if left < 5 or not (kind == "ceilings" or args.only in f"{name} {implementation} {variant}"):
-            continue
-        if kind == "time" and results.get(("check", *job[1:]), {}).get("error"):
-            continue
-        results[job] = do(job) if args.tiny else worker.run(job, min(JOB_SECONDS, left + 25))
-        print(f"[{time.perf_counter() - start:4.0f} s]", *job, results[job], flush=True)
-    worker.stop()
+        return runner.serve(do)
+    results = runner.run(jobs(args.tiny), do, args, JOB_SECONDS, None if args.tiny else __file__)
     print_table(results)
-    return 1 if any(r.get("error") for (kind, *_), r in results.items() if kind == "check") else 0
+    return runner.status(results)
 
 
 def print_table(results) -> None:
@@ -348,12 +224,13 @@ def print_table(results) -> None:
         f"{'work':14}{'backend':22}{'worst err':>10}{'fwd ms':>9}{'TFLOP/s':>9}{'GB/s':>7}{'f+b ms':>9}{'TFLOP/s':>9}"
         "  share of dense: fwd, f+b"
     )
-    for (kind, name, implementation, variant), r in results.items():
+    for job, r in results.items():
+        kind, name, implementation, variant = job
         if kind == "ceilings" or (kind == "check" and not r.get("error")):
             continue
         label = f"{implementation} {variant}".strip()
-        if r.get("error"):
-            print(f"{name:14}{label:22}{'WRONG' if kind == 'check' else 'FAILED':>10}  {r['error']}")
+        if trouble := runner.trouble(job, r):
+            print(f"{name:14}{label:22}{trouble}")
             continue
         work = (WORKS | TINY)[name]
         worst = results.get(("check", name, implementation, variant), {}).get("worst")

@@ -23,7 +23,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.moe.layer import configuration, inputs, layer, measure, parameters
+from benchmarks import runner
+from benchmarks.moe.layer import configuration, inputs, layer, parameters
 from jaxscale.mesh import make_mesh
 
 EP = "ep"
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit("devices.py compares devices with each other: it needs two or more. Got 1")
     rows, length = (2 * ep, 32) if args.tiny else (8, 4096)
     print(json.dumps({"device": jax.devices()[0].device_kind, "devices": ep, "jax": jax.__version__}))
-    mesh = make_mesh(ep=ep)
+    mesh, failed = make_mesh(ep=ep), 0
     split = NamedSharding(mesh, P(EP))
 
     n = rows * length // ep * (cfg.moe.top_k if not args.tiny else 1)
@@ -71,14 +72,15 @@ def main(argv: list[str] | None = None) -> int:
             continue
         with jax.set_mesh(mesh):
             try:
-                ms = measure(jax.shard_map(f, in_specs=P(EP), out_specs=P(EP)), (x,))
+                ms, _ = runner.measure(jax.shard_map(f, in_specs=P(EP), out_specs=P(EP)), x)
             except Exception as e:
-                print(f"{name:24} {type(e).__name__}: {str(e)[:160]}", flush=True)
+                failed = 1
+                print(f"{name:24}FAILED {runner.message(e)}", flush=True)
                 continue
         print(f"{name:24}{ms:9.3f} ms {size / ms / 1e6:7.1f} GB/s leave each device", flush=True)
     del x
     if not args.ways:
-        return 0
+        return failed
 
     params, specs = parameters(cfg)
     values = inputs(cfg, rows, length)
@@ -95,13 +97,13 @@ def main(argv: list[str] | None = None) -> int:
             lowered.append(jax.jit(layer(part, specs, "dots")).lower(*spread))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # side by side: compiling takes longer than running
         first, *others = pool.map(lambda program: program.compile(), lowered)
-    single = measure(first, alone)
+    single, _ = runner.measure(first, *alone)
     print(f"{'one device':34}{single:9.3f} ms", flush=True)
     for way, program in zip(args.ways, others, strict=True):
-        ms = measure(program, spread)
+        ms, _ = runner.measure(program, *spread)
         name = "ep={} {}, {} parts".format(ep, *way.split("/"))
         print(f"{name:34}{ms:9.3f} ms {single / ms:6.3f} x one device", flush=True)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

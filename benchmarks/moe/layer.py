@@ -11,13 +11,11 @@ to back.
 """
 
 import argparse
-import collections
 import dataclasses
 import functools
 import json
 import pathlib
 import sys
-import time
 from typing import Literal
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import runner
 from jaxscale.config import ModelConfig, MoEConfig
 from jaxscale.models import moe
 from jaxscale.sharding import saveable
@@ -89,20 +88,6 @@ def matmuls(p, h, sizes, gradients):
     return outs
 
 
-def measure(run, args, rounds: int = 7, calls: int = 4) -> float:
-    """Median milliseconds of one call of a function, which is compiled first unless it is."""
-    compiled = run if isinstance(run, jax.stages.Compiled) else jax.jit(run).lower(*args).compile()
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = compiled(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times)) * 1e3
-
-
 def inputs(cfg: ModelConfig, rows: int, length: int):
     keys = jax.random.split(jax.random.key(5), 2)
     return [jax.random.normal(k, (rows, length, cfg.embed_dim), cfg.dtype) for k in keys]
@@ -118,20 +103,7 @@ def check(cfg: ModelConfig, rows: int, length: int) -> float:
     with jax.default_matmul_precision("highest"):
         want = jax.jit(layer(exact, specs, "none"))(wide(params), wide(x), wide(grad))
         got = jax.jit(layer(cfg, specs, "dots"))(params, x, grad)
-    norm = lambda a: float(jnp.sqrt(jnp.sum(jnp.square(a.astype(jnp.float32)))))
-    error = lambda a, b: norm(a.astype(jnp.float32) - b) / norm(b)
-    return max(jax.tree.leaves(jax.tree.map(error, got, want)))
-
-
-def kernels(run: jax.stages.Compiled, args) -> list[tuple[str, float, int]]:
-    """(name, milliseconds, how many) of the kernels of one call, the longest first."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    _, timings = profiler.measure(run, aggregate=False)(*args)
-    times = collections.defaultdict(list)
-    for name, ms in timings or []:
-        times[name].append(ms)
-    return sorted(((name, sum(ms), len(ms)) for name, ms in times.items()), key=lambda kernel: -kernel[1])
+    return max(runner.errors(got, want))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,21 +133,21 @@ def main(argv: list[str] | None = None) -> int:
     alone = params["experts"], h, sizes, (new(12, narrow), new(13, narrow), new(14, wide))
     flops = 9 * 2.0 * chosen.size * wide * narrow
     backend = ragged_dot_implementation(h["in"], params["experts"]["w_gate"], sizes)
-    bare = measure(matmuls, alone)
+    bare, _ = runner.measure(matmuls, *alone)
     print(f"{rows * length} tokens, {m.top_k} of {m.num_experts} experts, {wide} x {narrow}; largest group "
           f"{int(sizes.max())}, smallest {int(sizes.min())}; {backend}")  # fmt: skip
     print(f"{'three grouped matmuls':24}{bare:9.3f} ms {flops / bare / 1e9:7.1f} TFLOP/s", flush=True)
     for remat in args.remat:
-        values = params, x, grad
-        run = jax.jit(layer(cfg, specs, remat)).lower(*values).compile()
-        ms = measure(run, values)
+        run = jax.jit(layer(cfg, specs, remat)).lower(params, x, grad).compile()
+        ms, _ = runner.measure(run, params, x, grad)
         print(
             f"{'layer, remat ' + remat:24}{ms:9.3f} ms {flops / ms / 1e9:7.1f} TFLOP/s {ms / bare:6.3f} x", flush=True
         )
         if args.kernels:
             print("milliseconds, launches, kernel")
-            for name, ms, count in kernels(run, values)[:40]:
-                print(f"{ms:9.4f}{count:5} {name[:90]}", flush=True)
+            _, launches = runner.profile(run, params, x, grad, iterations=2)
+            for name, us in sorted(launches.items(), key=lambda kernel: -sum(kernel[1]))[:40]:
+                print(f"{sum(us) / 1e3:9.4f}{len(us):5} {name[:90]}", flush=True)
     return 0
 
 

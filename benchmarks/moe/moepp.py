@@ -16,7 +16,6 @@ import functools
 import json
 import pathlib
 import sys
-import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import runner
 from jaxscale.config import ModelConfig, MoEConfig
 from jaxscale.models import moe, routing
 from jaxscale.parallel.expert import apply_experts
@@ -77,25 +77,11 @@ def draw(m: MoEConfig, tokens: int, tau: float, seed: int = 5):
     return jnp.asarray(best, jnp.int32), jnp.asarray(np.concatenate([first, 1 - first], axis=-1), jnp.float32)
 
 
-def measure(f, *args, rounds: int = 9, calls: int = 16) -> float:
-    """Median milliseconds of a call."""
-    jax.block_until_ready(f(*args))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = f(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times)) * 1e3
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     tokens = 512 if options.tiny else 32_768
-    repeats = {"rounds": 3, "calls": 2} if options.tiny else {}
     print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "tokens": tokens}))
     rows, ok = [], True
     for name, size in (TINY if options.tiny else SIZES).items():
@@ -114,11 +100,11 @@ def main() -> int:
             error = np.linalg.norm(got - want) / np.linalg.norm(want)
             ok &= bool(error < 1e-2)
             print(f"{name} {kind.num_routed} experts: relative error {error:.4f}", flush=True)
-        plain = measure(run[vanilla], p, x, *draw(vanilla, tokens, 1.0), **repeats)
+        plain = runner.measure(run[vanilla], p, x, *draw(vanilla, tokens, 1.0))[0]
         for tau in TAUS:
             experts, weights = draw(m, tokens, tau)
             share = float((experts < m.num_experts).mean())
-            ms = measure(run[m], p, x, experts, weights, **repeats)
+            ms = runner.measure(run[m], p, x, experts, weights)[0]
             times = f"{plain:.3f} | {ms:.3f} | {plain / ms:.2f}"
             rows.append(f"| {name} | {tau} | {share:.2f} | {times} | {1 / share:.2f} |")
     print("\n| layer | tau | expensive share | vanilla ms | MoE++ ms | throughput ratio | ideal |\n" + "|---" * 7 + "|")

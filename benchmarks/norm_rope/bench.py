@@ -7,7 +7,6 @@ calls; GB/s count each array once.
 """
 
 import pathlib
-import statistics
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -15,8 +14,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import profiler
 
+from benchmarks import runner
 from pallas_kernels import norm_rope
 
 # B, T, N, H: queries and keys of Qwen3, of Gemma 3; then what tensor parallelism or few heads leave
@@ -41,11 +40,6 @@ def passes(implementation, norm=True):
         return jax.vjp(lambda x, scale: forward(x, scale, cos, sin), x, scale)[1](grad)
 
     return jax.jit(forward), jax.jit(backward)
-
-
-def microseconds(fn, *args) -> float:
-    _, times = profiler.measure(fn, iterations=8)(*args)
-    return statistics.median(times) * 1e3
 
 
 def check(rng, shape) -> list[float]:
@@ -75,7 +69,7 @@ def main() -> None:
             rows.append((f"{name} forward", 2 * x.nbytes + tables, forward, (x, scale, cos, sin)))
             rows.append((f"{name} backward", (2 + which[1]) * x.nbytes + tables, backward, (x, scale, cos, sin, grad)))
         for name, size, fn, args in rows:
-            us = microseconds(fn, *args)
+            us, _ = runner.profile(fn, *args, iterations=8)
             print(f"{shape} {name:18s} {us:8.1f} us {size / us / 1e3:7.0f} GB/s", flush=True)
 
 

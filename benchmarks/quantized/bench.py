@@ -10,22 +10,17 @@ the GPU's own profiler counts for all kernels of a call, the median of several. 
 weights in turn, which together are larger than the L2 cache: in a model, too, each weight is read from memory.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-import queue
-import re
-import subprocess
+import statistics
 import sys
-import threading
-import time
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import runner
 
 JOB_SECONDS = 45  # XLA's search for a float8 matmul takes 30
 
@@ -167,7 +162,7 @@ def check(work: Work) -> dict:
     # Tensor cores sum products of float8 with 14 bits or so.
     limit = 2e-3 if work.activations == F8 else 1e-5
     wrong = [] if error < limit else [f"relative error {error:.2g} > {limit}"]
-    if not bool(jnp.array_equal(got, again)):
+    if not runner.same(got, again):
         wrong.append("two runs differ")
     return {"error": "; ".join(wrong), "worst": error}
 
@@ -196,10 +191,9 @@ def held(work: Work, dense: bool):
     return [jax.random.normal(k, (work.M, work.K), jnp.bfloat16) for k in keys], HELD[key]
 
 
+@functools.cache  # bf16 does not depend on the format, and is asked for each
 def timing(work: Work, implementation: str) -> dict:
     import jax
-    import numpy as np
-    from jax.experimental.mosaic.gpu import profiler
 
     from pallas_kernels import ragged_dot
 
@@ -217,147 +211,59 @@ def timing(work: Work, implementation: str) -> dict:
             outs.append(run(x, w, sizes))
         return outs
 
-    start = time.perf_counter()
-    compiled = jax.jit(calls).lower(xs, weights, group_sizes(work)).compile()
-    seconds = time.perf_counter() - start
-    _, times = profiler.measure(compiled, iterations=5, aggregate=False)(xs, weights, group_sizes(work))
-    assert times is not None
-    us = float(np.median([sum(ms for _, ms in one) for one in times])) * 1e3 / len(xs)
-    longest = {}
-    for name, ms in times[0]:
-        longest.setdefault(name, []).append(ms * 1e3)
-    kernels = {name: round(float(np.median(t)), 1) for name, t in longest.items()}
-    return {"us": us, "compile": seconds, "kernels": kernels}
+    us, launches = runner.profile(jax.jit(calls), xs, weights, group_sizes(work))
+    return {"us": us / len(xs), "kernels": {name: round(statistics.median(t), 1) for name, t in launches.items()}}
 
 
-def device() -> dict:
-    """What the device is, and bytes read and written a second by a copy of 2 GiB."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental.mosaic.gpu import profiler
-
-    x = jax.random.normal(jax.random.key(0), (2**29,), jnp.float32)
-    _, times = profiler.measure(jax.jit(lambda x: x + 1), iterations=5)(x)
-    assert times is not None
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "GB/s": 2 * 2**31 / np.median(times) / 1e6}
-
-
-def child() -> None:
-    """Jobs as lines of JSON in, results out."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints is not a result
-    for line in sys.stdin:
-        kind, name, implementation = json.loads(line)
-        try:
-            if kind == "device":
-                result = device()
-            elif kind == "check":
-                result = check((WORKS | CHECKS)[name])
-            else:
-                result = timing(WORKS[name], implementation)
-        except Exception as e:
-            result = {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"}
-        print(json.dumps(result), file=out, flush=True)
+def do(job) -> dict:
+    kind, name, implementation, _ = job
+    if kind == "ceilings":
+        return runner.ceilings()
+    work = (WORKS | CHECKS)[name]
+    if kind == "check":
+        return check(work)
+    if implementation == "bf16":
+        work = Work(work.M, N=work.N, K=work.K, G=work.G, routing=work.routing)
+    return timing(work, implementation)
 
 
 # In the parent.
 
 
-class Worker:
-    """A child process; a fresh one after a job that did not answer in time or took the process down."""
-
-    def __init__(self):
-        self.process = None
-
-    def run(self, job, seconds: float) -> dict:
-        if self.process is None:
-            environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            command = [sys.executable, __file__, "--child"]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            self.lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            line = self.lines.get(timeout=seconds)
-        except (queue.Empty, BrokenPipeError):
-            line = ""
-        if not line:
-            code = self.process.poll()
-            self.stop()
-            return {"error": f"no answer in {seconds:.0f} s" if code is None else f"the process ended with {code}"}
-        return json.loads(line)
-
-    @staticmethod
-    def read(process, lines):
-        for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    def stop(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
 def jobs():
     """The device, checks, the kernels, then the peers."""
-    yield "device", "", ""
+    yield "ceilings", "", "", ""
     for name in [*WORKS, *CHECKS]:
-        yield "check", name, "mosaic_gpu"
+        yield "check", name, "mosaic_gpu", ""
     for implementation in ("mosaic_gpu", "bf16", "xla"):
         for name in WORKS:
-            yield "time", name, implementation
+            yield "time", name, implementation, ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", default="", help="run the works whose name holds this regular expression")
-    parser.add_argument("--seconds", type=float, default=150, help="start no job after this many seconds")
-    parser.add_argument("--json", type=pathlib.Path, help="write all results to this file")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = runner.parser(__doc__, 150).parse_args(argv)
     if args.child:
-        child()
-        return
-    start, worker, results = time.perf_counter(), Worker(), {}
-    done: dict = {}  # bf16 does not depend on the format
-    for job in jobs():
-        kind, name, implementation = job
-        left = args.seconds - (time.perf_counter() - start)
-        if left < 3 or not (kind == "device" or re.search(args.only, name)):
-            continue
-        if kind == "time" and results.get(("check", name, "mosaic_gpu"), {}).get("error"):
-            continue
-        key = job
-        if implementation == "bf16":
-            work = WORKS[name]
-            key = work.M, work.N, work.K, work.G, work.routing
-        if key not in done:
-            done[key] = worker.run(job, min(JOB_SECONDS, left))
-        results[job] = done[key]
-        print(f"{time.perf_counter() - start:6.1f} s  {' '.join(job):40} {results[job]}", file=sys.stderr, flush=True)
-    worker.stop()
-    if args.json:
-        args.json.write_text(json.dumps([[*job, result] for job, result in results.items()], indent=1))
-    print(results.get(("device", "", "")))
+        return runner.serve(do)
+    results = runner.run(jobs(), do, args, JOB_SECONDS, __file__)
+    print_table(results)
+    return runner.status(results)
+
+
+def print_table(results) -> None:
+    print(results.get(("ceilings", "", "", "")))
     print("us: all kernels of a call; own: ours alone, without what rounds, permutes and pads the rows")
     print(
         f"{'work':26}{'error':>9}{'us':>9}{'own us':>9}{'TFLOP/s':>9}{'GB/s':>7}{'bf16 us':>9}{'xla us':>9}"
         f"{'x bf16':>8}{'own x':>7}{'x xla':>7}"
     )
     for name, work in (WORKS | CHECKS).items():
-        checked = results.get(("check", name, "mosaic_gpu"), {})
+        checked = results.get(("check", name, "mosaic_gpu", ""), {})
         if not checked:
             continue
-        timed = [results.get(("time", name, i), {}) for i in ("mosaic_gpu", "bf16", "xla")]
+        timed = [results.get(("time", name, i, ""), {}) for i in ("mosaic_gpu", "bf16", "xla")]
         us, bf16, xla = (t.get("us", float("nan")) for t in timed)
-        wrong, worst = checked.get("error", ""), checked.get("worst", float("nan"))
+        wrong = "; ".join(x["error"] for x in (checked, *timed) if x.get("error"))
+        worst = checked.get("worst", float("nan"))
         own = sum(t for kernel, t in timed[0].get("kernels", {}).items() if "quantized" in kernel) or float("nan")
         rate, bandwidth = 2e-6 * work.M * work.N * work.K / own, bytes_read(work) / own / 1e3
         print(
@@ -367,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

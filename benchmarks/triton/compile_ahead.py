@@ -7,28 +7,20 @@ Needs jax[cuda13] in an environment of its own (5 GB) and no device. A row shows
 spilled. Exits with 1 when a kernel does not compile, for want of shared memory say.
 """
 
-import argparse
 import functools
-import os
 import pathlib
-import re
 import sys
-import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "subprocess_compilation=3"}  # ptxas' report
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import runner
+
+runner.ask_compilers()  # before JAX
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import QuantizedArray, attention, quantized_matmul, ragged_dot
-
-TARGETS = {"a100": HERE / "a100.txtpb", "l4": HERE / "l4.txtpb", "h200": HERE.parent / "attention" / "h200.txtpb"}
 
 # (B, T, N, K, H, Hv), and what hides keys.
 ATTENTION = {
@@ -50,14 +42,7 @@ QUANTIZED = {
 }
 
 
-def device(target: str):
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name=target, target_config=TARGETS[target].read_text(), topology="1x1x1"
-    ).devices[0]
-
-
-def calls():
-    """(name, function, arrays) of every call."""
+def calls(target: str):
     new = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     for name, ((B, T, N, K, H, Hv), hidden) in ATTENTION.items():
         hidden = dict(hidden)
@@ -86,47 +71,5 @@ def calls():
         yield f"quantized {name}", widen, [new(M, 8192), new(8192, 8192, dtype=dtype), new(8192, 8192 // group)]
 
 
-def compile_call(target: str, f, arrays) -> list[tuple[str, int, int]]:
-    """(kernel, registers, bytes spilled), from what the compiler printed."""
-    mesh = Mesh(np.array([device(target)]), ("x",))
-    here = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in arrays]
-    with jax.set_mesh(mesh), tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            jax.jit(f).lower(*arrays).compile()
-        finally:
-            os.dup2(kept, 2)
-            file.seek(0)
-            printed = file.read().decode(errors="replace")
-    report = r"Compiling entry function '(\w+)' for '\w+'\s.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    found = re.findall(report, printed, re.DOTALL)
-    names = "attention|ragged|quantized"
-    return sorted((name, int(used), int(spilled)) for name, spilled, used in found if re.match(names, name))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
-    parser.add_argument("--only", default="", help="calls whose name holds this")
-    args = parser.parse_args()
-    failed = 0
-    print(f"jax {jax.__version__}\n{'target':8}{'call':26}{'kernel':24}{'registers':>10}{'spilled B':>11}")
-    for target in args.targets:
-        for name, f, arrays in calls():
-            if args.only not in name:
-                continue
-            try:
-                kernels = compile_call(target, f, arrays)
-            except Exception as e:
-                failed += 1
-                print(f"{target:8}{name:26}FAILED {type(e).__name__}: {str(e)[:300]}", flush=True)
-                continue
-            for kernel, registers, spilled in kernels:
-                print(f"{target:8}{name:26}{kernel:24}{registers:>10}{spilled:>11}", flush=True)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.compile_ahead(__doc__, runner.GPUS, calls, spill=None))
