@@ -54,6 +54,8 @@ WORKS = {
 # What `tuned` should hold is decided from these: fields of Config that differ from it.
 VARIANTS: dict[str, dict] = {
     "tuned": {},
+    "persistent": {"persistent_bwd": True, "deal_traced": True},
+    "forward dealt": {"deal_traced": True},
     "kv64x4": {"block_kv": 64, "stages": 4},
     "kv128x3": {"stages": 3},
     "kv192": {"block_kv": 192},
@@ -64,6 +66,13 @@ VARIANTS: dict[str, dict] = {
     "dkv128": {"block_q_dkv": 128},
 }
 SWEPT = ("h128", "h64")  # the works that time every variant
+
+
+def worth(name: str, variant: str) -> bool:
+    """Whether a work times a variant beside the tuned one."""
+    if variant == "forward dealt":
+        return WORKS[name].documents > 0  # elsewhere it is the tuned one
+    return variant == "persistent" or name in SWEPT
 
 
 def lengths(work: Work):
@@ -102,8 +111,8 @@ def arrays(work: Work, seed: int, dtype="bfloat16"):
     return [jax.random.normal(key, (work.B, work.T, *s), jnp.dtype(dtype)) for key, s in zip(keys, shapes)]
 
 
-def make(work: Work, implementation: str, variant: str):
-    """The function q, k, v -> o."""
+def make(work: Work, implementation: str, variant: str, blocks: int = 132):
+    """The function q, k, v -> o; `blocks` of a persistent kernel."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -119,6 +128,7 @@ def make(work: Work, implementation: str, variant: str):
     from pallas_kernels import attention
 
     base = TUNED.setdefault("tuned", gpu.tuned)(work.H, work.Hv)
+    importlib.import_module("pallas_kernels.attention.schedule").SM_COUNT = blocks
     gpu.tuned = lambda H, Hv: dataclasses.replace(base, **VARIANTS[variant])
     ids = None
     if work.documents:
@@ -158,7 +168,7 @@ def check(work: Work, implementation: str, variant: str) -> dict:
         got = run(*x)
         return runner.errors(got, exact), runner.same(got, run(*x))
 
-    ours, same = errors(make(small, implementation, variant))
+    ours, same = errors(make(small, implementation, variant, blocks=24))  # so few that each has several tiles
     bound = [1e-2] * 4
     if not (work.documents or work.window) and work.H == work.Hv <= 128:
         bound = [min(1e-2, 1.5 * e) for e in errors(make(small, "cudnn", "tuned"))[0]]
@@ -220,10 +230,11 @@ def jobs():
     for peer in ("torch", "tokamax"):
         for name in list(WORKS)[:5]:
             yield "time", name, peer, ""
-    for name in SWEPT:
-        for variant in list(VARIANTS)[1:]:
-            yield "check", name, "mosaic_gpu", variant
-            yield "time", name, "mosaic_gpu", variant
+    for variant in list(VARIANTS)[1:]:
+        for name in WORKS:
+            if worth(name, variant):
+                yield "check", name, "mosaic_gpu", variant
+                yield "time", name, "mosaic_gpu", variant
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,9 @@ shows ptxas' report: bytes of registers spilled, shared memory, and C7512 or C75
 instructions run one after another. Exits with 1 when a kernel does not compile or is serialised.
 """
 
+import dataclasses
+import functools
+import importlib
 import pathlib
 import sys
 
@@ -20,7 +23,11 @@ runner.ask_compilers()  # before JAX
 import jax
 import jax.numpy as jnp
 
+from benchmarks.attention.bench import VARIANTS
 from pallas_kernels import attention
+
+gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
+tuned = gpu.tuned
 
 # (B, T, N, K, H, Hv), and what hides keys.
 CALLS = {
@@ -38,7 +45,7 @@ CALLS = {
 
 
 def calls(target: str):
-    """Forward and backward in one program."""
+    """Forward and backward in one program; for H200 with the persistent backward, too."""
     implementation = "mosaic_gpu" if target == "h200" else "mosaic_tpu"
     new = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     for name, ((B, T, N, K, H, Hv), hidden) in CALLS.items():
@@ -56,12 +63,15 @@ def calls(target: str):
         if hidden.pop("bias", False):
             more["bias"] = new(1, N, T, T, dtype=jnp.float32)
 
-        def run(q, k, v, do, more, hidden=hidden):
+        def run(q, k, v, do, more, hidden=hidden, variant="tuned"):
+            gpu.tuned = lambda *widths: dataclasses.replace(tuned(*widths), **VARIANTS[variant])
             f = lambda q, k, v: attention(q, k, v, **hidden, **more, implementation=implementation)
             o, vjp = jax.vjp(f, q, k, v)
             return o, vjp(do)
 
         yield name, run, (*arrays, more)
+        if target == "h200":
+            yield f"{name}, persistent", functools.partial(run, variant="persistent"), (*arrays, more)
 
 
 if __name__ == "__main__":

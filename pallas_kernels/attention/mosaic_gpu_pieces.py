@@ -16,7 +16,6 @@ from pallas_kernels.attention.inputs import Inputs, Options, mask_arrays
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # rows of one warpgroup: a wgmma is 64 rows high
-SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 _L2_BYTES = 32 * 2**20  # keys and values that are in use at one time should fit in half of the L2
 
 
@@ -32,6 +31,9 @@ class Config:
     stages_dkv: int = 2
     warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
     split_dkv: bool = False  # one kernel each for dk and dv, where registers do not hold both
+    # The next two have not run on a device yet: benchmarks/attention compares.
+    persistent_bwd: bool = False  # the kernels of pallas_mosaic_gpu_bwd_persistent.py
+    deal_traced: bool = False  # persistent kernels deal tiles out also where the table of ranges is traced
 
 
 class Mask:
@@ -112,6 +114,16 @@ def read_bounds(ranges_ref, b, t):
     row = lax.rem(b, jnp.int32(ranges_ref.shape[0]))
     # Under shard_map with check_vma a value read varies over mesh axes and a sum in a kernel does not: loops want sums.
     return tuple(ranges_ref[row, t, i] + 0 for i in range(4))
+
+
+def find_tile(schedule_ref, ranges_ref, w, heads: int, tiles: int):
+    """Batch, head, tile and range of blocks of the w-th tile of this block; see schedule.py."""
+    x = schedule_ref[lax.axis_index("block"), w + 1] + 0
+    pair, t = lax.div(x, jnp.int32(tiles)), lax.rem(x, jnp.int32(tiles))
+    b, n = lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads))
+    lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+    # The loop starts on one block; a tile that sees none masks all of it.
+    return b, n, t, (lo, full_lo, full_hi, jnp.maximum(hi, lo + 1))
 
 
 def three_loops(step, bounds, carry):

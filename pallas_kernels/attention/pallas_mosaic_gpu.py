@@ -12,37 +12,35 @@ A kernel compiles only where its registers suffice; `Config` holds what a sweep 
 """
 
 import functools
-import heapq
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
+from pallas_kernels.attention import pallas_mosaic_gpu_bwd, pallas_mosaic_gpu_bwd_persistent
 from pallas_kernels.attention.blocks import key_ranges, pad_inputs
 from pallas_kernels.attention.inputs import Inputs, Options, nameable
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
     ROWS,
-    SM_COUNT,
     Config,
     Mask,
     accumulator,
     cap_logits,
+    find_tile,
     heads_at_once,
     launch,
     mma,
-    read_bounds,
     set_registers,
     slot_of,
     three_loops,
     tiled,
 )
-from pallas_kernels.attention.pallas_mosaic_gpu_bwd import backward as backward_kernels
+from pallas_kernels.attention.schedule import deal
 from pallas_kernels.attention.xla import bias_gradient
 
 
@@ -80,7 +78,12 @@ def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, de
     """dq, dk, dv of a block of keys; do [B, T, N, Hv], lse and delta [B, T, N] are those of whole rows."""
     config = tuned(inputs.q.shape[3], inputs.v.shape[3])
     rows = do, lse.swapaxes(1, 2) * LOG2E, delta.swapaxes(1, 2)
-    return backward_kernels(inputs, options, config, *rows)
+    return _backward(inputs, options, config, *rows)
+
+
+def _backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
+    kernels = pallas_mosaic_gpu_bwd_persistent if config.persistent_bwd else pallas_mosaic_gpu_bwd
+    return kernels.backward(inputs, options, config, do, lse, delta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -108,7 +111,7 @@ def _attention_bwd(options: Options, config: Config, residuals, cotangents):
     dbias = None
     if inputs.bias is not None:  # by XLA, which leaves it out where no one asks for it
         dbias = bias_gradient(inputs, options, do, lse.swapaxes(1, 2), delta.swapaxes(1, 2))
-    dq, dk, dv = backward_kernels(inputs, options, config, do, lse * LOG2E, delta)
+    dq, dk, dv = _backward(inputs, options, config, do, lse * LOG2E, delta)
     none = dict.fromkeys(Inputs._fields[5:])
     return (inputs._replace(q=dq, k=dk, v=dv, bias=dbias, sinks=dsinks, **none),)
 
@@ -130,7 +133,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     tiles = padded.q.shape[1] // tile
     ranges = key_ranges(inputs, options, tile, bkv)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = _schedule(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
+    schedule = deal(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * 2 * K // N), config.deal_traced)
     c = options.scale * LOG2E
     buffers = 2 if max(H, Hv) <= 128 else 1  # of q: the next tile's arrives under this tile's work
 
@@ -138,17 +141,9 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         o_ref, lse_ref, smem, q_barriers, k_barriers, v_barriers, q_free, k_free, v_free = refs
         q_smem, k_smem, v_smem, lse_smem, *o_smem = smem
-        wg, block = lax.axis_index("wg"), lax.axis_index("block")
-        count = schedule_ref[block, 0] + 0
-
-        def place(w):
-            """Batch, head, tile and range of keys of the w-th tile of this block."""
-            x = schedule_ref[block, w + 1] + 0
-            pair, t = lax.div(x, jnp.int32(tiles)), lax.rem(x, jnp.int32(tiles))
-            b, n = lax.div(pair, jnp.int32(N)), lax.rem(pair, jnp.int32(N))
-            lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
-            # The loop starts on one block; a tile that sees none masks all of it.
-            return b, n, t, (lo, full_lo, full_hi, jnp.maximum(hi, lo + 1))
+        wg = lax.axis_index("wg")
+        count = schedule_ref[lax.axis_index("block"), 0] + 0
+        place = functools.partial(find_tile, schedule_ref, ranges_ref, heads=N, tiles=tiles)
 
         def work(w, done):
             """One tile; `done` counts the blocks of keys of those before it."""
@@ -306,28 +301,6 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         (padded.q, padded.k, padded.v, ranges, schedule, _sinks(inputs), *mask.arrays),
     )
     return o[:, :T], lse[:, :, :T]
-
-
-def _schedule(ranges, B: int, N: int, tiles: int, together: int):
-    """int32 [blocks, 1 + most tiles]: how many tiles a block computes, and which: (batch * N + head) * tiles + tile.
-
-    Tiles of `together` heads come first, of these the ones that take longest. Where the table of ranges is known each
-    goes to the block that is free first; else each has a block of its own, and the hardware does that.
-    """
-    pairs = B * N
-    heads = np.arange(pairs).reshape(-1, 1, together)
-    order = (heads * tiles + np.arange(tiles)[::-1, None]).reshape(-1)
-    if not isinstance(ranges, np.ndarray) or pairs * tiles <= SM_COUNT:
-        return np.stack([np.ones_like(order), order], axis=1).astype(np.int32)
-    steps = np.broadcast_to(ranges[..., 3] - ranges[..., 0], (B, tiles))
-    free = [(0, block) for block in range(SM_COUNT)]
-    lists: list[list[int]] = [[] for _ in free]
-    for x in order.tolist():
-        at, block = heapq.heappop(free)
-        lists[block].append(x)
-        heapq.heappush(free, (at + int(steps[x // tiles // N, x % tiles]) + 1, block))
-    most = max(map(len, lists))
-    return np.asarray([[len(x), *x, *[0] * (most - len(x))] for x in lists], np.int32)
 
 
 def _sinks(inputs: Inputs) -> jax.Array:

@@ -26,6 +26,7 @@ from pallas_kernels.attention.inputs import ATTENTION, Inputs, Options, visible
 xla = importlib.import_module("pallas_kernels.attention.xla")
 mosaic_tpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_tpu")
 mosaic_gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
+schedule = importlib.import_module("pallas_kernels.attention.schedule")
 
 
 def oracle(q, k, v, *, do, dlse, causal=False, segment_ids=None, positions=None, window=None, soft_cap=None, scale=None,
@@ -265,9 +266,20 @@ def test_mosaic_gpu_window_positions(rng, monkeypatch):
 def test_mosaic_gpu_several_tiles_in_a_block(rng, monkeypatch):
     """The one block of the forward kernel goes on to the next tile: q from two places in turn, a ring of k and v."""
     small_blocks(monkeypatch)
-    monkeypatch.setattr(mosaic_gpu, "SM_COUNT", 1)
+    monkeypatch.setattr(schedule, "SM_COUNT", 1)
     kwargs = {"window": (17, 0), "soft_cap": 3.0, "sinks": one(rng, (1,))}
     check(rng, "mosaic_gpu", 1, 270, 330, 1, 1, 64, 64, jnp.float16, **kwargs)
+
+
+def test_mosaic_gpu_persistent_backward(rng, monkeypatch):
+    """Blocks that compute several tiles of dq, dk and dv: of a known table or one made on the device."""
+    width, more = [(64, {}), (128, {}), (256, {"warpgroups_bwd": 1, "split_dkv": True})][rng.integers(3)]
+    small_blocks(monkeypatch, persistent_bwd=True, deal_traced=True, **more)
+    monkeypatch.setattr(schedule, "SM_COUNT", 1)
+    kwargs = {"causal": True}
+    if rng.integers(2):
+        kwargs["segment_ids"] = documents(rng, 1, 140, padding=10)
+    check(rng, "mosaic_gpu", 1, 140, 140, 2, 1, 64, width, jnp.bfloat16, **kwargs)
 
 
 def test_mosaic_gpu_one_query_of_many_heads(rng, monkeypatch):
@@ -302,19 +314,23 @@ def test_mosaic_gpu_bias(rng, monkeypatch):
 
 
 def test_every_tile_has_a_block(rng):
-    """Known ranges: each tile once, blocks that end at about the same time; unknown ones: a block for each tile."""
+    """Tables known or made on the device: each tile once, long ones first, blocks that end at about the same time."""
     tiles = 40
     for together in (1, 6):
         ranges = np.sort(rng.integers(0, tiles, (1, tiles, 4)), axis=2).astype(np.int32)
-        table = mosaic_gpu._schedule(ranges, 2, 3, tiles, together)
-        done = [row[1 : 1 + row[0]] for row in table]
-        np.testing.assert_array_equal(np.sort(np.concatenate(done)), np.arange(6 * tiles))
-        steps = [(ranges[0, x % tiles, 3] - ranges[0, x % tiles, 0] + 1).sum() for x in done]
-        assert len(table) == mosaic_gpu.SM_COUNT
-        assert max(steps) - min(steps) <= tiles + 1
-        table = mosaic_gpu._schedule(jnp.asarray(ranges), 2, 3, tiles, together)
-        assert (table[:, 0] == 1).all()
-        np.testing.assert_array_equal(np.sort(table[:, 1]), np.arange(6 * tiles))
+        cost = ranges[0, :, 3] - ranges[0, :, 0] + 1
+        for table in (ranges, jnp.asarray(ranges)):
+            dealt = np.asarray(schedule.deal(table, 2, 3, tiles, together, traced=True))
+            done = [row[1 : 1 + row[0]] for row in dealt]
+            np.testing.assert_array_equal(np.sort(np.concatenate(done)), np.arange(6 * tiles))
+            costs = [cost[x % tiles] for x in done]
+            assert len(dealt) == schedule.SM_COUNT
+            assert together == 1 or all((np.diff(x) <= 0).all() for x in costs)
+            sums = [x.sum() for x in costs]
+            assert max(sums) - min(sums) <= tiles + 1
+        dealt = schedule.deal(jnp.asarray(ranges), 2, 3, tiles, together)
+        assert (dealt[:, 0] == 1).all()
+        np.testing.assert_array_equal(np.sort(dealt[:, 1]), np.arange(6 * tiles))
 
 
 def test_mosaic_tpu_causal_documents(rng, monkeypatch):
