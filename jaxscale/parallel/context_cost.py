@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxscale.config import CPLayout, CPStrategy, MeshConfig, ModelConfig
 
+PARTS = 16  # of a device's tokens: one of them travels where it holds all that several devices have of documents
 FORWARD, BACKWARD = 4.0, 10.0  # FLOPs of attention for a query, a key that it sees, and one number of head_dim
 
 
@@ -180,8 +181,8 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
         sums = keys if hops == 1 else sums  # the only part goes home as the kernel returned it
         moved = [hops * keys, hops * (keys + sums)]
         few = layout == "packed" and group == 1 and shape.span <= shape.seq_len / cp / 24
-        if few:  # documents so short that few are cut: an eighth of the tokens travels
-            moved = [x / 8 for x in moved]
+        if few:  # documents so short that few are cut: a part of the tokens travels
+            moved = [x / PARTS for x in moved]
         rate = rates.link
         if strategy == "halo":
             if shape.window is None or layout != "contiguous":
@@ -198,7 +199,7 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
         for bytes_, work in zip(moved, (forward, backward)):
             exposed += max(bytes_ / rate - rates.hidden * work, 0.0) + (1 - rates.hidden) * min(bytes_ / rate, work)
         starts += 2 * hops * 2
-        merges = hops / 8 if few else hops
+        merges = hops / PARTS if few else hops
     # Bytes of a block beyond the own one, its queries and parts read and written: 1.6 times merging's, as measured.
     merging = merges * tokens * N * H * 45 / rates.memory
     attention = forward + backward

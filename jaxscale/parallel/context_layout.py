@@ -8,6 +8,7 @@ from jaxscale.config import CPLayout
 
 _PARTS = 256  # of a device's tokens, at most: what the planner deals
 _PART_TOKENS = 128  # at least, where the row allows it: a kernel's block
+_SIDE = 8  # documents that a device gives for one
 _BALANCED = 1.015  # the busiest device's work over the mean, where documents may stay whole
 
 
@@ -125,8 +126,9 @@ def _deal(work: np.ndarray, ids: np.ndarray, cp: int) -> np.ndarray:
     """The order [T] of one row.
 
     Little is cut: no document, a single one, at first one of few tokens, some side by side, or else those with the most
-    work. The others stay whole, on the device that has least work and still has room. What is cut, and padding, fills
-    the devices up. Tokens keep their order on a device: kernels skip ranges of keys, by the extremes of segment ids.
+    work. The others stay whole, on the device that has least work and still has room, until devices exchange some. What
+    is cut, and padding, fills the devices up. Tokens keep their order on a device: kernels skip ranges of keys, by the
+    extremes of segment ids.
     """
     starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
     sizes = np.diff(starts, append=len(ids))
@@ -134,7 +136,9 @@ def _deal(work: np.ndarray, ids: np.ndarray, cp: int) -> np.ndarray:
     documents = [i for i in np.argsort(-loads, kind="stable") if ids[starts[i]] > 0]
     document = np.repeat(np.arange(len(starts)), sizes)
     halvings = range(len(documents).bit_length())
-    single = [documents[len(documents) >> i] for i in halvings[1:]]
+    count = len(documents)
+    ranks = [count * 7 // 8, count * 3 // 4, *(count >> i for i in halvings[1:])] if count else []
+    single = [documents[i] for i in dict.fromkeys(ranks)]
     near = [[i for i in range(d - n, d + n + 1) if i in documents] for n in (0, 1, 2, 4) for d in single]
     cuts = [[], *near, *(documents[: 2**i] for i in halvings)]
 
@@ -163,6 +167,7 @@ def _owners(work, document, sizes, loads, whole, cp: int) -> np.ndarray | None:
             return None
         device = fits[np.argmin(load[fits])]
         where[i], room[device], load[device] = device, room[device] - sizes[i], load[device] + loads[i]
+    _exchange(where, room, load, sizes, loads)
     owner = where[document]
     pool = np.flatnonzero(owner < 0)
     pool = pool[np.argsort(work[pool] > 0, kind="stable")]  # padding first: odd sizes cost nothing there
@@ -177,6 +182,32 @@ def _owners(work, document, sizes, loads, whole, cp: int) -> np.ndarray | None:
         device = fits[np.argmin(load[fits])]
         owner[parts[i]], room[device], load[device] = device, room[device] - 1, load[device] + part_work[i]
     return owner
+
+
+def _exchange(where, room, load, sizes, loads) -> None:
+    """In place: the busiest device gives the idlest a document for one or several (`_SIDE` at most) that hold nearly as
+    many tokens, so that they differ by as little as can be. One for one would not fit a device that is full: what is
+    heavier is longer."""
+    by_size = np.argsort(sizes, kind="stable")
+    while True:
+        busy, idle = load.argmax(), load.argmin()
+        gap = load[busy] - load[idle]
+        give, take = (x[:: len(x) // 128 + 1] for x in (by_size[where[by_size] == d] for d in (busy, idle)))
+        if gap <= (_BALANCED - 1) / 4 * load.mean() or not give.size or not take.size:
+            return
+        ends = [(i, i + n) for n in range(1, min(_SIDE, len(take)) + 1) for i in range(len(take) - n + 1)]
+        start, stop = np.array(ends).T
+        taken_load, taken_size = (np.append(0, np.cumsum(x[take])) for x in (loads, sizes))
+        moved = loads[give][:, None] - (taken_load[stop] - taken_load[start])
+        grown = sizes[give][:, None] - (taken_size[stop] - taken_size[start])
+        fits = (moved > 0) & (moved < gap) & (grown <= room[idle]) & (-grown <= room[busy])
+        off = np.where(fits, abs(moved - gap / 2), np.inf)
+        i, j = np.unravel_index(off.argmin(), off.shape)
+        if not fits[i, j]:
+            return
+        where[give[i]], where[take[start[j] : stop[j]]] = idle, busy
+        room[[busy, idle]] += grown[i, j] * np.array([1, -1])
+        load[[busy, idle]] += moved[i, j] * np.array([-1, 1])
 
 
 def _deal_all(work: np.ndarray, cp: int) -> np.ndarray:

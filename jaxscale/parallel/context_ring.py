@@ -26,6 +26,7 @@ from jaxscale.parallel.context_blocks import (
     place_of,
     shift,
 )
+from jaxscale.parallel.context_cost import PARTS
 from jaxscale.parallel.context_heads import Heads
 from jaxscale.parallel.context_rows import AllRows, PairOfRows, cut_rows, put_rows
 
@@ -207,12 +208,12 @@ class _Part:
 
 
 def _by_part(call: Call, keys: AllRows, run: Callable):
-    """`run`, with an eighth of the tokens as its `part` where these are all that has to travel.
+    """`run`, with a small part of the tokens as its `part` where these are all that has to travel.
 
     A packed layout leaves most documents whole (`context_layout`). All devices know the rows of all, so they take the
     same way.
     """
-    length = keys.length // 8
+    length = keys.length // PARTS
     if call.layout != "packed" or call.group > 1 or call.size == 1 or length == 0:
         return run()
     first, last = keys.shared()

@@ -160,8 +160,9 @@ def test_each_strategy(rng, strategy):
 
 @pytest.mark.parametrize("cp", [2, 4])
 def test_whole_documents_stay(rng, cp, monkeypatch):
-    """Of packed rows only what several devices hold travels: an eighth where that is enough, or else all, by what the
-    rows hold."""
+    """Of packed rows only what several devices hold travels: a part where that is enough, or else all, by what the rows
+    hold."""
+    monkeypatch.setattr(context_ring, "PARTS", 8)
     taken = []
     for name in ("_forward", "_backward"):
         body = getattr(context_ring, name)
@@ -188,7 +189,7 @@ def test_whole_documents_stay(rng, cp, monkeypatch):
     compare(rng, cp, [("ring", "packed", "packed")], 4, 2, rows=(positions, ids), order=order(places))
     assert set(taken) == {cut}, taken
     taken.clear()
-    # Apart from each other they take more than an eighth.
+    # Apart from each other they take more than that.
     apart = order(places)
     apart[0, :local] = np.concatenate([parts[0][:1], whole[0], parts[0][1:]])
     compare(rng, cp, [("ring", "packed", "packed window")], 4, 2, rows=(positions, ids), order=apart)

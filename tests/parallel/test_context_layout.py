@@ -103,6 +103,27 @@ def test_whole_documents(rng):
     assert (pairs.max(axis=1) <= 1.02 * pairs.mean(axis=1)).all()
 
 
+@pytest.mark.parametrize("cp", [2, 4])
+def test_little_is_cut(rng, cp):
+    """Where no document dominates a device: work within a percent (by the mask, pair by pair, in the tests above), and
+    the tokens of documents that several devices hold stand close together, so that only those travel."""
+    T, spans, excess = 16384, [], []
+    for _ in range(6):
+        positions, ids = packed_rows(rng, 1, T, 256)
+        dealt = context_layout.permute_batch({"positions": positions, "segment_ids": ids}, "packed", cp)
+        work = context_layout.token_work(dealt["positions"], dealt["segment_ids"])
+        if np.bincount(ids[0], context_layout.token_work(positions, ids)[0]).max() > 0.4 * work.sum() / cp:
+            continue
+        work = context_layout.work_per_device(work, cp)
+        excess.append(work.max() / work.mean() - 1)
+        local = dealt["segment_ids"].reshape(cp, -1)
+        held = np.bincount(np.concatenate([np.unique(x) for x in local]))
+        shared = [np.flatnonzero(held[x] > 1) for x in local]
+        spans.append(max((x[-1] - x[0] + 1 for x in shared if x.size), default=0) * cp / T)
+    assert max(excess) < 0.01, excess
+    assert np.median(spans) < 1 / context_cost.PARTS, spans
+
+
 def test_bad_layouts():
     batch = {"positions": np.array([[0, 1, 2, 0, 1, 2, 3, 4]], np.int32)}
     with pytest.raises(ValueError, match="positions restart inside a row but the batch has no segment_ids"):
