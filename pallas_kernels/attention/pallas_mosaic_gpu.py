@@ -13,6 +13,7 @@ A kernel compiles only where its registers suffice; `Config` holds what a sweep 
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention import pallas_mosaic_gpu_bwd, pallas_mosaic_gpu_bwd_persistent
-from pallas_kernels.attention.blocks import key_ranges, pad_inputs
+from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to
 from pallas_kernels.attention.inputs import Inputs, Options, nameable
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
@@ -62,8 +63,8 @@ def supported(inputs: Inputs, options: Options) -> str | None:
     if inputs.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16. Got {inputs.q.dtype}"
     H, Hv = inputs.q.shape[3], inputs.v.shape[3]
-    if H not in (64, 128, 192, 256) or Hv not in (64, 128, 192, 256):
-        return f"takes head_dim 64, 128, 192, 256. Got {H} and {Hv}"
+    if max(H, Hv) > 256:
+        return f"takes head_dim up to 256. Got {H} and {Hv}"
     if options.scale <= 0:
         return f"takes a positive scale. Got {options.scale}"
     return None
@@ -71,14 +72,26 @@ def supported(inputs: Inputs, options: Options) -> str | None:
 
 def attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, Hv] in q's dtype and the logsumexp [B, T, N] in float32."""
-    return _attention(inputs, options, config or tuned(inputs.q.shape[3], inputs.v.shape[3]))
+    Hv = inputs.v.shape[3]
+    inputs = _whole_widths(inputs)
+    out: Any = _attention(inputs, options, config or tuned(inputs.q.shape[3], inputs.v.shape[3]))
+    o, lse = out
+    return o[..., :Hv], lse
 
 
 def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, delta: jax.Array):
     """dq, dk, dv of a block of keys; do [B, T, N, Hv], lse and delta [B, T, N] are those of whole rows."""
+    H, Hv = inputs.q.shape[3], inputs.v.shape[3]
+    inputs = _whole_widths(inputs)
     config = tuned(inputs.q.shape[3], inputs.v.shape[3])
-    rows = do, lse.swapaxes(1, 2) * LOG2E, delta.swapaxes(1, 2)
-    return _backward(inputs, options, config, *rows)
+    rows = pad_to(do, 3, 64), lse.swapaxes(1, 2) * LOG2E, delta.swapaxes(1, 2)
+    dq, dk, dv = _backward(inputs, options, config, *rows)
+    return dq[..., :H], dk[..., :H], dv[..., :Hv]
+
+
+def _whole_widths(inputs: Inputs) -> Inputs:
+    """q, k, v with a head_dim that the kernels take: zeros change neither logits nor what is cut off again."""
+    return inputs._replace(q=pad_to(inputs.q, 3, 64), k=pad_to(inputs.k, 3, 64), v=pad_to(inputs.v, 3, 64))
 
 
 def _backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):

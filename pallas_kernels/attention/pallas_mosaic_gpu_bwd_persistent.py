@@ -110,7 +110,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
             plgpu.barrier_wait(k_full.at[slot(lo)])
             dq = plgpu.layout_cast(jnp.full((ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
             dq = three_loops(step, (lo, full_lo, full_hi, hi), dq)
-            leaving = out_smem[0].at[wg] if held else q
+            leaving = (out_smem[0] if held else q_smem).at[wg]
             if held:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has long left
             leaving[...] = (dq * options.scale).astype(dtype)

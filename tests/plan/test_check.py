@@ -119,8 +119,8 @@ def test_the_pages_kernels_are_what_attention_chooses():
     script = composition()
     text = (ROOT / "docs" / "planner.md").read_text()
     assert text.partition(script.KERNELS[0])[2].partition(script.KERNELS[1])[0].strip() == "\n".join(script.kernels())
-    kernel, why = attention_backend("h200", 80, "bfloat16")
-    assert kernel == "triton" and "mosaic_gpu takes head_dim" in why
+    kernel, why = attention_backend("h200", 320, "bfloat16")
+    assert kernel == "xla" and "mosaic_gpu takes head_dim" in why
 
 
 PAIRS = [
