@@ -16,12 +16,14 @@ Times are medians of calls that are waited for one by one.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import fcntl
 import functools
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +96,7 @@ def alone(seconds):
     if WAIT:
         where, count = WAIT.rsplit(":", 1)
         (pathlib.Path(where) / str(os.getpid())).touch()
-        deadline = time.perf_counter() + 100
+        deadline = time.perf_counter() + 300
         while len(list(pathlib.Path(where).iterdir())) < int(count) and time.perf_counter() < deadline:
             time.sleep(0.1)
     with LOCK.open("w") as lock:
@@ -325,32 +327,41 @@ class Bench:
 
 
 def timeline(path, shortest=20e-6):
-    """What the first device did, from a trace: events of `shortest` seconds and more, by stream, and how much of the
-    transfers ran beside attention."""
-    planes = [
-        p for p in jax.profiler.ProfileData.from_file(str(path)).planes if "device:GPU:0" in p.name.replace("/", "")
-    ]
-    events = []
-    for plane in planes:
-        for line in plane.lines:
-            if "Stream" in line.name:
-                events += [(e.start_ns, e.start_ns + e.duration_ns, line.name, e.name) for e in line.events]
-    if not events:
-        return "the trace holds no streams of a GPU"
-    origin = min(start for start, *_ in events)
-    moves = [e for e in events if any(word in e[3].lower() for word in ("nccl", "sendrecv", "memcpyp2p", "p2p"))]
-    attends = [e for e in events if "attention" in e[3].lower()]
+    """From a trace: the first device's events of `shortest` seconds and more, by stream; then where each device's time
+    went: attention, transfers, how much of them ran beside attention, other kernels by name, and nothing at all."""
     lines = ["start ms | end ms | stream | what"]
-    for start, end, stream, name in sorted(events):
-        if end - start >= shortest * 1e9:
-            lines.append(f"{(start - origin) / 1e6:.3f} | {(end - origin) / 1e6:.3f} | {stream} | {name[:70]}")
-    both = sum(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a in moves for b in attends)
-    moved, attended = (sum(end - start for start, end, *_ in x) for x in (moves, attends))
-    lines.append(
-        f"attention {attended / 1e6:.2f} ms, transfers {moved / 1e6:.2f}, of these beside attention {both / 1e6:.2f}; "
-        f"first to last event {(max(e[1] for e in events) - origin) / 1e6:.2f} ms"
-    )
-    return "\n".join(lines)
+    planes = [p for p in jax.profiler.ProfileData.from_file(str(path)).planes if "device:GPU:" in p.name]
+    for number, plane in enumerate(sorted(planes, key=lambda p: p.name)):
+        streams = [line for line in plane.lines if "Stream" in line.name]
+        events = [(e.start_ns, e.start_ns + e.duration_ns, line.name, e.name) for line in streams for e in line.events]
+        if not events:
+            continue
+        origin, end = min(e[0] for e in events), max(e[1] for e in events)
+        for start, stop, stream, name in sorted(events) if number == 0 else ():
+            if stop - start >= shortest * 1e9:
+                lines.append(f"{(start - origin) / 1e6:.3f} | {(stop - origin) / 1e6:.3f} | {stream} | {name[:70]}")
+        kinds = collections.defaultdict(list)
+        for event in events:
+            kinds[kind_of(event[3])].append(event)
+        both = sum(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a in kinds["transfers"] for b in kinds["attention"])
+        idle, at = 0, origin
+        for start, stop, *_ in sorted(events):
+            idle, at = idle + max(0, start - at), max(at, stop)
+        spent = {kind: (sum(e[1] - e[0] for e in found) / 1e6, len(found)) for kind, found in kinds.items()}
+        lines.append(f"{plane.name}: {(end - origin) / 1e6:.2f} ms from first to last event, idle {idle / 1e6:.2f}")
+        lines.append(f"  transfers beside attention {both / 1e6:.2f} ms")
+        longest = sorted(spent.items(), key=lambda x: -x[1][0])
+        lines += [f"  {kind}: {ms:.3f} ms, {count} events" for kind, (ms, count) in longest]
+    return "\n".join(lines) if lines[1:] else "the trace holds no streams of a GPU"
+
+
+def kind_of(name):
+    """Attention, a transfer, or the kind of fusion, without its number."""
+    if "attention" in name.lower():
+        return "attention"
+    if any(word in name.lower() for word in ("nccl", "sendrecv", "p2p")):
+        return "transfers"
+    return re.sub(r"[_.]\d+$", "", name)[:50]
 
 
 GRID = [(T, N, K, w) for T in (8192, 32768) for N, K in ((16, 16), (32, 8), (32, 2)) for w in (None, 1024)]
@@ -362,7 +373,7 @@ def parts_of(quick):
     grid = range(1) if quick else range(0, len(GRID), 2)
     first = [["check"]]
     first += [["speedup", "--length", str(T), "--documents", str(d)] for T in lengths for d in (0, documents)]
-    first += [["auto", "--shapes", str(i), str(i + 2)] for i in grid]
+    first += [["auto", "--shapes", str(i), str(i + 1)] for i in grid]
     first += [["profile", "--length", str(lengths[0])], ["options", "--length", str(lengths[0])]]
     risky = [["options", "--length", str(lengths[0]), "--option", name] for name in OPTIONS if name not in SAFE]
     return first, [] if quick else risky
@@ -399,9 +410,7 @@ def main():
     parser.add_argument("--part", choices=("check", "speedup", "auto", "profile", "options"))
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--documents", type=int, default=0)
-    parser.add_argument(
-        "--shapes", type=int, nargs=2, default=(0, len(GRID)), help="first and last of the grid of auto"
-    )
+    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(GRID)), help="which of the grid of auto")
     parser.add_argument("--strategies", nargs="*", default=("plain ring", *STRATEGIES), help="those that speedup times")
     parser.add_argument("--option", choices=OPTIONS)
     parser.add_argument("--budget", type=float, default=230, help="seconds for all parts together")
@@ -417,7 +426,7 @@ def main():
     elif args.part == "speedup":
         bench.speedup(args.length, args.documents)
     elif args.part == "auto":
-        bench.auto([(512, 4, 2, None)] if args.quick else GRID[slice(*args.shapes)])
+        bench.auto([(512, 4, 2, None)] if args.quick else [GRID[i] for i in args.shapes])
     elif args.part == "profile":
         bench.profile(args.length, args.option, args.documents)
     else:
