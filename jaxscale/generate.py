@@ -3,6 +3,7 @@
 answers = generate(params, cfg, [[504, 2365, 6354]], max_new_tokens=20)
 """
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.config import ModelConfig
+from jaxscale.models import coherent as staying
 from jaxscale.models import decoder
 from jaxscale.models.unstacked import unstack
 from jaxscale.sharding import active_mesh, constrain, place
@@ -40,6 +43,7 @@ def generate(
     rules: Rules = MEGATRON_FSDP,
     on_token: Callable[[int, int], None] | None = None,
     cache_format: decoder.CacheFormat | None = None,
+    coherent: bool = False,
 ) -> list[list[int]]:
     """The tokens that follow each prompt.
 
@@ -55,17 +59,23 @@ def generate(
       mesh, rules: where to compute; parameters that lie elsewhere are moved. By default the mesh that params lie on.
       on_token: called with (row, token) as soon as each token is known.
       cache_format: of keys and values: "int8", "float8_e4m3fn" or "int4" with scales; None: as they are.
+      coherent: over ep tokens stay where their experts are: one all_to_all a layer instead of two transfers, for which
+        every device holds the cache of all rows, and the parameters but for the experts. For models that send a token
+        to one expert, or to one group of experts that is on one device.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than cfg.max_seq_len, a sampling setting
-        outside its range.
+        outside its range; coherent for another model or over other axes than ep.
     """
     rows = _check_prompts(prompts, cfg, max_new_tokens)
     top_k = _check_sampling(cfg, temperature, top_k, top_p, key)
     mesh = _mesh_of(params) if mesh is None else mesh
+    if coherent:
+        staying.check(cfg, mesh)
     if mesh is not None:
-        params = jax.device_put(params, place(params, decoder.param_specs(cfg), mesh, rules))
-    if _copied_by_xla(params):
+        rest = dataclasses.replace(rules, params=staying.PARAMS) if coherent else rules
+        params = jax.device_put(params, place(params, decoder.param_specs(cfg), mesh, rest))
+    if _copied_by_xla(params) and not coherent:
         params = unstack(params, join=mesh is None or mesh.shape["tp"] == 1)
     # Rows without a prompt fill the batch up, so that it divides over the mesh.
     split = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rules.compute.get("batch", ()))
@@ -78,6 +88,7 @@ def generate(
         "top_p": None if top_p is None else np.float32(top_p),
         "top_k": top_k,
         "rules": rules,
+        "coherent": coherent,
     }
 
     answers: list[list[int]] = [[] for _ in rows]
@@ -138,9 +149,16 @@ def decode_step(
     cfg: ModelConfig,
     *,
     rules: Rules = MEGATRON_FSDP,
+    coherent: bool = False,
 ) -> tuple[Float[Array, "B V"], decoder.Cache]:
-    """Logits of the token that follows `tokens`, which stand at `positions`; the cache with these. Donate the cache."""
-    x, new = decoder.hidden(params, tokens[:, None], cfg, positions=positions[:, None], cache=cache, rules=rules)
+    """Logits of the token that follows `tokens`, which stand at `positions`; the cache with these. Donate the cache.
+
+    coherent: parameters and cache lie as `jaxscale.models.coherent.hidden` takes them.
+    """
+    if coherent:
+        x, new = staying.hidden(params, cache, tokens, positions, cfg, rules)
+    else:
+        x, new = decoder.hidden(params, tokens[:, None], cfg, positions=positions[:, None], cache=cache, rules=rules)
     assert new is not None
     return decoder.logits(params, x, cfg, rules)[:, 0], new
 
@@ -210,15 +228,17 @@ def stream_text(tokenizer: Any, write: Callable[[int, str], None]) -> Callable[[
     return on_token
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "max_len", "top_k", "rules", "cache_format"))
-def _prefill_and_sample(params, tokens, lengths, cfg, *, max_len, rules, cache_format, **sampling):
+@functools.partial(jax.jit, static_argnames=("cfg", "max_len", "top_k", "rules", "cache_format", "coherent"))
+def _prefill_and_sample(params, tokens, lengths, cfg, *, max_len, rules, cache_format, coherent, **sampling):
     logits, cache = prefill(params, tokens, lengths, cfg, max_len=max_len, rules=rules, cache_format=cache_format)
+    if coherent:
+        cache = jax.tree.map(lambda c: jax.reshard(c, P()), cache)
     return sample(logits, lengths, rules=rules, **sampling), cache
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "rules"), donate_argnames=("cache",))
-def _decode_and_sample(params, cache, tokens, positions, cfg, *, rules, **sampling):
-    logits, cache = decode_step(params, cache, tokens, positions, cfg, rules=rules)
+@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "rules", "coherent"), donate_argnames=("cache",))
+def _decode_and_sample(params, cache, tokens, positions, cfg, *, rules, coherent, **sampling):
+    logits, cache = decode_step(params, cache, tokens, positions, cfg, rules=rules, coherent=coherent)
     return sample(logits, positions + 1, rules=rules, **sampling), cache
 
 

@@ -101,7 +101,7 @@ def write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules
         dims = jax.lax.ScatterDimensionNumbers(
             update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
         )
-        unique = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
+        unique = {"indices_are_sorted": True, "unique_indices": True, "mode": "drop"}  # a position of -1: nowhere
         return jax.lax.scatter(cache, where, new, dims, **unique)
 
     if active_mesh() is not None:

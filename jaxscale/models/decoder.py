@@ -189,7 +189,7 @@ def _hidden(
     def layer(name, cfg, carry, stacked):
         x, cache, before = carry
         p, index, local = stacked
-        p = _gather_layer(p, specs[name], cfg, tokens.shape, rules)
+        p = gather_layer(p, specs[name], cfg, tokens.shape, rules)
         x, cache, routing, before = _layer(
             p, x, cfg, local, positions, segment_ids, index, cache, rules, context, before, trace
         )
@@ -198,7 +198,7 @@ def _hidden(
     # The whole cache is carried and each layer writes its slots in place; scanned over, it would be copied every step.
     indices, local = jnp.arange(cfg.num_layers, dtype=jnp.int32), jnp.asarray(cfg.local_layers)
     carry, routing, start = (x, cache, moe.no_logits(cfg, tokens.shape, rules)), None, 0
-    for name, kind, count in _stacks(cfg):
+    for name, kind, count in stacks(cfg):
         body = functools.partial(layer, name, kind)
         if isinstance(params[name], tuple):  # as `unstacked` lays them out: to generate, nothing else is returned
             body = jax.jit(body)
@@ -217,7 +217,7 @@ def _hidden(
         return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset), cache, routing
 
 
-def _stacks(cfg: ModelConfig) -> list[tuple[str, ModelConfig, int]]:
+def stacks(cfg: ModelConfig) -> list[tuple[str, ModelConfig, int]]:
     """(name, configuration, depth) of each stack of layers, in the order of the model."""
     first = cfg.moe.first_dense if cfg.moe else 0
     plain = dataclasses.replace(cfg, moe=None)
@@ -245,7 +245,7 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     table = normal(D**-0.5 if cfg.tie_embeddings else 1.0)
     specs = {
         "embed": ParamSpec((V, D), ("vocab", "embed"), table, cfg.param_dtype),
-        **{name: _layer_specs(kind, depth) for name, kind, depth in _stacks(cfg)},
+        **{name: _layer_specs(kind, depth) for name, kind, depth in stacks(cfg)},
         "final_norm": ParamSpec((D,), ("embed",), constant(1.0 - cfg.norm_offset), cfg.param_dtype),
     }
     if not cfg.tie_embeddings:
@@ -313,22 +313,28 @@ def _layer_specs(cfg: ModelConfig, L: int) -> dict[str, Any]:
 
 def _layer(p, x, cfg, local, positions, segment_ids, index, cache, rules, context, before, trace):
     norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+    x, cache = after_attention(p, x, cfg, local, positions, segment_ids, index, cache, rules, context)
+    routing = None
+    with jax.named_scope("mlp"):
+        y = norm(x, p["mlp_norm"])
+        if cfg.moe is None:
+            y = mlp_block(p["mlp"], y, cfg, rules)
+        else:
+            y, routing, before = moe.block(p["moe"], y, cfg, rules, segment_ids, before, trace)
+        x = x + (norm(y, p["mlp_post_norm"]) if cfg.post_norms else y)
+    return x, cache, routing, before
+
+
+def after_attention(p, x, cfg, local, positions, segment_ids, index, cache, rules, context):
+    """The residual stream after a layer's attention, and the cache."""
+    norm = functools.partial(rms_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
     with jax.named_scope("attention"):
         y, rest = norm(x, p["attn_norm"]), (positions, segment_ids, index, cache, rules, context)
         if cfg.mla is None:
             y, cache = _attention_block(p["attn"], y, cfg, local, *rest)
         else:
             y, cache = mla.block(p["attn"], y, cfg, *rest)
-        x = x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y)
-    routing = None
-    with jax.named_scope("mlp"):
-        y = norm(x, p["mlp_norm"])
-        if cfg.moe is None:
-            y = _mlp_block(p["mlp"], y, cfg, rules)
-        else:
-            y, routing, before = moe.block(p["moe"], y, cfg, rules, segment_ids, before, trace)
-        x = x + (norm(y, p["mlp_post_norm"]) if cfg.post_norms else y)
-    return x, cache, routing, before
+        return x + (norm(y, p["attn_post_norm"]) if cfg.post_norms else y), cache
 
 
 def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rules, context):
@@ -382,7 +388,7 @@ def _attention_output(p, o, cfg, rules):
     return out + p["bo"][None, None] if cfg.out_bias else out
 
 
-def _mlp_block(p, y, cfg, rules):
+def mlp_block(p, y, cfg, rules):
     (y,) = enter(y, INSIDE, (p["w_gate_up" if "w_gate_up" in p else "w_up"],), rules)
     h = gated_mlp(y, p, cfg.activation)
     out = einsum("BTF,FD->BTD", h, p["w_down"], axes=RESIDUAL, rules=rules)
@@ -416,7 +422,7 @@ def _gather(params, specs, cfg, rows, rules):
     return gather_params(params, specs, jnp.dtype(cfg.dtype), rows, rules)
 
 
-def _gather_layer(p, specs, cfg, rows, rules):
+def gather_layer(p, specs, cfg, rows, rules):
     """What has a way of its own to be gathered apart: experts, latent attention."""
     own = {"moe": moe.gather} if cfg.moe is not None else {}
     own |= {"attn": mla.gather} if cfg.mla is not None else {}

@@ -43,29 +43,21 @@ def block(
     m = _moe(cfg)
     mask = jnp.ones(y.shape[:2], bool) if segment_ids is None else segment_ids > 0
     mask = constrain(mask, ("batch", "seq"), rules)
-    with jax.named_scope("router"):
-        logits = router_logits(p["router"], constrain(y, INSIDE, rules), m, before)
-        chosen = _route(logits, p["router"].get("balance_bias"), mask, m, rules)
+    logits, chosen, places = choose(p, y, m, mask, before, rules)
     with jax.named_scope("experts"):
         out = apply_experts(
             y,
-            _spread(p["places"], chosen.experts, m, rules) if m.num_replicas else chosen.experts,
+            places,
             chosen.weights,
             p["experts"],
-            activation=m.activation if m.activation == "gpt_oss" else cfg.activation,
+            activation=activation(cfg),
             dispatch=m.dispatch,
             chunks=m.dispatch_chunks,
             hosts=m.ep_hosts or 1,
             row_pairs=m.num_experts * routing.capacity(m, y.shape[1]) if m.router == "expert_choice" else None,
             rules=rules,
         )
-    if m.num_routed > m.num_experts:
-        out = out + _cheap(p.get("constant"), y, chosen, m, rules)
-    if m.shared_dim:
-        with jax.named_scope("shared"):
-            (inside,) = enter(y, INSIDE, (p["shared"]["w_up"],), rules)
-            h = gated_mlp(inside, p["shared"], cfg.activation)
-            out = out + einsum("BTF,FD->BTD", h, p["shared"]["w_down"], axes=RESIDUAL, rules=rules)
+    out = beside(out, p, y, chosen, cfg, rules)
     stats = _stats(logits, chosen, mask, m, rules)
     if "balance_bias" in p["router"]:
         # Zero, with the gradient of loss-free balancing (arXiv 2408.15664): descent lowers the bias of busy experts.
@@ -75,6 +67,34 @@ def block(
     if trace:
         stats["experts"] = chosen.experts
     return out, stats, logits if m.gating_residual else None
+
+
+def choose(p, y: Array, m: MoEConfig, mask: Array, before: Array | None, rules: Rules):
+    """The router's logits; what it chose; the places [B, T, K] of the experts that it chose."""
+    with jax.named_scope("router"):
+        logits = router_logits(p["router"], constrain(y, INSIDE, rules), m, before)
+        chosen = _route(logits, p["router"].get("balance_bias"), mask, m, rules)
+        places = _spread(p["places"], chosen.experts, m, rules) if m.num_replicas else chosen.experts
+    return logits, chosen, places
+
+
+def beside(out: Array, p, y: Array, chosen: routing.Routing, cfg: ModelConfig, rules: Rules) -> Array:
+    """`out`, and what experts add to which no token travels: those that cost nothing, and shared ones."""
+    m = _moe(cfg)
+    if m.num_routed > m.num_experts:
+        out = out + _cheap(p.get("constant"), y, chosen, m, rules)
+    if m.shared_dim:
+        with jax.named_scope("shared"):
+            (inside,) = enter(y, INSIDE, (p["shared"]["w_up"],), rules)
+            h = gated_mlp(inside, p["shared"], cfg.activation)
+            out = out + einsum("BTF,FD->BTD", h, p["shared"]["w_down"], axes=RESIDUAL, rules=rules)
+    return out
+
+
+def activation(cfg: ModelConfig) -> str:
+    """Of the experts, as `apply_experts` names it."""
+    m = _moe(cfg)
+    return m.activation if m.activation == "gpt_oss" else cfg.activation
 
 
 def losses(stats: dict[str, Array], cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
