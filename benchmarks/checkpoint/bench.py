@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="two saves, not three (save s is of the first, cold one), no restore"
     )
+    parser.add_argument("--seconds", type=float, default=1200.0, help="a row that takes longer is given up")
     parser.add_argument("--out", default=tempfile.gettempdir())
     parser.add_argument("--rows", choices=ROWS, nargs="+", default=ROWS)
     parser.add_argument("--row", choices=ROWS, help="measure one row in this process")
@@ -56,7 +57,12 @@ def main() -> None:
         command = [sys.executable, __file__, "--row", row, "--gib", args.gib, "--arrays", args.arrays]
         command += ["--steps", args.steps, "--step-ms", args.step_ms, "--out", args.out]
         command += ["--quick"] if args.quick else []
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1200)
+        command = [str(part) for part in command]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
+        except subprocess.TimeoutExpired:
+            print(f"{row:12} did not end within {args.seconds:.0f} s", flush=True)
+            continue
         if done.returncode:
             print(f"{row:12} did not run: {done.stderr.strip().splitlines()[-1][:160]}", flush=True)
             continue

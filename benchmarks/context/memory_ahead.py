@@ -1,13 +1,15 @@
 """Memory of a device for one layer's ring attention, forward and backward, compiled for hardware that is not here.
 
-    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py v5p     # needs libtpu
-    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200    # needs jax[cuda13]
-    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200 ring 1048576 64    # one cell of the table
+    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200                    # needs jax[cuda13]
+    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py v5p                     # needs libtpu
+    JAX_PLATFORMS=cpu python benchmarks/context/memory_ahead.py h200 1048576 64 usp     # one cell, of any strategy
+    python benchmarks/context/memory_ahead.py                                           # the tables of memory_ahead.csv
 
-bfloat16, B1 N16 K16 H128, causal, zigzag. Prints MiB a device: temporaries beyond arguments and results, and in
-brackets the local q, k, v, out, dout, dq, dk, dv.
+bfloat16, B1 N16 K16 H128, causal, zigzag. A target alone adds the cells that memory_ahead.csv lacks, half a CPU minute
+each: MiB a device of temporaries beyond arguments and results, and of those: the local q, k, v, out, dout, dq, dk, dv.
 """
 
+import csv
 import functools
 import os
 import pathlib
@@ -31,6 +33,7 @@ from jaxscale.config import CPStrategy
 from jaxscale.parallel import context
 
 HEADS, HEAD_DIM, DEVICES = 16, 128, 64
+STORE = pathlib.Path(__file__).with_suffix(".csv")
 LENGTHS = [2**n for n in range(16, 21)]
 SIZES = [2, 4, 8, 16, 32, 64]
 
@@ -63,22 +66,34 @@ def memory(target: str, seq_len: int, cp: int, strategy: CPStrategy) -> tuple[fl
     return stats.temp_size_in_bytes / 2**20, (stats.argument_size_in_bytes + stats.output_size_in_bytes) / 2**20
 
 
+def stored() -> dict[tuple[str, int, int], tuple[int, int]]:
+    """(target, T, cp) -> MiB of temporaries, MiB held."""
+    with STORE.open() as file:
+        rows = list(csv.reader(file))[1:]
+    return {(target, int(T), int(cp)): (int(a), int(b)) for target, T, cp, a, b in rows}
+
+
+def table(target: str, cells) -> str:
+    lines = [f"| {target} | " + " | ".join(f"cp {cp}" for cp in SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
+    for T in LENGTHS:
+        found = [cells.get((target, T, cp)) for cp in SIZES]
+        lines.append(f"| {T // 1024}k | " + " | ".join(f"{x[0]:,} ({x[1]:,})" if x else "" for x in found) + " |")
+    return "\n".join(lines)
+
+
 def main():
+    if not sys.argv[1:]:
+        return print("\n\n".join(table(target, stored()) for target in ("h200", "v5p")))
     target, *rest = sys.argv[1:]
-    strategy: Any = rest[0] if rest else "ring"
-    if rest[1:]:
-        seq_len, cp = map(int, rest[1:])
-        temporary, held = memory(target, seq_len, cp, strategy)
-        print(f"| {strategy}, {target} | {seq_len} | {cp} | {temporary:,.0f} ({held:,.0f}) |")
-        return
-    print(f"| {strategy}, {target}: T | " + " | ".join(f"cp {cp}" for cp in SIZES) + " |", flush=True)
-    print("|---" * (len(SIZES) + 1) + "|", flush=True)
+    if rest:
+        strategy: Any = rest[2] if rest[2:] else "ring"
+        return print("{:,.0f} ({:,.0f})".format(*memory(target, int(rest[0]), int(rest[1]), strategy)))
     for seq_len in LENGTHS:
-        print(f"| {seq_len // 1024}k ", end="", flush=True)
         for cp in SIZES:
-            temporary, held = memory(target, seq_len, cp, strategy)
-            print(f"| {temporary:,.0f} ({held:,.0f}) ", end="", flush=True)
-        print("|", flush=True)
+            if (target, seq_len, cp) not in stored():
+                temporary, held = memory(target, seq_len, cp, "ring")
+                with STORE.open("a") as file:
+                    print(target, seq_len, cp, round(temporary), round(held), sep=",", file=file)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -193,6 +194,25 @@ def test_choices_against_measurements():
         choice = context_cost.choose(shape, 2, rates=context_cost.device_rates("NVIDIA H100 80GB HBM3"))
         lost.append(seconds[choice.strategy] / min(seconds.values()))
     assert sum(x <= 1.05 for x in lost) >= 11 and max(lost) < 1.13, lost
+
+
+def test_memory_grows_as_the_tokens_of_a_device():
+    """What compilers said of a ring for H200 and v5p, T from 64k to 1M (benchmarks/context/memory_ahead.py): only
+    T / cp counts, from eight devices on (fewer write their steps out), and it grows no faster."""
+    path = pathlib.Path(__file__).parents[2] / "benchmarks/context/memory_ahead.csv"
+    cells = np.loadtxt(path, delimiter=",", skiprows=1, dtype=[("target", "U8"), ("numbers", "i8", 4)])
+    for target, fewest in (("h200", 20), ("v5p", 20)):
+        T, cp, temporary, held = cells["numbers"][cells["target"] == target].T
+        assert len(set(zip(T, cp))) == len(T) >= fewest and set(T) == {2**n for n in range(16, 21)}
+        local = T // cp
+        assert (held * 2**20 == local * 16 * 128 * 2 * 8).all()
+        for n in np.unique(local[cp >= 8]):
+            same = temporary[(local == n) & (cp >= 8)]
+            assert same.max() == same.min(), (target, n, same)
+        for few in (cp == 2, cp == 4, cp >= 8):
+            share = (temporary / local)[few & (local >= 8192)]
+            assert share.max() < 1.06 * share.min(), (target, share)
+        assert (temporary <= {"h200": 2.0, "v5p": 5.3}[target] * held).all()
 
 
 def model_and_batch(rng, T=64):
