@@ -171,7 +171,7 @@ def _generate(args: list[str]) -> int:
         key=jax.random.key(options.seed) if options.temperature else None,
         mesh=mesh,
         on_token=stream_text(model.tokenizer, write),
-        cache_format=options.cache or None,  # pyright: ignore[reportArgumentType]
+        cache_format=options.cache or model.cache_format,  # pyright: ignore[reportArgumentType]
     )
     print()
     if not single:
@@ -192,7 +192,7 @@ class ConvertOptions:
     model: str = "smollm2-135m"
     """smollm2-135m, a .gguf file, a Hugging Face directory, or the directory of a training run"""
     text: str = ""
-    """a text file to calibrate awq, gptq and smoothquant with"""
+    """a text file to calibrate awq, gptq, smoothquant and fmpq with"""
     calibration_tokens: int = 8192
 
 
@@ -200,10 +200,11 @@ def _convert(args: list[str]) -> int:
     options = _parse(ConvertOptions, args, "jaxscale convert")
     from jaxscale.pretrained import require_new, save_model
     from jaxscale.quantize.apply import summary
+    from jaxscale.quantize.recipe import parse_recipe
 
     recipe = options.quantize
     require_new(options.out)  # before the work
-    if recipe.rpartition("-")[2] in ("awq", "gptq", "smoothquant"):
+    if recipe != "stored" and parse_recipe(recipe).method != "rtn":
         model = _calibrated(_load(options.model, None), recipe, options)
     else:
         model = _load(options.model, None, recipe)
@@ -218,6 +219,7 @@ def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
 
     from jaxscale.models import decoder
     from jaxscale.quantize.calibrate import gather_statistics, quantize_calibrated
+    from jaxscale.quantize.recipe import parse_recipe
     from pallas_kernels import QuantizedArray
 
     if not Path(options.text).is_file():
@@ -235,7 +237,7 @@ def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
     specs = decoder.param_specs(model.cfg)
     run = lambda params, tokens: decoder.forward(params, tokens, model.cfg, remat="full")
     params = quantize_calibrated(model.params, recipe, specs, gather_statistics(model.params, specs, run, batches))
-    return dataclasses.replace(model, params=params)
+    return dataclasses.replace(model, params=params, cache_format=parse_recipe(recipe).cache)
 
 
 def _load(name: str, mesh: Any, quantize: str = "") -> Any:
@@ -246,6 +248,7 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
     from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import LoadedModel, load_model
     from jaxscale.quantize.apply import quantize as round_to_nearest
+    from jaxscale.quantize.recipe import parse_recipe
     from jaxscale.run import load_run
 
     if (Path(name) / "checkpoints").is_dir():
@@ -254,9 +257,12 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
         first = jax.devices()[0]
         run = load_run(name, mesh or make_mesh(devices=[first]))
         params = run.params if mesh else jax.device_put(run.params, first)
+        model = LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
         if quantize:
-            params = round_to_nearest(params, quantize, param_specs(run.cfg))
-        return LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
+            recipe = parse_recipe(quantize)
+            small = round_to_nearest(params, recipe, param_specs(run.cfg))
+            model = dataclasses.replace(model, params=small, cache_format=recipe.cache)
+        return model
     return load_model(name, mesh=mesh, quantize=quantize or None)
 
 

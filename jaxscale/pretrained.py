@@ -20,10 +20,12 @@ from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
 from jaxscale.config import ModelConfig
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxscale.fetch import fetch_pypi
+from jaxscale.models.cache import CacheFormat
 from jaxscale.models.decoder import param_specs
 from jaxscale.params import fallback_notes, param_shardings
 from jaxscale.quantize.apply import quantize as round_to_nearest
 from jaxscale.quantize.files import load_quantized, save_quantized
+from jaxscale.quantize.recipe import parse_recipe
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 QUANTIZED = "quantized.safetensors"  # of a directory that `save_model` writes
@@ -44,7 +46,7 @@ Message = dict[Literal["role", "content"], str]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """stop_tokens end an answer; chat turns messages into the model's prompt (None: it was not trained to chat);
-    notes say which dims the mesh could not split, and why."""
+    notes say which dims the mesh could not split, and why; cache_format is for `generate`, where a recipe says it."""
 
     cfg: ModelConfig
     params: Any
@@ -52,6 +54,7 @@ class LoadedModel:
     stop_tokens: tuple[int, ...]
     chat: Callable[[list[dict[str, str]]], str] | None
     notes: tuple[str, ...] = ()
+    cache_format: CacheFormat | None = None
 
     def encode_chat(self, question: str) -> list[int]:
         """Token ids of a conversation that begins with `question`; of the bare text for a model without chat."""
@@ -105,8 +108,9 @@ def load_model(
             f"{name_or_path!s} is no model; give a name ({', '.join(NAMED)}), a .gguf file, or a Hugging Face directory"
         )
     if quantize not in (None, "stored"):
-        params = round_to_nearest(model.params, quantize, param_specs(model.cfg), rules=rules)
-        model = dataclasses.replace(model, params=params)
+        recipe = parse_recipe(quantize)
+        params = round_to_nearest(model.params, recipe, param_specs(model.cfg), rules=rules)
+        model = dataclasses.replace(model, params=params, cache_format=recipe.cache)
     return dataclasses.replace(model, notes=() if mesh is None else fallback_notes(param_specs(model.cfg), mesh, rules))
 
 
@@ -122,7 +126,13 @@ def save_model(model: LoadedModel, path: str | Path) -> None:
     chat = None if model.chat is None else {"system": getattr(model.chat, "keywords", {}).get("system")}
     model.tokenizer.save(path / "tokenizer.json")
     # dtype is of the computation: config.json has none of its own for it.
-    about = {"dtype": model.cfg.dtype, "param_dtype": model.cfg.param_dtype, "chat": chat, "stop": model.stop_tokens}
+    about = {
+        "dtype": model.cfg.dtype,
+        "param_dtype": model.cfg.param_dtype,
+        "chat": chat,
+        "stop": model.stop_tokens,
+        "cache": model.cache_format,
+    }
     (path / "config.json").write_text(config, "utf-8")
     (path / "quantized.json").write_text(json.dumps(about, indent=2), "utf-8")
     save_quantized(model.params, path / QUANTIZED)  # last: a directory without it is half-written
@@ -150,6 +160,7 @@ def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:
         tokenizer=load_tokenizer(path),
         stop_tokens=tuple(about["stop"]),
         chat=None if about["chat"] is None else functools.partial(chatml, **about["chat"]),
+        cache_format=about.get("cache"),
     )
 
 

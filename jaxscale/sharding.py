@@ -196,6 +196,7 @@ def place_quantized(w: QuantizedArray, spec: P, sizes: Any, *, rest: bool = Fals
         scales=scales,
         offsets=None if w.offsets is None else scales,
         inputs=None if w.inputs is None else P(*outputs[:lead], first if aligned else None),
+        outliers=None if w.outliers is None else P(*outputs[: w.outliers.ndim - 1], along),
     )
 
 

@@ -34,6 +34,7 @@ class Work:
     H: int = 128
     page: int = 64
     pages: str = "bfloat16"
+    tokens: bool = False  # pages of 8 bits have a scale for each token
     ragged: bool = False
     window: int | None = None
     soft_cap: float | None = None
@@ -47,6 +48,8 @@ WORKS = {
     "ragged": Work(ragged=True),
     "float8": Work(pages="float8_e4m3fn"),
     "int8": Work(pages="int8"),
+    "int8, scales of tokens": Work(pages="int8", tokens=True),
+    "float8, scales of tokens": Work(pages="float8_e4m3fn", tokens=True),
     "page 16": Work(page=16),
     "page 128": Work(page=128),
     "1 sequence of 128k": Work(B=1, S=131072),
@@ -119,7 +122,8 @@ def arrays(work: Work, seed: int):
     if work.pages != "bfloat16":
         unit = 1 / 60 if work.pages == "int8" else 1.0
         for name, key in (("k_scales", keys[3]), ("v_scales", keys[4])):
-            args[name] = unit * jnp.exp(0.3 * jax.random.normal(key, (shape[0], work.K)))
+            own = shape[:3] if work.tokens else (shape[0], work.K)
+            args[name] = unit * jnp.exp(0.3 * jax.random.normal(key, own))
     if work.sinks:
         args["sinks"] = jax.random.normal(keys[5], (work.N,))
     return args

@@ -26,11 +26,13 @@ from jaxscale.params import num_params
 from jaxscale.pretrained import load_model
 from jaxscale.quantize.apply import num_bytes
 from jaxscale.quantize.calibrate import gather_statistics, quantize_calibrated
+from jaxscale.quantize.recipe import parse_recipe
 
 LENGTH = 256  # of a row: attention's cost on a CPU
 RECIPES = [
     *("w8a16", "w8a16-fp8", "w8a8", "w8a8-smoothquant", "w8a8-g64", "w8a8-fp8"),
     *(f"w4a16-g{g}{method}" for g in (192, 64, 32) for method in ("", "-awq", "-gptq")),
+    *(f"w4a4{rest}" for rest in ("-g64", "-g64-fmpq", "kv4-g64-fmpq", "kv4-g64-gptq")),
 ]
 CACHES = {"kv-int8": "int8", "kv-fp8": "float8_e4m3fn", "kv-int4": "int4"}
 SOTU = {
@@ -89,18 +91,21 @@ def main():
         if options.only and name != "bf16" and name not in options.only.split(","):
             continue
         start = time.perf_counter()
-        params, run = model.params, model
+        params, run, cache = model.params, model, CACHES.get(name)
         if name == "bf16":
             params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
             run = dataclasses.replace(model, cfg=dataclasses.replace(cfg, dtype="bfloat16", param_dtype="bfloat16"))
-        elif name.rpartition("-")[2] in ("awq", "gptq", "smoothquant"):
-            statistics = statistics or gather_statistics(params, specs, forward, batches)
-            params = quantize_calibrated(params, name, specs, statistics)
         elif name in RECIPES:
-            params = jaxscale.quantize(params, name, specs)
+            recipe = parse_recipe(name)
+            cache = recipe.cache
+            if recipe.method == "rtn":
+                params = jaxscale.quantize(params, recipe, specs)
+            else:
+                statistics = statistics or gather_statistics(params, specs, forward, batches)
+                params = quantize_calibrated(params, recipe, specs, statistics)
         cells = []
         for text, rows in texts.items():
-            bits = bits_per_byte(params, rows, run, CACHES.get(name))
+            bits = bits_per_byte(params, rows, run, cache)
             base.setdefault(text, bits)
             cells.append(f"{bits:.4f} | {100 * (bits / base[text] - 1):+.2f}")
         share = num_bytes(params) / (2 * num_params(specs))

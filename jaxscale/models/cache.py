@@ -120,17 +120,17 @@ def read(cache: Array, index: Array, rules: Rules) -> tuple[Array, Array]:
 def pages_fit(cache: Cache, q: Array) -> bool:
     """Whether `attend` has a kernel for queries [B, T, N, H] over this cache, here."""
     mesh = active_mesh()
-    if set(cache) != {"k", "v"} or q.shape[1] > MAX_QUERIES or cache["k"].shape[2] % PAGE:
+    if "k" not in cache or q.shape[1] > MAX_QUERIES or cache["k"].shape[2] % PAGE:
         return False
     if mesh is not None:  # each device must hold whole heads of both, and all slots
         split = [axes_of(partitions(x)[d : d + 1]) for x, d in ((q, 2), (cache["k"], 3))]
         if split[0] != split[1] or partitions(cache["k"])[2] is not None:
             return False
-    L, B, S, K, H = cache["k"].shape
+    B, S = cache["k"].shape[1:3]
     new = jax.ShapeDtypeStruct
-    pages = new((L * B * S // PAGE, PAGE, K, H), cache["k"].dtype)
+    k, v, scales = jax.eval_shape(_pages, {name: new(x.shape, x.dtype) for name, x in cache.items()})
     ints = new((B, S // PAGE), jnp.int32), new((B,), jnp.int32)
-    return decode_attention_implementation(new(q.shape, q.dtype), pages, pages, *ints) in KERNELS
+    return decode_attention_implementation(new(q.shape, q.dtype), k, v, *ints, **scales) in KERNELS
 
 
 def attend(
@@ -142,20 +142,27 @@ def attend(
     """
     positions = constrain(positions, ("batch", None), rules)
 
-    def attend_local(q, k, v, index, positions, sinks):
-        _, B, S, K, H = k.shape
-        pages = lambda x: x.reshape(-1, PAGE, K, H)
+    def attend_local(q, cache, index, positions, sinks):
+        B, S = cache["k"].shape[1:3]
+        k, v, scales = _pages(cache)
         row = index * B + jnp.arange(B, dtype=jnp.int32)[:, None]
         table = row * (S // PAGE) + jnp.arange(S // PAGE, dtype=jnp.int32)[None]
         lengths = positions[:, -1] + 1
-        return decode_attention(q, pages(k), pages(v), table, lengths, sinks=sinks, **options)
+        return decode_attention(q, k, v, table, lengths, sinks=sinks, **scales, **options)
 
     if active_mesh() is not None:
         q = constrain(q, ("batch", None, "q_heads", None), rules)
         if sinks is not None:
             sinks = constrain(sinks, ("q_heads",), rules)
         attend_local = jax.shard_map(attend_local, out_specs=jax.typeof(q).sharding.spec)
-    return attend_local(q, cache["k"], cache["v"], index, positions, sinks)
+    return attend_local(q, cache, index, positions, sinks)
+
+
+def _pages(cache: Cache) -> tuple[Array, Array, dict[str, Array]]:
+    """Keys and values of all layers [P, PAGE, K, H], and the scales [P, PAGE, K] of a rounded cache."""
+    pages = {name: x.reshape(-1, PAGE, *x.shape[3:]) for name, x in cache.items()}
+    scales = {f"{n}_scales": pages[_scale(n)][..., 0] for n in ("k", "v") if _scale(n) in pages}
+    return pages["k"], pages["v"], scales
 
 
 def _scale(name: str) -> str:

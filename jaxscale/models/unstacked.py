@@ -62,7 +62,8 @@ def _concatenate(parts: list[Any], dim: int) -> Any:
     place = first.order.index(first.ndim + dim)
     alike = lambda p: (p.contraction, p.unsigned, p.activations, p.values.dtype, p.scales.shape[-1], p.inputs is None)
     per_output = all(p.scales.shape[place] == p.values.shape[place] for p in parts)
-    if first.inputs is not None or not per_output or len({alike(p) for p in parts}) > 1:
+    own = first.inputs is not None or first.outliers is not None  # what each has for the activations that it meets
+    if own or not per_output or len({alike(p) for p in parts}) > 1:
         return None
     together = lambda *xs: jnp.concatenate(xs, axis=place)
     return dataclasses.replace(

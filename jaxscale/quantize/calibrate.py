@@ -1,4 +1,4 @@
-"""Weights rounded with the statistics of a calibration set: AWQ, GPTQ, SmoothQuant.
+"""Weights rounded with the statistics of a calibration set: AWQ, GPTQ, SmoothQuant, FMPQ.
 
     statistics = gather_statistics(params, specs, lambda p, x: decoder.forward(p, x, cfg), batches)
     small = quantize_calibrated(params, "w4a16-g64-gptq", specs, statistics)
@@ -14,7 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jaxscale.quantize.apply import (
     round_weight,
     select,
 )
+from jaxscale.quantize.channels import Statistics, outlier_groups, outliers_first, smooth_keys
 from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
 from jaxscale.sharding import Weight, active_mesh
 from pallas_kernels.quantized_matmul.array import FORMATS, QuantizedArray, group_scales, quantize_array, round_to
@@ -37,15 +38,6 @@ from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 ALPHAS = 21  # exponents that AWQ tries, 0 to 1
 DAMPING = 0.01  # of the mean of GPTQ's diagonal, added to it
-
-
-class Statistics(NamedTuple):
-    """Of the rows x [K] that met a weight, float32: the sum of x x^T [..., K, K] and of |x| [..., K], the largest |x|
-    [..., K]; leading dims are the weight's layers."""
-
-    hessian: jax.Array
-    total: jax.Array
-    top: jax.Array
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value", "statistics"), meta_fields=())
@@ -150,6 +142,10 @@ def quantize_calibrated(
     """`jaxscale.quantize` with the recipe's method. The vocabulary's matrices and routed experts are
     rounded to the nearest.
 
+    Where activations take 4 bits, the groups of channels that hold an outlier keep 8 (FMPQ, arXiv 2410.12168), whatever
+    the method. Channels then come out in another order, those of all parameters; where the recipe's cache takes 4 bits,
+    keys in other units (`jaxscale.quantize.channels`).
+
     Args:
       params, recipe, specs, rules: as in `jaxscale.quantize`.
       statistics: from `gather_statistics`.
@@ -157,12 +153,17 @@ def quantize_calibrated(
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     if recipe.method == "rtn":
         raise ValueError("rounding to the nearest needs no calibration set: jaxscale.quantize(params, recipe, specs)")
-    method = {"awq": awq, "gptq": gptq, "smoothquant": smoothquant}[recipe.method]
+    method = {"awq": awq, "gptq": gptq, "smoothquant": smoothquant, "fmpq": nearest}[recipe.method]
     chosen = select(params, recipe, specs)
     if missing := [name for name in chosen if "/" in name and not is_expert(name) and name not in statistics]:
         raise ValueError(
             f"no statistics of {', '.join(missing)}, which the recipe rounds; gather them, or leave them out"
         )
+
+    if recipe.cache == "int4":
+        params = smooth_keys(params, specs, statistics)
+    if any(rounding.activations == "int4" for rounding in chosen.values()):
+        params, statistics = outliers_first(params, specs, statistics)
 
     def round_one(path, spec, w):
         name = path_name(path)
@@ -173,13 +174,27 @@ def quantize_calibrated(
         else:
 
             def layers(w, *s):
-                run = lambda args: method(args[0], Statistics(*args[1:]), contraction_of(spec), chosen[name])
+                run = lambda args: _rounded(method, args[0], Statistics(*args[1:]), contraction_of(spec), chosen[name])
                 return jax.lax.map(run, (w, *s)) if spec.axes[0] == "layers" else run((w, *s))
 
             out = on_its_mesh(layers, name, spec, w, rules, *statistics[name])
         return require_finite(name, out)
 
     return jax.tree.map_with_path(round_one, specs, params)
+
+
+def _rounded(method: Any, w: jax.Array, s: Statistics, contraction: tuple[int, ...], rounding: Rounding) -> Any:
+    q = method(w, s, contraction, rounding)
+    if rounding.activations != "int4":
+        return q
+    top = s.top if q.inputs is None else s.top * q.inputs
+    return dataclasses.replace(q, outliers=outlier_groups(top, rounding.group))
+
+
+def nearest(w: jax.Array, s: Statistics, contraction: tuple[int, ...], rounding: Rounding) -> QuantizedArray:
+    """Without statistics: what FMPQ does is done to the activations."""
+    options = _options(rounding)
+    return quantize_array(w, rounding.format, contraction=contraction, activations=rounding.activations, **options)
 
 
 def awq(w: jax.Array, s: Statistics, contraction: tuple[int, ...], rounding: Rounding) -> QuantizedArray:

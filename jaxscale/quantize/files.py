@@ -23,7 +23,7 @@ from jaxscale.sharding import place
 from pallas_kernels.quantized_matmul.array import QuantizedArray
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
-PARTS = ("values", "scales", "offsets", "inputs")
+PARTS = ("values", "scales", "offsets", "inputs", "outliers")
 
 
 def save_quantized(params: Any, path: str | Path) -> None:
@@ -70,9 +70,9 @@ def load_quantized(path: str | Path, specs: Any, mesh: Mesh | None = None, rules
         elif name in meta:
             m = meta[name]
             values = jnp.asarray(_values(tensors[f"{name}.values"], jnp.dtype(m["dtype"]), tuple(m["shape"])))
-            rest = (tensors.get(f"{name}.{part}") for part in PARTS[1:])
-            parts = [values, *(None if x is None else jnp.asarray(x) for x in rest)]
-            out = QuantizedArray(*parts, tuple(m["contraction"]), m["unsigned"], m["activations"])  # pyright: ignore
+            parts = {p: jnp.asarray(x) for p in PARTS[1:] if (x := tensors.get(f"{name}.{p}")) is not None}
+            about = {"contraction": tuple(m["contraction"]), "unsigned": m["unsigned"], "activations": m["activations"]}
+            out = QuantizedArray(values, **parts, **about)
         else:
             raise ValueError(f"{path} has no parameter {name}; is it a file of this configuration?")
         if out.shape != spec.shape:

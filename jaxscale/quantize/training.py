@@ -91,6 +91,8 @@ def parse_precision(name: str, skip: str = "") -> Precision | Recipe:
         raise ValueError(f"no precision {name!r}: use {', '.join(PRECISIONS)}, or a recipe to train for; {e}") from None
     if recipe.method != "rtn":
         raise ValueError(f"precision {name!r}: training rounds to the nearest; leave -{recipe.method} out")
+    if recipe.cache is not None:
+        raise ValueError(f"precision {name!r}: training has no cache to round; leave kv out")
     return dataclasses.replace(recipe, rules=((skip, None), *recipe.rules)) if skip else recipe
 
 

@@ -20,7 +20,7 @@ BACKENDS = {
 
 MAX_QUERIES = 8
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
-_QUANTIZED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+_QUANTIZED = (jnp.int8, jnp.int4, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 def decode_attention(
@@ -47,13 +47,13 @@ def decode_attention(
 
     Args:
       q: [B, T, N, H], 1 <= T <= 8; float32, bfloat16 or float16.
-      k_pages: [P, page, K, H]: P pages of `page` tokens, N divisible by K. In q's dtype, or int8, float8_e4m3fn,
+      k_pages: [P, page, K, H]: P pages of `page` tokens, N divisible by K. In q's dtype, or int8, int4, float8_e4m3fn,
         float8_e5m2. A contiguous cache [B, S, K, H] is `k.reshape(B * S // page, page, K, H)`.
       v_pages: [P, page, K, Hv], the dtype of k_pages.
       page_table: int32 [B, M]: the page that holds tokens [i * page, (i + 1) * page) of sequence b.
       lengths: int32 [B], in tokens, at most M * page.
-      k_scales, v_scales: float32 [P, K]: what a page's numbers of a head are multiplied with. int8 needs both, float8
-        takes them, pages in q's dtype have none.
+      k_scales, v_scales: float32, what a head's numbers are multiplied with: [P, K] of a page, or [P, page, K] of a
+        token. int8 and int4 need both, float8 takes them, pages in q's dtype have none.
       window: a query sees the keys less than `window` positions before it, itself counted.
       soft_cap: bounds the logits.
       scale: of the logits; H ** -0.5 by default.
@@ -126,7 +126,7 @@ def _check(inputs: Inputs, window, soft_cap, scale) -> tuple[Inputs, Options]:
         raise ValueError(f"decode_attention: {N} query heads are not divisible by {K} kv heads. Got {shapes}")
     if q.dtype not in _FLOATS or k.dtype != v.dtype or k.dtype not in (q.dtype, *_QUANTIZED):
         raise ValueError(
-            "decode_attention takes q in float32, bfloat16 or float16, and pages in its dtype or in int8, "
+            "decode_attention takes q in float32, bfloat16 or float16, and pages in its dtype or in int8, int4, "
             f"float8_e4m3fn, float8_e5m2. Got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if table.dtype != jnp.int32 or lengths.dtype != jnp.int32:
@@ -134,12 +134,13 @@ def _check(inputs: Inputs, window, soft_cap, scale) -> tuple[Inputs, Options]:
             f"decode_attention: page_table and lengths must be int32. Got {table.dtype} and {lengths.dtype}"
         )
     for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
-        if x is None and k.dtype == jnp.int8:
-            raise ValueError(f"decode_attention: int8 pages need {name}, float32 [P={P}, K={K}]")
+        must = f"float32 [P={P}, K={K}] or [P={P}, page={page}, K={K}]"
+        if x is None and k.dtype in (jnp.int8, jnp.int4):
+            raise ValueError(f"decode_attention: {k.dtype} pages need {name}, {must}")
         if x is not None and k.dtype == q.dtype:
-            raise ValueError(f"decode_attention: {name} belongs to pages of 8 bits. Got pages in {k.dtype}")
-        if x is not None and (x.shape != (P, K) or x.dtype != jnp.float32):
-            raise ValueError(f"decode_attention: {name} must be float32 [P={P}, K={K}]. Got {x.dtype} {x.shape}")
+            raise ValueError(f"decode_attention: {name} belongs to pages of fewer bits. Got pages in {k.dtype}")
+        if x is not None and (x.shape not in ((P, K), (P, page, K)) or x.dtype != jnp.float32):
+            raise ValueError(f"decode_attention: {name} must be {must}. Got {x.dtype} {x.shape}")
     if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
         raise ValueError(f"decode_attention: sinks must be floating [N={N}]. Got {sinks.dtype} {sinks.shape}")
     if soft_cap is not None and not soft_cap > 0:

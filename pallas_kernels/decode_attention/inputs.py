@@ -15,7 +15,7 @@ class Inputs(NamedTuple):
     v_pages: jax.Array  # [P, page, K, Hv]
     page_table: jax.Array  # [B, M] int32
     lengths: jax.Array  # [B] int32
-    k_scales: jax.Array | None = None  # [P, K] float32
+    k_scales: jax.Array | None = None  # [P, K] or [P, page, K] float32
     v_scales: jax.Array | None = None
     sinks: jax.Array | None = None  # [N]
 
@@ -32,6 +32,13 @@ class Options:
 def bounded_lengths(inputs: Inputs) -> jax.Array:
     """Lengths that the page table can hold: no backend reads past it, whatever the caller wrote."""
     return jnp.clip(inputs.lengths, 0, inputs.page_table.shape[1] * inputs.k_pages.shape[1])
+
+
+def scales_of_tokens(scales: jax.Array, index: jax.Array, page: int) -> jax.Array:
+    """[B, S, K] float32: those of the pages `index` [B, M], token by token."""
+    own = scales.at[index].get(mode="clip").astype(jnp.float32)
+    own = jnp.repeat(own[:, :, None], page, axis=2) if own.ndim == 3 else own
+    return own.reshape(own.shape[0], -1, own.shape[3])
 
 
 def visible(inputs: Inputs, options: Options, keys: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths
+from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, scales_of_tokens
 from pallas_kernels.decode_attention.schedule import Schedule, make_schedule
 
 _LOG2E = math.log2(math.e)
@@ -115,6 +115,7 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
     turns = items // lanes  # items of a sequence that one worker does one after another
     c = options.scale * _LOG2E
     scales = _scales(inputs) if quantized else ()
+    of_tokens = _of_tokens(inputs)
 
     def kernel(q_ref, k_ref, v_ref, table_ref, sequences_ref, workers_ref, chunk_ref, *refs):
         scale_refs, (o_ref, lse_ref, smem, q_barriers, k_full, v_full, k_free, v_free) = refs[:-8], refs[-8:]
@@ -157,12 +158,21 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
 
             def factors(b, head, j):
                 """What the keys and values of each page of tile j are multiplied with."""
+                if of_tokens:
+                    return ()
                 first = lax.div(j * _TILE, jnp.int32(page))
                 at = [jnp.minimum(first + x, ref.shape[2] - 1) for ref in scale_refs[:1] for x in range(copies)]
                 return tuple(tuple(ref[b, head, x] for x in at) for ref in scale_refs[:2])
 
+            def token_factors(which, b, head, j):
+                """What each key or value of tile j is multiplied with; called early, since reading takes long."""
+                at = scale_refs[which].at[b, head, pl.ds(j * _TILE, _TILE)]
+                return plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
             def columns(factors):
                 """One number for all keys of a tile, or one for each column."""
+                if of_tokens:
+                    return lax.broadcast_in_dim(factors, (_ROWS, _TILE), [1])
                 if copies == 1:
                     return factors[0]
                 column = _iota((_ROWS, _TILE), 1)
@@ -234,13 +244,15 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     """V is widened under QK, the next K under PV; this K was, under the PV before."""
                     acc, m, l, scales = carry
                     following = factors(b, head, j + 1)  # read a tile ahead: nothing waits for it
+                    of_keys = token_factors(0, b, head, j) if of_tokens else scales[0]
 
                     def products(s_ref, *acc_ref):
                         plgpu.wgmma(s_ref, q, wide_k.transpose((1, 0)))
                         widen(v_full, v_free, v_smem, wide_v, j, masked)
                         s = plgpu.wgmma_accumulator_load(s_ref)
-                        p, m_new, l_new, alpha = softmax(s, m, l, scales[0], j, masked)
-                        p = (p * columns(scales[1])).astype(dtype)
+                        of_values = token_factors(1, b, head, j) if of_tokens else scales[1]
+                        p, m_new, l_new, alpha = softmax(s, m, l, of_keys, j, masked)
+                        p = (p * columns(of_values)).astype(dtype)
                         new_acc = _mma(acc * alpha, p, wide_v, *acc_ref)
                         pl.when(j + 1 < hi)(lambda: widen(k_full, k_free, k_smem, wide_k, j + 1))
                         return acc_ref[0][...] if acc_ref else new_acc, m_new, l_new
@@ -438,19 +450,30 @@ def _sink_rows(inputs: Inputs, T: int, blocks: int, rows: int) -> jax.Array | No
     return jnp.pad(sinks.reshape(-1), (0, _ROWS))
 
 
+def _of_tokens(inputs: Inputs) -> bool:
+    return any(x is not None and x.ndim == 3 for x in (inputs.k_scales, inputs.v_scales))
+
+
 def _scales(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The scales of each sequence's pages, [B, K, M]; those of v relative to their largest, and that one, [B, K].
+    """The scales of each sequence's pages, [B, K, M], or tokens, [B, K, S]; those of v relative to their largest, and
+    that one, [B, K].
 
     Probabilities are multiplied with the scales of v: relative ones keep them in the range of float16.
     """
     _, M = inputs.page_table.shape
     P, page, K, _ = inputs.k_pages.shape
-    used = jnp.arange(M, dtype=jnp.int32)[None] * page < bounded_lengths(inputs)[:, None]
+    of_tokens = _of_tokens(inputs)
+    count, step = (M * page, 1) if of_tokens else (M, page)
+    used = jnp.arange(count, dtype=jnp.int32)[None] * step < bounded_lengths(inputs)[:, None]
 
     def in_order(scales):
         scales = jnp.ones((P, K), jnp.float32) if scales is None else scales
-        scales = scales.at[inputs.page_table].get(mode="clip").swapaxes(1, 2)
-        return jnp.where(used[:, None], scales, 0.0)  # what stands behind a sequence's last page may be nan
+        if of_tokens:
+            scales = scales_of_tokens(scales, inputs.page_table, page).swapaxes(1, 2)
+        else:
+            scales = scales.at[inputs.page_table].get(mode="clip").swapaxes(1, 2)
+        scales = jnp.where(used[:, None], scales, 0.0)  # what stands behind a sequence's end may be nan
+        return jnp.pad(scales, ((0, 0), (0, 0), (0, -count % _TILE if of_tokens else 0)))  # whole tiles are read
 
     v = in_order(inputs.v_scales)
     largest = jnp.max(jnp.abs(v), axis=2)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.inputs import Inputs, Options, visible
+from pallas_kernels.decode_attention.inputs import Inputs, Options, scales_of_tokens, visible
 
 
 def decode_attention_reference(inputs: Inputs, options: Options) -> jax.Array:
@@ -31,6 +31,5 @@ def decode_attention_reference(inputs: Inputs, options: Options) -> jax.Array:
 def _dense(pages: jax.Array, scales: jax.Array | None, page_table: jax.Array) -> jax.Array:
     """[B, S, K, H] float32."""
     x = pages.at[page_table].get(mode="clip").astype(jnp.float32)
-    if scales is not None:
-        x = x * scales.at[page_table].get(mode="clip")[:, :, None, :, None]
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    return x if scales is None else x * scales_of_tokens(scales, page_table, pages.shape[1])[..., None]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.inputs import unify_vma
-from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, visible
+from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, scales_of_tokens, visible
 
 _CHUNK_KEYS = 1024  # gathered at a time for each sequence
 
@@ -19,15 +19,14 @@ def decode_attention_xla(inputs: Inputs, options: Options) -> jax.Array:
     q = inputs.q.reshape(B, T, K, G, H)
     table = jnp.pad(inputs.page_table, ((0, 0), (0, -inputs.page_table.shape[1] % pages)))
     lengths = bounded_lengths(inputs)
-    # q of 16 bits meets pages of 8 in its own dtype, which holds them exactly.
+    # q of 16 bits meets pages of fewer in its own dtype, which holds them exactly.
     matmul = {"preferred_element_type": jnp.float32, "precision": "highest" if q.dtype == jnp.float32 else None}
 
     def gather(x, scales, index):
         x = x.at[index].get(mode="clip").astype(q.dtype).reshape(B, chunk, *x.shape[2:])
         if scales is None:
             return x, None
-        scales = jnp.repeat(scales.at[index].get(mode="clip").astype(jnp.float32), page, axis=1)
-        return x, scales.swapaxes(1, 2)[:, :, None, None, :]  # [B, K, 1, 1, S]
+        return x, scales_of_tokens(scales, index, page).swapaxes(1, 2)[:, :, None, None, :]  # [B, K, 1, 1, S]
 
     def step(i, carry):
         acc, m, l = carry

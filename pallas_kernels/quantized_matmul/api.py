@@ -5,13 +5,14 @@ import functools
 import importlib
 import math
 import types
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
-from pallas_kernels.quantized_matmul.array import QuantizedArray
+from pallas_kernels.quantized_matmul.array import Activations, QuantizedArray
 
 # In the order of preference. Each module has matmul(x [M, K], w, dtype) -> [M, N] for a w from `QuantizedArray.flat`
 # without `inputs`, and may have supported(x, w, dtype) -> None | reason.
@@ -25,7 +26,7 @@ BACKENDS = {
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _VALUES = (jnp.int4, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn)
-_ACTIVATIONS = (None, "int8", "float8_e4m3fn")
+_ACTIVATIONS = (None, *get_args(Activations))
 
 
 def quantized_matmul(
@@ -157,5 +158,10 @@ def check_array(w: QuantizedArray) -> None:
         raise ValueError(f"inputs {w.inputs.shape} must end in the K={K} numbers that the matmul contracts")
     if w.activations not in _ACTIVATIONS:
         raise ValueError(f"activations={w.activations!r} is unknown; use one of {_ACTIVATIONS}")
-    if w.activations == "int8" and not jnp.issubdtype(w.values.dtype, jnp.integer):
-        raise ValueError(f"weights in {w.format} take activations in float8_e4m3fn, or None. Got int8")
+    if w.activations in ("int8", "int4") and not jnp.issubdtype(w.values.dtype, jnp.integer):
+        raise ValueError(f"weights in {w.format} take activations in float8_e4m3fn, or None. Got {w.activations}")
+    if w.outliers is not None and (w.activations != "int4" or w.outliers.shape[-1:] != w.scales.shape[-1:]):
+        raise ValueError(
+            f"outliers {w.outliers.shape} must end in the {w.scales.shape[-1]} groups, beside activations='int4'. "
+            f"Got activations={w.activations!r}"
+        )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 Format = Literal["int4", "uint4", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
-Activations = Literal["int8", "float8_e4m3fn"]
+Activations = Literal["int8", "int4", "float8_e4m3fn"]
 
 # Of each format: the dtype of the values in memory, the least and the largest number that they stand for.
 FORMATS = {
@@ -26,7 +26,7 @@ ZERO = 8  # what is taken off the values of an unsigned format
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scales", "offsets", "inputs"),
+    data_fields=("values", "scales", "offsets", "inputs", "outliers"),
     meta_fields=("contraction", "unsigned", "activations"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class QuantizedArray:
         [N, H, D]. Leading dims may so be added (stacked layers) and taken off (scan).
       unsigned: q is 0 to 15, kept as int4 q - 8.
       activations: None, or the dtype to which a matmul quantizes the other operand, one scale per row and group.
+      outliers: None, or bool [*leading, G]: the groups that keep 8 bits where activations are int4 (FMPQ).
     """
 
     values: jax.Array
@@ -59,6 +60,7 @@ class QuantizedArray:
     contraction: tuple[int, ...] = (-2,)
     unsigned: bool = False
     activations: Activations | None = None
+    outliers: jax.Array | None = None
 
     @property
     def ndim(self) -> int:
@@ -214,14 +216,24 @@ def round_to(w: jax.Array, scales: jax.Array, offsets: jax.Array | None, format:
     return (q - ZERO if format == "uint4" else q).astype(dtype)
 
 
-def quantize_rows(x: jax.Array, groups: int, dtype: Activations) -> tuple[jax.Array, jax.Array]:
-    """Activations [M, K] -> values [M, K] in int8 or float8 and float32 scales [M, groups]; a row of zeros has 0."""
-    _, _, high = FORMATS[dtype]
+def quantize_rows(
+    x: jax.Array, groups: int, dtype: Activations, outliers: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Activations [M, K] -> values [M, K] in int8 or float8 and float32 scales [M, groups]; a row of zeros has 0.
+
+    Values of 4 bits, -7 to 7, are int8 too: what they are multiplied in where no matmul of 4 bits is to be had.
+
+    Args:
+      outliers: bool [groups]: where dtype is int4, the groups that keep 8 bits.
+    """
+    high: float | jax.Array = FORMATS[dtype][2]
+    if outliers is not None:
+        high = jnp.where(outliers, FORMATS["int8"][2], high)[None]
     x = x.astype(jnp.float32).reshape(x.shape[0], groups, -1)
     scales = jnp.abs(x).max(axis=-1) / high
-    values = round_to(x, scales, None, dtype).reshape(x.shape[0], -1)
+    values = round_to(x, scales, None, "int8" if dtype == "int4" else dtype).reshape(x.shape[0], -1)
     # XLA drops a float that is made narrow and wide again: xla_allow_excess_precision, on by default.
-    return jax.lax.optimization_barrier(values) if dtype != "int8" else values, scales
+    return values if values.dtype == jnp.int8 else jax.lax.optimization_barrier(values), scales
 
 
 def repeat_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:

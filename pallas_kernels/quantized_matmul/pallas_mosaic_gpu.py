@@ -1,7 +1,7 @@
 """Quantized matmul for Hopper GPUs (sm90): which of the kernels runs a call.
 
-Few rows, activations in bfloat16 or rounded to 8 bits: pallas_mosaic_gpu_few. More rows, activations rounded to 8 bits:
-pallas_mosaic_gpu_many.
+Few rows, activations in bfloat16 or rounded: pallas_mosaic_gpu_few. More rows, activations rounded:
+pallas_mosaic_gpu_many. Hopper multiplies no integers of 4 bits; those are widened, exactly.
 """
 
 import jax
@@ -22,23 +22,25 @@ def supported(x, w: QuantizedArray, dtype) -> str | None:
         return f"takes at least one number. Got x {x.shape}, w {w.values.shape}"
     if w.activations is None:
         return unfit_few(x, w)
-    if w.scales.shape[1] == 1 and unfit_few(_like(x, jnp.bfloat16), w) is None:
-        return None
-    return unfit_many(w)
+    return None if _few(x, w) else unfit_many(w)
 
 
 def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
     """[M, N] of x [M, K] and a flat w."""
     if w.activations is None:
         return matmul_few(x, w, dtype)
-    values, scales = quantize_rows(x, w.scales.shape[1], w.activations)
-    if w.scales.shape[1] == 1 and unfit_few(_like(x, jnp.bfloat16), w) is None:
-        # Few rows are bound by reading w: 8 bits win nothing, and bfloat16 holds their values exactly.
-        out = matmul_few(values.astype(jnp.bfloat16), w, jnp.float32)
-        return (out * scales).astype(dtype)
+    values, scales = quantize_rows(x, w.scales.shape[1], w.activations, w.outliers)
+    if _few(x, w):  # bound by reading w: 8 bits win nothing, and bfloat16 holds their values exactly
+        if w.scales.shape[1] == 1:
+            return (matmul_few(values.astype(jnp.bfloat16), w, jnp.float32) * scales).astype(dtype)
+        rounded = values.astype(jnp.float32).reshape(*scales.shape, -1) * scales[..., None]
+        return matmul_few(rounded.reshape(x.shape).astype(jnp.bfloat16), w, dtype)
     w_values = w.values.astype(values.dtype)[None]  # int4 is exact in both, and widening it a small part of the time
     return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32)[None], dtype)
 
 
-def _like(x, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, dtype)
+def _few(x, w: QuantizedArray) -> bool:
+    """Whether the kernel for few multiplies rounded rows: with scales along K only where that for many does not."""
+    if w.scales.shape[1] > 1 and unfit_many(w) is None:
+        return False
+    return unfit_few(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), w) is None

@@ -27,7 +27,7 @@ def supported(x, w: QuantizedArray, dtype) -> str | None:
         return f"takes x in bfloat16, or rounded to int8, to float32 and bfloat16. Got x {x.dtype}, out {dtype}"
     if w.values.dtype not in (jnp.int4, jnp.int8):
         return f"takes values in int4 and int8. Got {w.values.dtype}"
-    if w.activations not in (None, "int8"):
+    if w.activations == "float8_e4m3fn":
         return f"takes activations as they are or in int8. Got {w.activations}"
     (N, K), G = w.values.shape, w.scales.shape[1]
     if 0 in (*x.shape, N, K) or N % _LANES or K % (2 * _LANES):
@@ -44,7 +44,7 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
     (M, _), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     scales = repeat_to(w.scales.astype(jnp.float32), (N, G)).T
     plain = w.offsets is None and w.activations is None
-    values, x_scales = (x, None) if w.activations is None else quantize_rows(x, 1, w.activations)
+    values, x_scales = (x, None) if w.activations is None else quantize_rows(x, 1, w.activations, w.outliers)
     out = _product(values, w.values, scales, dtype if plain else jnp.float32)
     if w.offsets is not None:
         sums = values.astype(jnp.float32).reshape(M, G, -1).sum(axis=2)

@@ -62,7 +62,7 @@ def supported(x, w: QuantizedArray, dtype) -> str | None:
     if 0 in (*x.shape, N, K) or K % 2:
         return f"takes at least one number, and an even K. Got x {x.shape}, w {w.values.shape}"
     if w.activations is not None:
-        if w.activations != "int8" or G > 1 or w.offsets is not None:
+        if w.activations == "float8_e4m3fn" or G > 1 or w.offsets is not None:
             return f"takes activations rounded to int8 with scales of channels and no offsets. Got {w.activations}, {G}"
         return None
     if x.dtype not in (jnp.bfloat16, jnp.float16):
@@ -81,7 +81,7 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = None)
     (M, K), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     scales = repeat_to(w.scales.astype(jnp.float32), (N, G)).T
     if w.activations is not None:
-        values, x_scales = quantize_rows(x, 1, w.activations)
+        values, x_scales = quantize_rows(x, 1, w.activations, w.outliers)
         out = _product([values], w.values.astype(jnp.int8), scales, jnp.float32, config or tuned_int8(M))
         return (out * x_scales).astype(dtype)
     halves, values = [x], w.values

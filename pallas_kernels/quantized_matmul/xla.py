@@ -30,9 +30,9 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
 def _quantized_activations(x: jax.Array, w: QuantizedArray) -> jax.Array:
     """float32 [M, N] = sum over groups of (x's scale) (w's scale) (products of values) + (x's sum) (w's offset)."""
     assert w.activations is not None
-    integer = w.activations == "int8"
     M, G, N = x.shape[0], w.scales.shape[1], w.values.shape[0]
-    values, x_scales = quantize_rows(x, G, w.activations)
+    values, x_scales = quantize_rows(x, G, w.activations, w.outliers)
+    integer = values.dtype == jnp.int8
     # Where they do not meet in 8 bits they meet in bfloat16, which holds them all. XLA's float8 matmul on CPUs is off
     # by 2 %.
     alike = integer or (w.values.dtype == values.dtype and _dispatch.device_kind() != "cpu")

@@ -12,6 +12,7 @@ from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
 from pallas_kernels.quantized_matmul.api import check_array
 from pallas_kernels.quantized_matmul.array import QuantizedArray
+from pallas_kernels.ragged_dot.checks import check_rows
 from pallas_kernels.ragged_dot.schedule import row_groups
 
 # In the order of preference. Each module has grouped(lhs, rhs, group_sizes, dtype) -> [M, N] for an rhs from
@@ -21,8 +22,6 @@ BACKENDS = {
     "xla": "pallas_kernels.quantized_ragged_dot.xla",
     "reference": "pallas_kernels.quantized_ragged_dot.reference",
 }
-
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def quantized_ragged_dot(
@@ -122,30 +121,18 @@ def _choose(lhs, rhs: QuantizedArray, dtype, implementation: str | None) -> str:
 def _check(lhs, rhs: QuantizedArray, group_sizes, preferred_element_type):
     """Every check of the public function's input; the dtype of the output."""
     check_array(rhs)
-    shapes = f"lhs {lhs.shape}, rhs {rhs.shape}, group_sizes {group_sizes.shape}"
-    if len(lhs.shape) != 2 or rhs.ndim != 3 or rhs.contraction != (-2,) or len(group_sizes.shape) != 1:
-        raise ValueError(
-            "ragged_dot takes lhs [M,K], a QuantizedArray [G,K,N] that contracts its dim -2, group_sizes [G]. "
-            f"Got {shapes}, contraction {rhs.contraction}"
-        )
-    if lhs.shape[1] != rhs.shape[1]:
-        raise ValueError(f"ragged_dot: K={lhs.shape[1]} of lhs is not K={rhs.shape[1]} of rhs [G,K,N]. Got {shapes}")
-    if rhs.shape[0] != group_sizes.shape[0]:
-        raise ValueError(
-            f"ragged_dot: {group_sizes.shape[0]} group sizes for {rhs.shape[0]} matrices; give as many. Got {shapes}"
-        )
+    takes = "a QuantizedArray [G,K,N] that contracts its dim -2"
+    dtype = check_rows(lhs, rhs, group_sizes, preferred_element_type, takes)
+    if rhs.contraction != (-2,):
+        raise ValueError(f"ragged_dot takes {takes} as rhs. Got {rhs.shape}, contraction {rhs.contraction}")
     if rhs.inputs is not None and rhs.inputs.shape not in ((rhs.shape[1],), (1, rhs.shape[1]), rhs.shape[:2]):
         raise ValueError(
             f"ragged_dot: inputs {rhs.inputs.shape} must be [K] or [G, K] = {rhs.shape[:2]}, "
             "one row for all matrices or one for each"
         )
-    if lhs.dtype not in _FLOATS:
-        raise ValueError(f"ragged_dot takes lhs in float32, bfloat16 or float16. Got {lhs.dtype}")
-    if group_sizes.dtype != jnp.int32:
-        raise ValueError(f"ragged_dot: group_sizes must be int32. Got {group_sizes.dtype}")
-    dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
-    if dtype not in _FLOATS:
+    if rhs.outliers is not None:
         raise ValueError(
-            f"ragged_dot: preferred_element_type must be float32, bfloat16 or float16, or None. Got {dtype}"
+            f"ragged_dot rounds all groups of a row alike; leave outliers {rhs.outliers.shape} out, or use "
+            "activations='int8'"
         )
     return dtype

@@ -12,6 +12,7 @@ from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
 from pallas_kernels.quantized_matmul.array import QuantizedArray
 from pallas_kernels.quantized_ragged_dot.api import quantized_ragged_dot, quantized_ragged_dot_implementation
+from pallas_kernels.ragged_dot.checks import check_rows
 
 # In the order of preference. Each module has supported(lhs, rhs, dtype) -> None | reason, and the functions
 # grouped(lhs, rhs, group_sizes, dtype, transposed=) and contraction(lhs, grad, group_sizes, dtype), and maybe
@@ -25,8 +26,6 @@ BACKENDS = {
 }
 
 RAGGED_DOT = "ragged_dot"  # the output's name for jax.checkpoint policies: kept, it is not computed twice
-
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def ragged_dot(
@@ -146,27 +145,10 @@ def _choose(lhs, rhs, dtype, implementation: str | None) -> str:
 
 def _check(lhs, rhs, group_sizes, preferred_element_type):
     """Every check of the public function's input; the dtype of the output."""
-    shapes = f"lhs {lhs.shape}, rhs {rhs.shape}, group_sizes {group_sizes.shape}"
-    if len(lhs.shape) != 2 or len(rhs.shape) != 3 or len(group_sizes.shape) != 1:
-        raise ValueError(f"ragged_dot takes lhs [M,K], rhs [G,K,N], group_sizes [G]. Got {shapes}")
-    if lhs.shape[1] != rhs.shape[1]:
-        raise ValueError(f"ragged_dot: K={lhs.shape[1]} of lhs is not K={rhs.shape[1]} of rhs [G,K,N]. Got {shapes}")
-    if rhs.shape[0] != group_sizes.shape[0]:
-        raise ValueError(
-            f"ragged_dot: {group_sizes.shape[0]} group sizes for {rhs.shape[0]} matrices; give as many. Got {shapes}"
-        )
-    if rhs.shape[0] == 0:
-        raise ValueError(f"ragged_dot needs at least one group. Got {shapes}")
-    if lhs.dtype != rhs.dtype or lhs.dtype not in _FLOATS:
+    dtype = check_rows(lhs, rhs, group_sizes, preferred_element_type)
+    if lhs.dtype != rhs.dtype:
         raise ValueError(
             "ragged_dot takes lhs and rhs of one dtype, float32, bfloat16 or float16; cast them. "
             f"Got {lhs.dtype} and {rhs.dtype}"
-        )
-    if group_sizes.dtype != jnp.int32:
-        raise ValueError(f"ragged_dot: group_sizes must be int32. Got {group_sizes.dtype}")
-    dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
-    if dtype not in _FLOATS:
-        raise ValueError(
-            f"ragged_dot: preferred_element_type must be float32, bfloat16 or float16, or None. Got {dtype}"
         )
     return dtype

@@ -43,18 +43,18 @@ def oracle(q, k, v, lengths, *, window=None, soft_cap=None, scale=None, sinks=No
     return out
 
 
-def case(rng, *, lengths, T=1, N=4, K=2, H=16, Hv=None, page=16, dtype=jnp.float32, pages_dtype=None, scales=True):
-    """The arguments of a call, and what the oracle takes for them."""
+def case(rng, *, lengths, T=1, N=4, K=2, H=16, Hv=None, page=16, dtype=jnp.float32, pages_dtype=None, scales="page"):
+    """The arguments of a call, and what the oracle takes for them. scales: of each "page", "token", or None."""
     Hv, pages_dtype = Hv or H, pages_dtype or dtype
     B, M = len(lengths), max(1, -(-max(lengths) // page)) + 1
     count = B * M + 3
     owned = rng.permutation(count)[: B * M].reshape(B, M)
-    garbage = 127 if pages_dtype == jnp.int8 else np.nan
+    size, garbage = {jnp.int8: (40, 127), jnp.int4: (4, 7)}.get(pages_dtype, (1, np.nan))
     table = np.full((B, M), -1, np.int32)  # past a sequence's last page nothing stands that could be followed
     arrays, dense = [], []
     for width in (H, Hv):
         pages = np.full((count, page, K, width), garbage)
-        scale = np.exp(rng.normal(size=(count, K))).astype(np.float32)
+        scale = np.exp(rng.normal(size=(count, page, K) if scales == "token" else (count, K))).astype(np.float32)
         rows = []
         lost = np.setdiff1d(
             np.arange(count), np.concatenate([owned[b, : -(-n // page)] for b, n in enumerate(lengths)])
@@ -62,12 +62,14 @@ def case(rng, *, lengths, T=1, N=4, K=2, H=16, Hv=None, page=16, dtype=jnp.float
         for b, length in enumerate(lengths):
             used = owned[b, : -(-length // page)]
             table[b, : len(used)] = used
-            values = rng.normal(size=(length, K, width)) * (40 if pages_dtype == jnp.int8 else 1)
+            values = rng.normal(size=(length, K, width)) * size
             values = np.asarray(jnp.asarray(values, jnp.float32).astype(pages_dtype).astype(jnp.float32), np.float64)
             for i in range(length):
                 pages[used[i // page], i % page] = values[i]
-            factor = scale[used].repeat(page, axis=0)[:length, :, None] if scales else 1.0
-            rows.append(values * factor if pages_dtype != dtype else values)
+            own = scale[used].reshape(-1, K) if scales == "token" else scale[used].repeat(page, axis=0)
+            rows.append(values * own[:length, :, None] if pages_dtype != dtype and scales else values)
+            if scales == "token":  # past the end nothing stands that could be multiplied with
+                scale[used[-1:], (length - 1) % page + 1 :] = np.nan
         scale[lost] = np.nan
         arrays += [jnp.asarray(pages, jnp.float32).astype(pages_dtype), jnp.asarray(scale)]
         dense.append(rows)
@@ -117,14 +119,16 @@ def test_float32_pages(rng, implementation, sizes, options):
 @pytest.mark.parametrize(
     ("pages_dtype", "scales"),
     [
-        (jnp.bfloat16, True),
-        (jnp.int8, True),
-        (jnp.float8_e4m3fn, True),
-        (jnp.float8_e4m3fn, False),
-        (jnp.float8_e5m2, True),
+        (jnp.bfloat16, None),
+        (jnp.int8, "page"),
+        (jnp.int8, "token"),
+        (jnp.int4, "token"),
+        (jnp.float8_e4m3fn, "token"),
+        (jnp.float8_e4m3fn, None),
+        (jnp.float8_e5m2, "page"),
     ],
 )
-def test_pages_of_8_and_16_bits(rng, implementation, pages_dtype, scales):
+def test_pages_of_4_to_16_bits(rng, implementation, pages_dtype, scales):
     check(
         rng, implementation, bound=1e-2, lengths=[70, 3, 0], T=2, N=8, dtype=jnp.bfloat16, pages_dtype=pages_dtype,
         scales=scales,
@@ -146,9 +150,11 @@ def small_gpu(monkeypatch):
          "options": {"window": 50, "soft_cap": 5.0}},
         {"lengths": [300, 129], "T": 8, "page": 128, "H": 64, "N": 32, "Hv": 128},  # 128 rows: two blocks
         {"lengths": [200, 5], "page": 16, "H": 128, "K": 1, "pages_dtype": jnp.int8},
-        {"lengths": [70], "page": 128, "H": 128, "K": 4, "pages_dtype": jnp.float8_e4m3fn, "scales": False},
+        {"lengths": [70], "page": 128, "H": 128, "K": 4, "pages_dtype": jnp.float8_e4m3fn, "scales": None},
+        {"lengths": [200, 0, 9], "page": 64, "H": 128, "K": 2, "pages_dtype": jnp.int8, "scales": "token"},
+        {"lengths": [75], "page": 8, "H": 128, "K": 1, "pages_dtype": jnp.float8_e4m3fn, "scales": "token"},
     ],
-    ids=["ragged", "window", "two blocks", "int8", "fp8"],
+    ids=["ragged", "window", "two blocks", "int8", "fp8", "int8 tokens", "fp8 tokens"],
 )  # fmt: skip
 def test_mosaic_gpu(rng, small_gpu, sizes):
     check(rng, "mosaic_gpu", bound=1e-2, dtype=jnp.bfloat16, **sizes)
@@ -212,7 +218,7 @@ def test_which_backend_runs(rng):
         ({"k_pages": (0, 16, 2, 16), "v_pages": (0, 16, 2, 16)}, "at least one"),
         ({"lengths": (3,)}, "sizes disagree"),
         ({"lengths": (2, 1)}, "takes q"),
-        ({"k_scales": (5, 2)}, "pages of 8 bits"),
+        ({"k_scales": (5, 2)}, "pages of fewer bits"),
         ({"sinks": (3,)}, r"sinks must be floating \[N=4\]"),
         ({"window": 0}, "at least the query itself"),
         ({"soft_cap": -1.0}, "soft_cap must be positive"),

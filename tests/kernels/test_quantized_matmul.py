@@ -75,27 +75,32 @@ def test_parity(rng, implementation, format, M, K, N, group):
         ("int8", "int4"),
         ("int8", "uint4"),
         ("int8", "int8"),
+        ("int4", "uint4"),
+        ("mixed", "int4"),
         ("float8_e4m3fn", "int4"),
         ("float8_e4m3fn", "float8_e4m3fn"),
     ],
 )
 @pytest.mark.parametrize("group", [None, 32])
 def test_rounded_activations(rng, implementation, activations, format, group):
-    w = weight(rng, 96, 10, format, group, activations=activations)
+    w = weight(rng, 96, 10, format, group, activations="int4" if activations == "mixed" else activations)
     x = rng.normal(size=(6, 96)).astype(np.float32)
     x[2] = 0.0
     blocks = x.reshape(6, w.scales.shape[1], -1).astype(np.float64)
-    high = {"int8": 127, "float8_e4m3fn": 448}[activations]
+    high = np.asarray({"int8": 127, "int4": 7, "mixed": 7, "float8_e4m3fn": 448}[activations])
+    if activations == "mixed":
+        outliers = rng.integers(2, size=w.scales.shape[1]).astype(bool)
+        w, high = dataclasses.replace(w, outliers=jnp.asarray(outliers)), np.where(outliers, 127, 7)[None, :, None]
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / high
     rounded = blocks / np.where(scale == 0, 1, scale)
-    if activations == "int8":
+    if activations != "float8_e4m3fn":
         rounded = np.round(rounded)
     else:
         rounded = np.asarray(jnp.asarray(rounded, jnp.float32).astype(jnp.float8_e4m3fn).astype(jnp.float32))
     want = (rounded * scale).reshape(6, 96) @ dense(w).T
     got = np.asarray(quantized_matmul(jnp.asarray(x), w, implementation=implementation))
     # A tie may fall to either side: one step of one number.
-    step = scale.max() * (1 if activations == "int8" else 32) * np.abs(dense(w)).max()
+    step = scale.max() * (32 if activations == "float8_e4m3fn" else 1) * np.abs(dense(w)).max()
     assert np.abs(got - want).max() <= step and np.abs(got - want).mean() < 1e-3 * np.abs(want).mean() + 1e-6
     assert (got[2] == 0).all()
 
@@ -198,6 +203,8 @@ def test_bad_input(rng):
         quantized_matmul(x, dataclasses.replace(w, scales=jnp.ones((8, 3))))
     with pytest.raises(ValueError, match="unknown"):
         quantized_matmul(x, w, implementation="cuda")
+    with pytest.raises(ValueError, match=r"outliers \(2,\) must end in the 1 groups.*activations=None"):
+        quantized_matmul(x, dataclasses.replace(w, outliers=jnp.zeros(2, bool)))
     for name in set(BACKENDS) - set(PORTABLE):
         with pytest.raises(NotImplementedError, match=name):
             quantized_matmul(x, w, implementation=name)

@@ -73,11 +73,13 @@ def test_weights_that_are_not_alike_stay_apart(params):
 
 
 def test_a_cache_read_as_pages(rng, params, monkeypatch):
-    """Rows at positions of their own, windows and soft caps; on a mesh too."""
+    """Rows at positions of their own, windows and soft caps, rounded keys and values; on a mesh too."""
+    format = [None, "int8", "float8_e4m3fn", "int4"][rng.integers(4)]
+    print(format)
     cfg = dataclasses.replace(CFG, window=[None, 70][rng.integers(2)], attn_soft_cap=[None, 5.0][rng.integers(2)])
     tokens = jnp.asarray(rng.integers(1, 64, size=(4, 100)), jnp.int32)
     lengths = jnp.asarray(rng.integers(40, 100, size=4), jnp.int32)
-    run = jax.jit(functools.partial(prefill, cfg=cfg, max_len=256))
+    run = jax.jit(functools.partial(prefill, cfg=cfg, max_len=256, cache_format=format))
     step = lambda: jax.jit(functools.partial(decode_step, cfg=cfg))
     _, kept = run(params, tokens, lengths)
     want, _ = step()(params, kept, tokens[:, 0], lengths)

@@ -29,6 +29,7 @@ gguf_tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gguf_tests)
 CFG = gguf_tests.CFG
 SPECS = decoder.param_specs(CFG)
+INIT = decoder.init_cache
 
 
 def command(*arguments) -> str:
@@ -44,7 +45,8 @@ def test_every_format_comes_back_bit_for_bit(rng, tmp_path, format):
     recipe = Recipe(rules=(("mlp/w_up", Rounding(format=format, group=32)),))
     small = jaxscale.quantize(params, recipe, SPECS)
     up = small["layers"]["mlp"]["w_up"]
-    small["layers"]["mlp"]["w_up"] = dataclasses.replace(up, inputs=jnp.ones((3, 64)))
+    more = {"inputs": jnp.ones((3, 64)), "outliers": jnp.asarray(rng.integers(2, size=(3, 2)), bool)}
+    small["layers"]["mlp"]["w_up"] = dataclasses.replace(up, activations="int4", **more)
     save_quantized(small, tmp_path / "w.safetensors")
     back = load_quantized(tmp_path / "w.safetensors", SPECS)
     assert jax.tree.structure(back) == jax.tree.structure(small)
@@ -72,7 +74,7 @@ def test_a_file_goes_into_shards_and_damage_is_noticed(rng, tmp_path):
         load_quantized(path, SPECS)
 
 
-def test_convert_then_generate(rng, tmp_path):
+def test_convert_then_generate(rng, tmp_path, monkeypatch):
     """What convert wrote generates what quantizing on the fly does; packed, calibrated, refused twice."""
     import gguf
 
@@ -90,10 +92,15 @@ def test_convert_then_generate(rng, tmp_path):
     assert isinstance(model.params["embed"], QuantizedArray) and model.params["embed"].unsigned
     text = tmp_path / "t.txt"
     text.write_text("ab abc cab bac " * 60)
-    command(
-        "convert", "--model", source, "--quantize", "w8a8-smoothquant", "--text", text, "--out", tmp_path / "smooth"
+    command("convert", "--model", source, "--quantize", "w4a4kv4-g32-fmpq", "--text", text, "--out", tmp_path / "mixed")
+    mixed = load_model(tmp_path / "mixed")
+    assert mixed.params["layers"]["mlp"]["w_up"].outliers.shape == (3, 2) and mixed.cache_format == "int4"
+    used: list[str] = []
+    monkeypatch.setattr(
+        decoder, "init_cache", lambda *a, format, **k: used.append(format) or INIT(*a, format=format, **k)
     )
-    assert load_model(tmp_path / "smooth").params["layers"]["mlp"]["w_up"].inputs is not None
+    command("generate", "--model", tmp_path / "mixed", *options)
+    assert used == ["int4"]
 
     with pytest.raises(ValueError, match="is not empty"):
         save_model(model, tmp_path / "packed")
