@@ -1,6 +1,7 @@
 """Kernels: arrays in, arrays out, one shard, no mesh; depends on jax alone."""
 
 from pallas_kernels.attention.api import attention, attention_backward, attention_implementation
+from pallas_kernels.attention.float8 import attention_float8
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
 from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
@@ -12,6 +13,7 @@ __all__ = [
     "QuantizedArray",
     "attention",
     "attention_backward",
+    "attention_float8",
     "attention_implementation",
     "decode_attention",
     "decode_attention_implementation",

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.attention.bench import VARIANTS
-from pallas_kernels import attention
+from pallas_kernels import attention, attention_float8
 
 gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
 tuned = gpu.tuned
@@ -70,6 +70,9 @@ def calls(target: str):
             return o, vjp(do)
 
         yield name, run, (*arrays, more)
+        if target == "h200" and max(H, Hv) <= 128 and "bias" not in more:
+            float8 = functools.partial(attention_float8, **hidden, implementation=implementation)
+            yield f"{name}, float8", lambda q, k, v, more, f=float8: f(q, k, v, **more), (*arrays[:3], more)
         if target == "h200":
             yield f"{name}, persistent", functools.partial(run, variant="persistent"), (*arrays, more)
 

@@ -110,7 +110,7 @@ def attention(
       ValueError: shapes or dtypes that disagree, an unknown implementation.
       NotImplementedError: the named implementation cannot run this call.
     """
-    inputs, options = _normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias)
+    inputs, options = normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias)
     name = _choose(inputs, options, implementation)
     if bias is not None:  # one value for all keys: backends take a value for each
         inputs = inputs._replace(bias=jnp.broadcast_to(bias, (*bias.shape[:3], k.shape[1])))
@@ -151,7 +151,7 @@ def attention_backward(
     Raises:
       As `attention` does.
     """
-    inputs, options = _normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, None, None)
+    inputs, options = normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, None, None)
     B, T, N, _ = q.shape
     if dout.shape != (B, T, N, v.shape[3]) or not lse.shape == delta.shape == (B, T, N):
         raise ValueError(
@@ -186,7 +186,7 @@ def attention_implementation(
 ) -> str:
     """The backend that `attention` runs for the same arguments, here; arrays may be jax.ShapeDtypeStruct."""
     del return_lse  # every backend returns it
-    inputs, options = _normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias)
+    inputs, options = normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias)
     return _choose(inputs, options, implementation)
 
 
@@ -204,7 +204,7 @@ def _run(name: str):
     return getattr(importlib.import_module(module), function)
 
 
-def _normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias) -> tuple[Inputs, Options]:
+def normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias) -> tuple[Inputs, Options]:
     """Every check of the public function's input."""
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not (len(q.shape) == len(k.shape) == len(v.shape) == 4):

@@ -211,7 +211,8 @@ def accumulator(width: int):
 def tiled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory that TMA writes and wgmma reads."""
     transforms: Any = plgpu  # pyright takes these two for abstract classes
-    return plgpu.SMEM(shape, dtype, transforms=(transforms.TilingTransform((8, 64)), transforms.SwizzleTransform(128)))
+    tile = transforms.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tile, transforms.SwizzleTransform(128)))
 
 
 def set_registers(wgs: int, count: int) -> None:
