@@ -8,6 +8,10 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 JAX := 0.11.2
 HOST_PYTHON := $(shell command -v python3.12 || command -v python3 || echo python)
 
+# A new environment holds no bytecode: let the first process that imports a module write it, wherever this is run from.
+# Without it each of the hundred processes that the tests start parses JAX again (3 s of CPU).
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test quick lint format constraints clean
 
 setup: $(VENV)/.ready
