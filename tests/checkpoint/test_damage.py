@@ -15,15 +15,15 @@ from .conftest import abstract, bits
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
+def pristine(tmp_path_factory, module_rng):
     """A directory with the complete steps 1 and 2, and their states."""
     directory = tmp_path_factory.mktemp("pristine")
-    rng = np.random.default_rng()
     mesh = make_mesh(fsdp=8)
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
 
     def state():
-        return {n: jax.device_put(rng.normal(size=(256, 1024)).astype(np.float32), where) for n in ("w", "b", "c")}
+        values = {n: module_rng.normal(size=(256, 1024)).astype(np.float32) for n in ("w", "b", "c")}
+        return jax.device_put(values, where)
 
     states = {1: state(), 2: state()}
     with Checkpointer(directory) as ckpt:

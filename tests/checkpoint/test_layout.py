@@ -161,10 +161,9 @@ def mesh_named(name):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, module_rng):
     """A checkpoint of one state in each form, each from another mesh."""
-    rng = np.random.default_rng()
-    values = [{n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(3)]
+    values = [{n: module_rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(3)]
     root = tmp_path_factory.mktemp("forms")
     for name, mesh in zip(FORMS, itertools.cycle(MESHES)):
         form, target = FORMS[name][0], mesh_named(mesh)

@@ -35,7 +35,7 @@ def everywhere(clients, call):
 
 
 @pytest.mark.slow
-def test_two_of_eight_hosts_are_rebuilt(hosts, make_state, meshes):
+def test_two_of_eight_hosts_are_rebuilt(hosts, make_state, meshes, rng):
     """Each device is a host with a keeper process of its own; two keepers are killed, and their memory with them."""
     addresses = hosts(8)
     states = {step: make_state(meshes["fsdp8"], count=step) for step in (1, 2, 3)}
@@ -48,7 +48,7 @@ def test_two_of_eight_hosts_are_rebuilt(hosts, make_state, meshes):
         everywhere(clients, lambda c: c.save(step, state, metadata={"position": step}))  # noqa: B023
         everywhere(clients, lambda c: c.wait())
     assert clients[0].steps() == [2, 3]
-    gone = random.sample(range(8), 2)
+    gone = rng.choice(8, 2, replace=False).tolist()
     for host in gone:
         os.kill(pid_of(addresses[host]), signal.SIGKILL)
         clients[host]._own.close()
@@ -62,7 +62,7 @@ def test_two_of_eight_hosts_are_rebuilt(hosts, make_state, meshes):
     assert [c.metadata()["position"] for c in clients] == [3] * 8
     # The parity is whole again: two others may go.
     everywhere(clients, lambda c: c._own.ask("wait_protected", step=3))
-    others = random.sample([host for host in range(8) if host not in gone], 2)
+    others = rng.choice([host for host in range(8) if host not in gone], 2, replace=False).tolist()
     for host in others:
         os.kill(pid_of(addresses[host]), signal.SIGKILL)
         clients[host]._own.close()
@@ -119,7 +119,7 @@ print("DONE", step, flush=True)
 
 def start_trainers(addresses, steps):
     port = free_addresses(1)[0].rpartition(":")[2]
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     return [
         subprocess.Popen(
             [sys.executable, "-c", TRAINER, port, str(i), ",".join(addresses), str(steps)],

@@ -95,8 +95,8 @@ def write(path, params, *, change=None, arch="llama", skip=None, quantize=None):
 
 
 @pytest.fixture(scope="module")
-def params():
-    key = jax.random.key(int(np.random.default_rng().integers(1 << 30)))
+def params(module_rng):
+    key = jax.random.key(int(module_rng.integers(1 << 30)))
     specs = decoder.param_specs(CFG)
     # Norm scales are ones at first: make them differ from one another.
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), init_params(key, specs))

@@ -55,9 +55,9 @@ def test_every_kind_with_its_bytes_and_axes():
 
 
 @pytest.mark.parametrize("outer", [1, 3])
-def test_loops_multiply(outer):
+def test_loops_multiply(outer, rng):
     mesh = _mesh((8,), ("t",))
-    inner = int(np.random.default_rng().integers(2, 9))
+    inner = int(rng.integers(2, 9))
 
     def body(x):
         def step(c, _):
