@@ -3,7 +3,16 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+# Programs here run a few times, so compiling them is what takes long: half of it or more goes to LLVM's optimizations,
+# half of the rest to XLA's newer emitter of CPU fusions (through MLIR). Processes that tests start inherit both.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    ]
+).strip()
 
 import tempfile
 import zlib
@@ -30,6 +39,14 @@ hypothesis.settings.register_profile(
     database=None,
 )
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture
+def optimized():
+    """For real models: running them takes longer than compiling them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

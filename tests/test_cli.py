@@ -171,9 +171,9 @@ def test_sigterm_from_outside_and_the_same_command_again(tmp_path):
     out = tmp_path / "run"
     sizes = {"vocab-size": 256, "num-layers": 2, "embed-dim": 32, "mlp-dim": 64, "head-dim": 8}
     command = [sys.executable, "-m", "jaxscale.cli", "train", "tiny", "--simulate", "4", "--out", str(out)]
-    command += ["--data.source", str(text), "--data.tokenizer", "bytes", "--data.seq-len", "32", "--steps", "400"]
+    command += ["--data.source", str(text), "--data.tokenizer", "bytes", "--data.seq-len", "32", "--steps", "150"]
     command += [arg for name, size in sizes.items() for arg in (f"--model.{name}", str(size))]
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     metrics = out / "metrics.jsonl"
@@ -189,4 +189,4 @@ def test_sigterm_from_outside_and_the_same_command_again(tmp_path):
     again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=True)
     assert "resumed from step" in again.stdout
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 151))

@@ -1,6 +1,7 @@
 """The examples run, at a small size, as their users run them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,10 +23,9 @@ def text(tmp_path, rng) -> Path:
     return folder
 
 
-def python(*arguments) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS, check=False
-    )
+def python(*arguments, **env: str) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -123,6 +123,7 @@ def test_notebook():
 @pytest.mark.slow
 def test_quantize_and_generate():
     """The real SmolLM2, rounded to 8 bits: the right answer before, after, and from disk."""
-    out = python(EXAMPLES / "quantize_and_generate.py", "--cache", "int8")
+    slow_to_run = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # unlike the others, which are slow to compile
+    out = python(EXAMPLES / "quantize_and_generate.py", "--cache", "int8", **slow_to_run)
     assert out.count("The capital of France is Paris.") == 3, out
     assert "quantized 8 of 11 arrays: 8.0" in out

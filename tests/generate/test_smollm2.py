@@ -20,6 +20,9 @@ FOX = [504, 2365, 6354, 16438, 27003, 690, 260, 23790]
 MESHES: Any = {"one": {}, "fsdp2_tp3": {"fsdp": 2, "tp": 3}, "tp2": {"tp": 2}}
 
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
+
 @pytest.fixture(scope="module")
 def model():
     return load_model("smollm2-135m")

@@ -29,14 +29,6 @@ MASKS = {
 RINGS = ("all_gather", "ring", "bidirectional", "ulysses", "usp")
 
 
-@pytest.fixture(autouse=True)
-def quick_code():
-    """Programs here run once: the CPU's code generator may be quick."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_mesh(cp):
     return Mesh(np.array(jax.devices()[:cp]), ("cp",), axis_types=(AxisType.Explicit,))
 

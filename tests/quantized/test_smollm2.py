@@ -15,6 +15,7 @@ FOX = [504, 2365, 6354, 16438, 27003, 690, 260, 23790]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_it_runs_from_its_packed_weights():
     """Logits within 1e-3 of the dequantized model's, and the memory that the file's own bits say."""
     model = load_model("smollm2-135m", quantize="stored")
