@@ -212,7 +212,7 @@ def test_memory_grows_as_the_tokens_of_a_device():
         for few in (cp == 2, cp == 4, cp >= 8):
             share = (temporary / local)[few & (local >= 8192)]
             assert share.max() < 1.06 * share.min(), (target, share)
-        assert (temporary <= {"h200": 2.0, "v5p": 5.3}[target] * held).all()
+        assert (temporary <= {"h200": 2.1, "v5p": 5.3}[target] * held).all()
 
 
 def model_and_batch(rng, T=64):
