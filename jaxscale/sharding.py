@@ -102,21 +102,36 @@ def matmul(subscripts: str, x: jax.Array, w: Any, **options: Any) -> jax.Array:
     Args:
       w: an array, a QuantizedArray that contracts the dims which the subscripts contract, or a `Weight`.
     """
-    if isinstance(w, Weight):
-        return w.matmul(subscripts, x, **options)
-    if isinstance(w, QuantizedArray):
-        return _quantized(subscripts, x, w, **options)
-    return jnp.einsum(subscripts, x, w, **options)
+    own = as_weight(w)
+    return jnp.einsum(subscripts, x, w, **options) if own is None else own.matmul(subscripts, x, **options)
 
 
 class Weight:
     """A node in the place of a weight (a registered dataclass whose first field is `value`) that multiplies in its own
     way: it counts what passes, or rounds it first. What else it holds is small, and whole on every device."""
 
-    value: jax.Array
+    value: Any
 
     def matmul(self, subscripts: str, x: jax.Array, **options: Any) -> jax.Array:
         raise NotImplementedError
+
+    def cast(self, dtype: Any) -> Any:
+        """The node as it is computed with in `dtype`."""
+        return dataclasses.replace(self, value=self.value.astype(dtype))  # pyright: ignore[reportArgumentType]
+
+    def parts(self, spec: P, sizes: Any, *, rest: bool = False) -> Any:
+        """A tree of PartitionSpecs like the node, where the dense array has `spec`.
+
+        Args:
+          sizes: of the mesh axes.
+          rest: it is not computed with so.
+        """
+        _, *others = jax.tree.leaves(self)
+        return jax.tree.unflatten(jax.tree.structure(self), [spec, *[P()] * len(others)])
+
+    def partitions(self) -> tuple[Any, ...]:
+        """How each dim of the dense array is split."""
+        return partitions(self.value)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,6 +140,31 @@ class Weight:
     @property
     def ndim(self) -> int:
         return self.value.ndim
+
+
+@dataclasses.dataclass(frozen=True)
+class _Quantized(Weight):
+    """What a QuantizedArray, which knows no mesh, is as a Weight."""
+
+    value: QuantizedArray
+
+    def matmul(self, subscripts: str, x: jax.Array, **options: Any) -> jax.Array:
+        return _quantized(subscripts, x, self.value, **options)
+
+    def cast(self, dtype: Any) -> QuantizedArray:
+        return self.value  # gathered as it is: a quarter of the bytes
+
+    def parts(self, spec: P, sizes: Any, *, rest: bool = False) -> QuantizedArray:
+        return place_quantized(self.value, spec, sizes, rest=rest)
+
+    def partitions(self) -> tuple[Any, ...]:
+        stored = dict(zip(self.value.order, partitions(self.value.values)))
+        return tuple(stored[d] for d in range(self.value.ndim))
+
+
+def as_weight(w: Any) -> Weight | None:
+    """What multiplies in its own way, as a Weight; None for an array."""
+    return _Quantized(w) if isinstance(w, QuantizedArray) else w if isinstance(w, Weight) else None
 
 
 def _quantized(subscripts: str, x: jax.Array, w: QuantizedArray, preferred_element_type=None, out_sharding=None):
@@ -210,14 +250,8 @@ def place(params: Any, specs: Any, mesh: Mesh | AbstractMesh, rules: Rules = MEG
 
     def shardings(spec, w):
         where = resolve_param(spec, mesh, rules).spec
-        if isinstance(w, Weight):
-            rest = jax.tree.leaves(w)[1:]
-            return jax.tree.unflatten(
-                jax.tree.structure(w), [NamedSharding(mesh, where), *[NamedSharding(mesh, P())] * len(rest)]
-            )
-        if not isinstance(w, QuantizedArray):
-            return NamedSharding(mesh, where)
-        parts = place_quantized(w, where, sizes, rest=True)
+        own = as_weight(w)
+        parts = where if own is None else own.parts(where, sizes, rest=True)
         return jax.tree.map(lambda p: NamedSharding(mesh, p), parts, is_leaf=lambda p: isinstance(p, P))
 
     return jax.tree.map(shardings, specs, params)
@@ -243,26 +277,26 @@ def gather_params(
       row_axes: logical axes of these rows.
     """
     mesh = active_mesh()
-    sizes = {} if mesh is None else dict(mesh.shape)
     shared = frozenset()
     if mesh is not None and rows:
-        shared = axes_of(resolve_spec(rows, row_axes, rules.compute, sizes).spec)
+        shared = axes_of(resolve_spec(rows, row_axes, rules.compute, dict(mesh.shape)).spec)
 
-    def gather(spec, x):
-        if isinstance(x, Weight):
-            value, *rest = jax.tree.leaves(x)
-            return jax.tree.unflatten(jax.tree.structure(x), [gather(spec, value), *rest])
-        whole = x if isinstance(x, QuantizedArray) else x.astype(dtype)
-        if mesh is None:
-            return whole
-        axes = spec.axes[len(spec.axes) - x.ndim :]
-        where = resolve_spec(x.shape, axes, rules.compute, sizes).spec
-        if isinstance(x, QuantizedArray):  # gathered as it is: a quarter of the bytes
-            return jax.tree.map(jax.reshard, x, place_quantized(x, where, sizes))
-        matrix = len(axes) > 1 and not WIDTHS.isdisjoint(axes)
-        return jax.reshard(whole, P(*where, reduced=shared if matrix else frozenset()))
+    def reduced(axes, where):
+        return shared if len(axes) > 1 and not WIDTHS.isdisjoint(axes) else frozenset()
 
-    return jax.tree.map(gather, specs, params)
+    return jax.tree.map(functools.partial(gather_weight, dtype, rules, reduced), specs, params)
+
+
+def gather_weight(dtype: Any, rules: Rules, reduced: Callable[[Any, P], frozenset[str]], spec: Any, w: Any) -> Any:
+    """One parameter as the computation wants it: cast, gathered, typed `reduced(axes, where)`."""
+    own, mesh = as_weight(w), active_mesh()
+    whole = w.astype(dtype) if own is None else own.cast(dtype)
+    if mesh is None:
+        return whole
+    axes, sizes = spec.axes[len(spec.axes) - w.ndim :], dict(mesh.shape)
+    where = resolve_spec(w.shape, axes, rules.compute, sizes).spec
+    where = P(*where, reduced=reduced(axes, where))
+    return jax.tree.map(jax.reshard, whole, where if own is None else own.parts(where, sizes))
 
 
 def saveable(remat: str, prim: Any, *args: Any, **params: Any) -> bool:
@@ -379,10 +413,8 @@ def _without(spec: P, axes: Sequence[str]) -> P:
 
 def partitions(x: Any) -> tuple[Any, ...]:
     """How each dim of a traced array is split: a mesh axis, several, or None; of a weight, each of its dense dims."""
-    if isinstance(x, QuantizedArray):
-        stored = dict(zip(x.order, partitions(x.values)))
-        return tuple(stored[d] for d in range(x.ndim))
-    return jax.typeof(x.value if isinstance(x, Weight) else x).sharding.spec.partitions
+    own = as_weight(x)
+    return jax.typeof(x).sharding.spec.partitions if own is None else own.partitions()
 
 
 def axes_of(entries: Any) -> frozenset[str]:

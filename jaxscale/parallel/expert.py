@@ -28,8 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxscale.parallel.expert_local import Call, among, experts_local
 from jaxscale.parallel.permute import Places, Sorted, collect, sort_pairs, spread
-from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, partitions, place_quantized
-from pallas_kernels.quantized_matmul.array import QuantizedArray
+from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, gather_weight, partitions
 from sharding_rules.hlo import SELDOM
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
@@ -144,19 +143,11 @@ def apply_experts(
 def gather_experts(params: Any, specs: Any, dtype: Any, rows: tuple[int, ...], rules: Rules = MEGATRON_FSDP) -> Any:
     """`jaxscale.sharding.gather_params` for what has a dim of experts, which stays split over ep as its rows are."""
     mesh = active_mesh()
-    is_quantized = lambda x: isinstance(x, QuantizedArray)
-    if mesh is None:
-        return jax.tree.map(lambda x: x if is_quantized(x) else x.astype(dtype), params, is_leaf=is_quantized)
-    shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, dict(mesh.shape)).spec)
-
-    def gather(x, spec):
-        axes = spec.axes[len(spec.axes) - x.ndim :]
-        where = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
-        if isinstance(x, QuantizedArray):  # as it is
-            return jax.tree.map(jax.reshard, x, place_quantized(x, where, dict(mesh.shape)))
-        return jax.reshard(x.astype(dtype), P(*where, reduced=shared - axes_of(where)))
-
-    return jax.tree.map(gather, params, specs, is_leaf=is_quantized)
+    shared = frozenset()
+    if mesh is not None:
+        shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, dict(mesh.shape)).spec)
+    reduced = lambda axes, where: shared - axes_of(where)
+    return jax.tree.map(functools.partial(gather_weight, dtype, rules, reduced), specs, params)
 
 
 def _flat(fn, x, experts, weights, p):
