@@ -47,13 +47,17 @@ def _expert_mlp(call: Call, h, w, sizes, group, p):
     """The weights come in before the last matmul: its output is then needed by no gradient."""
     used = jnp.arange(len(h))[:, None] < sizes.sum()  # the others may hold anything, and their gradients
     w = jnp.where(used, w, 0.0)
-    gate, up = ragged_dots(h, (p["w_gate"], p["w_up"]), sizes)
-    if "b_gate" in p:
-        gate, up = gate + p["b_gate"][group], up + p["b_up"][group]
-    y = ragged_dot(_hidden(call.activation, gate, up, w), p["w_down"], sizes)
+    y = ragged_dot(_into_hidden(call.activation, h, w, sizes, group, p), p["w_down"], sizes)
     if "b_down" in p:
         y = y + jnp.where(used, w * p["b_down"][group].astype(jnp.float32), 0.0).astype(y.dtype)
     return y
+
+
+def _into_hidden(activation: str, h, w, sizes, group, p):
+    gate, up = ragged_dots(h, (p["w_gate"], p["w_up"]), sizes)
+    if "b_gate" in p:
+        gate, up = gate + p["b_gate"][group], up + p["b_up"][group]
+    return _hidden(activation, gate, up, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -221,7 +221,7 @@ def matmul_many(
                         total = total * rowwise(load(xs_ref.at[0, here], row_layout))
                         here = pl.ds(pl.multiple_of(column, c.columns), c.columns)
                         total = total * lax.broadcast_in_dim(load(ws_ref.at[group, here], column_layout), shape, [1])
-                    store(c, total, out_smem, out_ref, dtype, row, column, begin, end)
+                    store(total, out_smem, out_ref, dtype, row, column, begin, end)
 
                 @pl.when(row >= end)  # the other warpgroups have the tensor cores alone
                 def _():

@@ -15,18 +15,18 @@ ALIGN = 8  # rows of a swizzled tile
 SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 
 
-def store(c: Any, acc, store_smem, out_ref, dtype, start, column, begin, end) -> None:
+def store(acc, store_smem, out_ref, dtype, start, column, begin, end) -> None:
     """Rows [begin, end) of what starts at (start, column) in the output, in pieces of 64 rows and 128 bytes."""
     wg = lax.axis_index("wg")
     swizzled, plain = store_smem
     width = 128 // jnp.dtype(dtype).itemsize
-    assert c.columns % (2 * width) == 0  # the next tile begins with the first slot, as this one
+    assert acc.shape[1] % (2 * width) == 0  # the next tile begins with the first slot, as this one
     for r in range(0, acc.shape[0], UNIT):
         first = start + r
         lo = jnp.clip(begin - first, 0, UNIT)
         rows = jnp.clip(end - first, 0, UNIT) - lo
-        for x in range(0, c.columns, width):
-            slot = (r // UNIT * (c.columns // width) + x // width) % 2
+        for x in range(0, acc.shape[1], width):
+            slot = (r // UNIT * (acc.shape[1] // width) + x // width) % 2
             piece = acc[r : r + UNIT, x : x + width].astype(dtype)
             columns = pl.ds(pl.multiple_of(column + x, width), width)
             inside = column + x < out_ref.shape[1]

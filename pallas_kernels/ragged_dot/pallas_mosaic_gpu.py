@@ -93,19 +93,73 @@ def grouped_sum(
     config: Config | None = None,
 ) -> jax.Array:
     """The sum over i of `grouped(lhs[i], rhs[i])`, all of one shape: one longer sum for each tile."""
-    (M, K), G = lhs[0].shape, rhs[0].shape[0]
-    N = rhs[0].shape[1 if transposed else 2]
-    c = config or tuned(-(-M // G), N)
+    name = "ragged_dot_transposed" if transposed else "ragged_dot"
+    finish = lambda acc, put, row: put(0, *acc)
+    parts = tuple((r,) for r in rhs)
+    return _grouped(lhs, parts, group_sizes, dtype, finish, name=name, transposed=transposed, config=config)[0]
+
+
+def gated(
+    lhs: jax.Array,
+    rhs: tuple[jax.Array, jax.Array],
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    dtype,
+    *,
+    keep: bool = True,
+    config: Config | None = None,
+) -> tuple[jax.Array, ...]:
+    """silu(gate) * up * weights [M, N], and with `keep` gate and up, where these are `grouped` of lhs and each of rhs:
+    one kernel, whose tiles have columns of both. weights: float32 [M], of each row. In float32 inside."""
+
+    def finish(acc, put, row):
+        gate, up = acc
+        weight = lax.broadcast_in_dim(row, gate.shape, [0])
+        put(0, gate / (1.0 + jnp.exp(-gate)) * up * weight)
+        if keep:
+            put(1, gate)
+            put(2, up)
+
+    short = -(-lhs.shape[0] // group_sizes.shape[0]) <= UNIT
+    c = config or (Config(warpgroups=1, stages=5) if short else Config())  # stores go in pairs of 64 columns
+    kept = {"outs": 3 if keep else 1, "row": weights, "config": c}
+    return _grouped((lhs,), (rhs,), group_sizes, dtype, finish, name="ragged_dot_gated", **kept)
+
+
+def _grouped(
+    lhs: tuple[jax.Array, ...],
+    rhs: tuple[tuple[jax.Array, ...], ...],
+    group_sizes: jax.Array,
+    dtype,
+    finish,
+    *,
+    name: str,
+    transposed: bool = False,
+    outs: int = 1,
+    row: jax.Array | None = None,
+    config: Config | None = None,
+) -> tuple[jax.Array, ...]:
+    """`outs` arrays [M, N] of what finish makes of tiles of the sum over i of lhs[i] times its matrices rhs[i].
+
+    A tile has equal parts of columns for each of these matrices. finish(acc, put, row) takes 64 rows of these parts in
+    registers, and what `row` [M] has for them, if there is one; it calls put(output, rows) for each output.
+    """
+    (M, K), G = lhs[0].shape, rhs[0][0].shape[0]
+    N, sides = rhs[0][0].shape[1 if transposed else 2], len(rhs[0])
+    c = config or tuned(-(-M // G), sides * N)
     lhs = tuple(jnp.pad(x, ((0, -M % ALIGN), (0, 0))) for x in lhs)  # TMA takes whole units of 8 rows
-    terms, depth = len(lhs), K // UNIT
+    terms, depth, width = len(lhs), K // UNIT, c.columns // sides
     tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, ALIGN, unit=UNIT)
-    across = -(-N // c.columns)
+    across = -(-N // width)
+    rows = () if row is None else (jnp.pad(row, (0, c.warpgroups * c.rows + ALIGN)),)  # read past the end
 
     def kernel(*refs):
-        operands, (table_ref, count_ref, short_ref, out_ref, a_smem, b_smem, store_smem, full, free) = (
-            list(zip(refs[:terms], refs[terms : 2 * terms])),
-            refs[2 * terms :],
-        )
+        refs = list(refs)
+        take = lambda count: [refs.pop(0) for _ in range(count)]
+        lhs_refs, rhs_refs, row_refs, tables, out_refs = map(take, (terms, terms * sides, len(rows), 3, outs))
+        a_smem, b_smem, store_smem, full, free = refs
+        table_ref, count_ref, short_ref = tables
+        operands = [(a, rhs_refs[i * sides : (i + 1) * sides]) for i, a in enumerate(lhs_refs)]
         wg = lax.axis_index("wg")
         count = count_ref[0] + 0
         # Short groups wait for memory, and come last: half of the blocks begin with them.
@@ -116,7 +170,7 @@ def grouped_sum(
             t, n = walk(i, count, across, c.wide)
             group, start, begin, end = (table_ref[t, x] + 0 for x in range(4))
             steps = jnp.where(group < G, terms * depth, 0)  # past the groups: zeros
-            return jnp.minimum(group, G - 1), start, n * c.columns, begin, end, steps
+            return jnp.minimum(group, G - 1), start, n * width, begin, end, steps
 
         @pl.when(wg < c.warpgroups)
         def _compute():
@@ -131,13 +185,24 @@ def grouped_sum(
                 def multiply(height):
                     at = wg * share * UNIT
 
-                    def step(slot, acc_ref):
+                    def step(slot, *acc_refs):
                         a = a_smem.at[slot, pl.ds(pl.multiple_of(at, UNIT), height)]
-                        b = b_smem.at[slot]
-                        plgpu.wgmma(acc_ref, a, b.transpose((1, 0)) if transposed else b)
+                        for side, acc_ref in enumerate(acc_refs):
+                            b = b_smem.at[slot, side]
+                            plgpu.wgmma(acc_ref, a, b.transpose((1, 0)) if transposed else b)
 
-                    acc = _multiply(c, step, steps, done, full, free, height=height)
-                    store(c, acc, store_smem, out_ref, dtype, start + at, column, begin, end)
+                    acc = _multiply(c, step, steps, done, full, free, height=height, sides=sides)
+
+                    def finish_unit(first):
+                        here, own = start + at + first, None
+                        if row_refs:
+                            own = row_refs[0].at[pl.ds(here, UNIT)]
+                            own = plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                        put = lambda i, x: store(x, store_smem, out_refs[i], dtype, here, column, begin, end)
+                        finish([part[first : first + UNIT] for part in acc], put, own)
+
+                    for first in range(0, height, UNIT):
+                        finish_unit(first)
 
                 for n in range(1, c.rows // UNIT + 1):
                     pl.when(mine == n)(functools.partial(multiply, n * UNIT))
@@ -163,38 +228,39 @@ def grouped_sum(
                 group, start, column, _, _, steps = tile(i)
 
                 def copy(k, slot):
-                    for i, (lhs_ref, rhs_ref) in enumerate(operands):
-                        part = functools.partial(copy_term, lhs_ref, rhs_ref, k - i * depth, slot)
+                    for i, (lhs_ref, matrices) in enumerate(operands):
+                        part = functools.partial(copy_term, lhs_ref, matrices, k - i * depth, slot)
                         if terms == 1:
                             part()
                         else:
                             pl.when((k >= i * depth) & (k < (i + 1) * depth))(part)
 
-                def copy_term(lhs_ref, rhs_ref, k, slot):
+                def copy_term(lhs_ref, matrices, k, slot):
                     step = pl.ds(pl.multiple_of(k * UNIT, UNIT), UNIT)
-                    columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
+                    columns = pl.ds(pl.multiple_of(column, width), width)
                     for w in range(c.warpgroups):
                         rows = pl.ds(pl.multiple_of(start + w * c.rows, ALIGN), c.rows)
                         a = a_smem.at[slot, pl.ds(w * c.rows, c.rows)]
                         plgpu.copy_gmem_to_smem(lhs_ref.at[rows, step], a, full.at[slot])
-                    b = rhs_ref.at[group, columns, step] if transposed else rhs_ref.at[group, step, columns]
-                    plgpu.copy_gmem_to_smem(b, b_smem.at[slot], full.at[slot])
+                    for i, rhs_ref in enumerate(matrices):
+                        b = rhs_ref.at[group, columns, step] if transposed else rhs_ref.at[group, step, columns]
+                        plgpu.copy_gmem_to_smem(b, b_smem.at[slot, i], full.at[slot])
 
                 return fill(c, copy, steps, done, free)
 
             drain(c, for_each_tile(c, count * across, one_tile, late), free)
 
-    b_shape = (c.columns, UNIT) if transposed else (UNIT, c.columns)
+    b_shape = (width, UNIT) if transposed else (UNIT, width)
     scratch = (
         tiled((c.stages, c.warpgroups * c.rows, UNIT), lhs[0].dtype),
-        tiled((c.stages, *b_shape), lhs[0].dtype),
+        tiled((c.stages, sides, *b_shape), lhs[0].dtype),
         store_buffer(c, dtype),
-        plgpu.Barrier(num_arrivals=c.warpgroups + 1, num_barriers=c.stages),
+        plgpu.Barrier(num_arrivals=c.warpgroups + sides, num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
     )
-    out = jax.ShapeDtypeStruct((lhs[0].shape[0], N), dtype)
-    name = "ragged_dot_transposed" if transposed else "ragged_dot"
-    return _call(c, kernel, name, out, scratch, (*lhs, *rhs, *tiles))[:M]
+    out = [jax.ShapeDtypeStruct((lhs[0].shape[0], N), dtype)] * outs
+    operands = *lhs, *(part for parts in rhs for part in parts), *rows, *tiles
+    return tuple(x[:M] for x in _call(c, kernel, name, out, scratch, operands))
 
 
 def contraction(
@@ -252,9 +318,9 @@ def contraction(
                 def step(slot, acc_ref):
                     plgpu.wgmma(acc_ref, a_smem.at[slot, wg].transpose((1, 0)), b_smem.at[slot])
 
-                acc = _multiply(c, step, steps, done, full, free, mask)
+                (acc,) = _multiply(c, step, steps, done, full, free, mask)
                 row += wg * c.rows
-                store(c, acc, store_smem, out_ref.at[group], dtype, row, column, 0, K)
+                store(acc, store_smem, out_ref.at[group], dtype, row, column, 0, K)
                 return done + steps
 
             for_each_tile(c, jnp.int32(G * down * across), one_tile)
@@ -294,28 +360,28 @@ def contraction(
 # Pieces.
 
 
-def _multiply(c: Config, step, steps, done, full, free, prepare=None, height: int | None = None) -> jax.Array:
-    """The sum of step(slot, acc_ref) over a tile's steps, of which `done` came before; prepare(slot, k) comes first.
+def _multiply(c: Config, step, steps, done, full, free, prepare=None, height: int | None = None, sides: int = 1):
+    """The sums of step(slot, *acc_refs) over a tile's steps, of which `done` came before; prepare(slot, k) comes first.
 
-    Its height is that of a full tile's share by default.
+    There are `sides` of them, which share the tile's columns. Their height is that of a full tile's share by default.
     """
 
-    def scope(acc_ref):
+    def scope(*acc_refs):
         @pl.loop(0, steps)
         def _(k):
             slot = slot_of(done + k, c)
             plgpu.barrier_wait(full.at[slot])
             if prepare is not None:
                 prepare(slot, k)
-            step(slot, acc_ref)
-            plgpu.wgmma_wait(1)  # the step before has been read
+            step(slot, *acc_refs)
+            plgpu.wgmma_wait(sides)  # the step before has been read
             pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot_of(done + k - 1, c)]))
 
-        acc = acc_ref[...]
+        acc = tuple(acc_ref[...] for acc_ref in acc_refs)
         pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[slot_of(done + steps - 1, c)]))
         return acc
 
-    return pl.run_scoped(scope, plgpu.ACC((height or c.rows, c.columns), jnp.float32))
+    return pl.run_scoped(scope, *[plgpu.ACC((height or c.rows, c.columns // sides), jnp.float32)] * sides)
 
 
 def _set_registers(c: Config, count: int) -> None:
@@ -324,7 +390,7 @@ def _set_registers(c: Config, count: int) -> None:
         plgpu.set_max_registers(count, action="increase" if count > 168 else "decrease")
 
 
-def _call(c: Config, kernel, name: str, out, scratch, operands) -> jax.Array:
+def _call(c: Config, kernel, name: str, out, scratch, operands):
     result = plgpu.kernel(
         kernel,
         out_type=out,
@@ -337,4 +403,4 @@ def _call(c: Config, kernel, name: str, out, scratch, operands) -> jax.Array:
         kernel_name=name,
     )(*operands)
     axes = tuple(sorted(jax.typeof(operands[0]).mat.varying))
-    return jax.lax.pcast(result, axes, to="varying") if axes else result
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), result) if axes else result

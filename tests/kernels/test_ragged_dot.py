@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import pathlib
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import ragged_dot, ragged_dot_implementation, ragged_dots
-from pallas_kernels.ragged_dot import pallas_mosaic_gpu, pallas_mosaic_tpu, schedule, xla
+from pallas_kernels.ragged_dot import gated, pallas_mosaic_gpu, pallas_mosaic_tpu, schedule, xla
 
 PLAIN = ["xla", "xla loop", "reference"]
 
@@ -368,3 +369,54 @@ def test_benchmark_runs_in_small(capsys):
     out = capsys.readouterr().out
     table = out.splitlines()[-3:]
     assert [row.split()[2] for row in table] == ["dense", "lax", "xla"] and "FAILED" not in out and "WRONG" not in out
+
+
+def sides_of(rng, M, K, N, G):
+    """Sizes, lhs, gate, up, weights; and in float64 what gate and up give each row."""
+    sizes = random_sizes(rng, M, G, total=int(rng.integers(M - 20, M + 1)))
+    new = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    lhs, gate, up = new(M, K), new(G, K, N), new(G, K, N)
+    weights = jnp.asarray(rng.uniform(0.2, 1, (M, 1)), jnp.float32)
+    return sizes, (lhs, gate, up, weights), [oracle(lhs, w, sizes, np.zeros((M, N)))[0] for w in (gate, up)]
+
+
+def close(got, want, bound=1e-2):
+    got, want = np.asarray(jnp.asarray(got).astype(jnp.float32), np.float64), np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=bound * np.abs(want).max())
+
+
+def test_gated_in_one_kernel(rng):
+    """silu(gate) * up * weights, gate and up by the Hopper kernel beside float64."""
+    sizes, (lhs, *sides, weights), (a, b) = sides_of(rng, 100, 64, 128, 3)
+    run = lambda *x: pallas_mosaic_gpu.gated(x[0], x[1:3], x[3][:, 0], jnp.asarray(sizes, jnp.int32), jnp.bfloat16)
+    with running("mosaic_gpu"):
+        got = jax.jit(run)(lhs, *sides, weights)
+    for x, want in zip(got, (a / (1 + np.exp(-a)) * b * np.asarray(weights), a, b), strict=True):
+        close(x, want)
+
+
+def test_gradients_of_gated(rng, monkeypatch):
+    """By the kernels of another backend: which products are taken, of what."""
+
+    def both(lhs, rhs, weights, sizes, dtype, keep=True):
+        sides = [xla.grouped(lhs, r, sizes, dtype) for r in rhs]
+        return gated.gated_reference(*sides, weights[:, None]), *sides[: 2 * keep]
+
+    def total(grads, rhs, sizes, dtype, transposed):
+        return sum(xla.grouped(g, r, sizes, dtype, transposed=transposed) for g, r in zip(grads, rhs))
+
+    monkeypatch.setattr(
+        gated, "kernels", types.SimpleNamespace(gated=both, grouped_sum=total, contraction=xla.contraction)
+    )
+    M, K, N, G = 60, 12, 20, 4
+    sizes, args, (a, b) = sides_of(rng, M, K, N, G)
+    grad = jnp.asarray(rng.normal(size=(M, N)), jnp.bfloat16)
+    hidden, vjp = jax.vjp(lambda *x: gated.ragged_dot_gated(*x, jnp.asarray(sizes, jnp.int32)), *args)
+    lhs, gate, up, weights = args
+    s, w, g = 1 / (1 + np.exp(-a)), np.asarray(weights), np.asarray(grad.astype(jnp.float32), np.float64)
+    d_a, d_b = g * w * b * s * (1 + a * (1 - s)), g * w * a * s
+    (_, x, d_gate), (_, y, d_up) = (oracle(lhs, *rest) for rest in ((gate, sizes, d_a), (up, sizes, d_b)))
+    want = a * s * b * w, x + y, d_gate, d_up, (g * a * s * b).sum(axis=1, keepdims=True)
+    for got, expected in zip((hidden, *vjp(grad)), want, strict=True):
+        close(got, expected, 2e-2)
+    assert np.array_equal(hidden, gated.ragged_dot_gated(*args, jnp.asarray(sizes, jnp.int32)))
