@@ -1,17 +1,20 @@
 """Traces every pair of features for hardware that is not here, and writes the table of docs/planner.md.
 
-python benchmarks/plan/composition.py                # about 40 minutes on one core; needs no accelerator
-python benchmarks/plan/composition.py --kernels      # the table of attention's kernels alone: seconds
+python benchmarks/plan/composition.py                          # about 40 minutes on one core; needs no accelerator
+python benchmarks/plan/composition.py --only tp,precision=fp8  # pairs of these; of the others what the page says
+python benchmarks/plan/composition.py --kernels                # the table of attention's kernels alone: seconds
 """
 
 import argparse
 import itertools
 import os
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from jaxscale.plan.check import Feature, Verdict
+from jaxscale.plan.check import Feature, Verdict, apart
 
 DOCS = Path(__file__).parents[2] / "docs" / "planner.md"
 BEGIN, END = "<!-- pairs: benchmarks/plan/composition.py -->", "<!-- end of pairs -->"
@@ -25,11 +28,13 @@ HEAD_DIMS, DTYPES = (64, 80, 128, 256, 512), ("bfloat16", "float16", "float32")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--only", default="", help="features, comma-separated, whose pairs are traced anew")
     parser.add_argument("--kernels", action="store_true", help="only the table of attention's kernels")
     args = parser.parse_args()
     write(args.docs, KERNELS, "\n".join(kernels()))
     if not args.kernels:
-        write(args.docs, (BEGIN, END), sections())
+        only = args.only.split(",") if args.only else []
+        write(args.docs, (BEGIN, END), sections(only, refused(args.docs.read_text())))
 
 
 def write(path: Path, marks: tuple[str, str], text: str) -> None:
@@ -38,15 +43,33 @@ def write(path: Path, marks: tuple[str, str], text: str) -> None:
     path.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}")
 
 
-def sections() -> str:
-    """Markdown: what runs alone, what does not run together and why."""
+def refused(text: str) -> dict[frozenset[str], str]:
+    """Pair -> why, from the page."""
+    table = text.partition(BEGIN)[2].partition(END)[0].partition("| feature |")[2]
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE)
+    return {frozenset((a, b)): why for a, others, why in rows for b in others.split(", ") if a != "---"}
+
+
+def sections(only: Collection[str] = (), page: Mapping[frozenset[str], str] | None = None) -> str:
+    """Markdown: what runs alone, what does not run together and why.
+
+    Args:
+      only: trace the pairs of these features, all by default; `page` says which of the others are refused.
+    """
     from jaxscale.plan.check import FEATURES, verdict
 
+    if unknown := set(only) - set(FEATURES):
+        raise SystemExit(f"no feature {', '.join(sorted(unknown))}; there are {', '.join(FEATURES)}")
     alone = {name: verdict([name], HARDWARE[0]) for name in FEATURES}
     built = [name for name, found in alone.items() if found.runs]
     together = {}
     for a, b in itertools.combinations(built, 2):
-        together[a, b] = {hw: verdict([a, b], hw) for hw in hardware_of(FEATURES[a], FEATURES[b])}
+        first, second = FEATURES[a], FEATURES[b]
+        if only and not {a, b} & set(only) and first.kind != second.kind and not apart(first, second):
+            why = (page or {}).get(frozenset((a, b)), "")
+            together[a, b] = {HARDWARE[0]: Verdict("refused" if why else "runs", why)}
+            continue
+        together[a, b] = {hw: verdict([a, b], hw) for hw in hardware_of(first, second)}
         print(a, "+", b, *dict.fromkeys(f"{v.state} {v.why}" for v in together[a, b].values()), flush=True)
     return markdown(alone, together)
 

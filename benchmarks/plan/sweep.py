@@ -1,42 +1,80 @@
 """The planner's choice beside every mesh there is: each is compiled ahead of time and its own collectives are priced.
 
-python benchmarks/plan/sweep.py --model tiny --on cpu:4 --rows 8 --seq 256          # minutes
-python benchmarks/plan/sweep.py --model smollm2-135m --on h200:1x4 --rows 16 --seq 2048
+python benchmarks/plan/sweep.py --out benchmarks/plan/sweep.jsonl    # all rows, minutes each; h200 needs jax[cuda13]
+python benchmarks/plan/sweep.py --table benchmarks/plan/sweep.jsonl  # the table of docs/planner.md
 """
 
 import argparse
+import dataclasses
 import os
+import time
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import rows as benchmark
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--on", default="cpu:4")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256)
-    args = parser.parse_args()
-    if args.on.startswith("cpu:"):
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.on[4:]}"
+# model ("+experts": eight of them, two for a token), pod, rows, tokens of a row
+ROWS = [
+    ("tiny", "cpu:4", 8, 256),
+    ("tiny", "cpu:8", 8, 256),
+    ("tiny+experts", "cpu:4", 8, 256),
+    ("smollm2-135m", "h200:1x8", 32, 2048),
+]
+
+
+def sweep(row: tuple[str, str, int, int]) -> list[dict]:
+    """Every mesh of a row that fits, in the order of the estimate, with the seconds that the compiled program costs."""
+    from jaxscale.config import MoEConfig
     from jaxscale.models.presets import preset
-    from jaxscale.plan.confirm import TOP, confirm
+    from jaxscale.plan.confirm import confirm
     from jaxscale.plan.search import search
 
-    sizes = {"batch_size": args.rows, "seq_len": args.seq}
-    found = search(preset(args.model), args.on, **sizes)
+    name, pod, rows, seq_len = row
+    model = preset(name.removesuffix("+experts"))
+    if name.endswith("+experts"):
+        experts = MoEConfig(num_experts=8, top_k=2, mlp_dim=model.mlp_dim)
+        model = dataclasses.replace(model, moe=experts)
+    sizes = {"batch_size": rows, "seq_len": seq_len}
+    found = search(model, pod, **sizes)
     every = confirm(found, top=len(found.fitting), **sizes)
-    print(every.table())
-    asked = {e.mesh for e in found.fitting[:TOP]}
-    chosen = min((c for c in every.candidates if c.estimate.mesh in asked), key=lambda c: c.seconds)
-    first = next(c for c in every.candidates if c.estimate.mesh == found.best.mesh)
-    best = every.best.seconds
-    print(
-        f"{args.model} on {args.on}, {len(every.candidates)} meshes: by the estimate alone {found.best.mesh}, "
-        f"{first.seconds / best - 1:+.1%}; the best of {TOP} compiled {chosen.estimate.mesh}, "
-        f"{chosen.seconds / best - 1:+.1%}; of all {every.best.estimate.mesh}"
-    )
+    cost = {str(c.estimate.mesh): c.seconds for c in every.candidates}
+    return [{"mesh": str(e.mesh), "estimate": e.seconds, "compiled": cost[str(e.mesh)]} for e in found.fitting]
+
+
+def verdict(meshes: list[dict], top: int) -> tuple[dict, dict, dict]:
+    """What the estimate alone takes, the best of the `top` that are compiled, the best of all."""
+    cost = lambda m: m["compiled"]
+    return meshes[0], min(meshes[:top], key=cost), min(meshes, key=cost)
+
+
+def measure(row: tuple[str, str, int, int], args: argparse.Namespace) -> dict:
+    del args
+    if row[1].startswith("cpu:"):
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={row[1][4:]}"
+    meshes = sweep(row)
+    return {"row": row, "date": time.strftime("%Y-%m-%d"), "cpu_seconds": time.process_time(), "meshes": meshes}
+
+
+def table(path: Path) -> str:
+    """Markdown: what is lost by the choice, a line for each row."""
+    from jaxscale.plan.confirm import TOP
+
+    lines = [
+        "| model | pod | rows x tokens | meshes | by the estimate alone | loses | "
+        f"the best of {TOP} compiled | loses | the best of all |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in benchmark.newest(path, ROWS):
+        name, pod, rows, seq_len = record["row"]
+        first, chosen, best = verdict(record["meshes"], TOP)
+        lost = lambda m: f"{m['compiled'] / best['compiled'] - 1:.1%}"  # noqa: B023
+        lines.append(
+            f"| {name} | {pod} | {rows} x {seq_len} | {len(record['meshes'])} | {first['mesh']} | {lost(first)} | "
+            f"{chosen['mesh']} | {lost(chosen)} | {best['mesh']} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    benchmark.main(__doc__, __file__, ROWS, measure, table)

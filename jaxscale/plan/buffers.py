@@ -196,12 +196,17 @@ class _Program:
         if opcode in ("dynamic-update-slice", "scatter"):
             return given[0]
         if opcode.endswith("-done"):
-            return given[0][1:2] or given[0][:1]
+            read, made = _started(self.named[computation][ins.operands[0]].type)
+            return given[0][read : read + made]
         if opcode == "copy-start":
             return [fresh[0], set().union(*given[0]), set()]
-        if opcode.endswith("-start") and ins.type.startswith("("):
-            read = set().union(*(s for slots in given for s in slots))
-            return [set(read), {(computation, ins.name, 1)}, *[set() for _ in elements[2:]]]
+        if opcode.endswith("-update") and len(given[0]) == len(elements):
+            return given[0]
+        if opcode.endswith(("-start", "-update")) and ins.type.startswith("("):  # libtpu gives some theirs in an update
+            held = set().union(*(s for slots in given for s in slots))
+            read, made = _started(ins.type)
+            rest = len(elements) - read - made
+            return [*(set(held) for _ in range(read)), *fresh[read : read + made], *(set() for _ in range(rest))]
         if opcode == "fusion":
             return self._fused(ins, given, fresh)
         if opcode in ("custom-call",) and (pairs := re.findall(r"\{(\d*)\}: \((\d+), ", ins.attributes)):
@@ -286,6 +291,21 @@ def _elements(kind: str) -> list[str]:
 
 
 _ELEMENTS: dict[str, list[str]] = {}
+
+
+def _started(kind: str) -> tuple[int, int]:
+    """How many arrays an asynchronous operation reads, and how many it makes: the first two of its type, either of
+    which may be a tuple, also an empty one."""
+    counts, depth = [], 0
+    for match in re.finditer(rf"[()]|{_ARRAY.pattern}", kind):
+        if match[0] in "()":
+            depth += 1 if match[0] == "(" else -1
+            counts += [0] * (match[0] == "(" and depth == 2)
+        elif depth == 1:
+            counts.append(1)
+        else:
+            counts[-1] += 1
+    return counts[0], counts[1]
 
 
 def _array_bytes(array: str) -> int:

@@ -30,6 +30,8 @@ from jaxscale.params import abstract_params
 from jaxscale.plan.aot import abstract_batch
 from jaxscale.plan.estimate import check_mesh
 from jaxscale.plan.features import BASE, FEATURES, Feature
+from jaxscale.quantize import training as quantized
+from jaxscale.quantize.apply import abstract_quantized
 from jaxscale.train import abstract_train_state, make_train_step
 from pallas_kernels import attention_implementation
 from pallas_kernels.attention.api import BACKENDS
@@ -90,19 +92,17 @@ def verdict(names: Sequence[str], hardware: str) -> Verdict:
     for a, b in itertools.combinations(features, 2):
         if a.kind == b.kind:
             return Verdict("alternatives")
-        if a.use and b.use and a.use != b.use:
+        if apart(a, b):
             return Verdict("apart")
     use = next((f.use for f in features if f.use), "train")
     try:
-        cfg, packed = configure(features)
+        case = configure(features)
     except ValueError as error:
-        if "has no field" in str(error):
-            return Verdict("not built", _line(error).partition(";")[0])
         return Verdict("refused", _line(error))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a cast that a layer warns of is not a refusal
-            trace(cfg, hardware, use=use, packed=packed)
+            trace(case, hardware, use=use)
     except NotImplementedError as error:
         return Verdict("not built" if "not built" in str(error) else "refused", _line(error))
     except Exception as error:  # whatever a part says: the table shows it
@@ -110,8 +110,21 @@ def verdict(names: Sequence[str], hardware: str) -> Verdict:
     return Verdict("runs")
 
 
-def configure(features: Sequence[Feature]) -> tuple[TrainConfig, bool]:
-    """The tiny run with these features in it, and whether its rows are packed.
+def apart(a: Feature, b: Feature) -> bool:
+    """Whether two features are never in one program."""
+    return bool(a.use and b.use and a.use != b.use)
+
+
+class Case(NamedTuple):
+    """A tiny run with features in it."""
+
+    cfg: TrainConfig
+    packed: bool = False  # its rows hold several documents
+    weights: str = ""  # the recipe that weights are quantized by before they are decoded with
+
+
+def configure(features: Sequence[Feature]) -> Case:
+    """The tiny run with these features in it.
 
     Raises:
       ValueError: the configuration refuses them.
@@ -119,12 +132,13 @@ def configure(features: Sequence[Feature]) -> tuple[TrainConfig, bool]:
     values: dict[str, Any] = {}
     for changes in (BASE, *(f.changes for f in features)):
         values = _merge(values, changes)
-    packed = values.pop("packed", False)
-    return from_dict(TrainConfig, values), packed
+    beside = {name: values.pop(name) for name in ("packed", "weights") if name in values}
+    return Case(from_dict(TrainConfig, values), **beside)
 
 
-def trace(cfg: TrainConfig, hardware: str, *, use: str = "train", packed: bool = False) -> None:
+def trace(case: Case, hardware: str, *, use: str = "train") -> None:
     """Traces one step of a run for devices that are not here; raises what the library raises."""
+    cfg = case.cfg
     if use == "export":
         config_to_hf(cfg.model)
         return
@@ -133,9 +147,12 @@ def trace(cfg: TrainConfig, hardware: str, *, use: str = "train", packed: bool =
     mesh = abstract_devices(sizes, hardware)
     rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
     specs = decoder.param_specs(cfg.model)
+    if use == "decode":
+        params = abstract_params(specs, mesh, MEGATRON_FSDP)
+        if case.weights:
+            params = abstract_quantized(case.weights, specs, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         if use == "decode":
-            params = abstract_params(specs, mesh, MEGATRON_FSDP)
             one = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
             def decode(params, tokens, positions):
@@ -148,15 +165,19 @@ def trace(cfg: TrainConfig, hardware: str, *, use: str = "train", packed: bool =
         if sizes.cp > 1:
             context, _ = context_cost.plan(sizes, cfg.model, rows, seq_len, rates=context_cost.UNKNOWN)
         batch = abstract_batch(mesh, rows, seq_len)
-        if not packed:
+        if not case.packed:
             batch = {name: x for name, x in batch.items() if name in ("tokens", "labels")}
         if context is not None and context.layout != "contiguous":  # dealt rows carry their positions
             batch["positions"] = batch["tokens"]
         loss_fn = functools.partial(
             decoder.loss_fn, cfg=cfg.model, remat=cfg.remat, z_loss=cfg.z_loss, chunk=cfg.loss_chunk, context=context
         )
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-        state = abstract_train_state(specs, optimizer, mesh)
+        optimizer, scales = make_optimizer(cfg.optimizer, cfg.steps), None
+        if cfg.precision:
+            precision = quantized.parse_precision(cfg.precision, cfg.precision_skip)
+            loss_fn = quantized.rounded(loss_fn, specs, precision)
+            scales = jax.eval_shape(lambda: quantized.init_scales(specs, precision))
+        state = abstract_train_state(specs, optimizer, mesh, MEGATRON_FSDP, scales)
         jax.eval_shape(make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps), state, batch)
 
 

@@ -8,7 +8,8 @@ class Feature(NamedTuple):
     """One feature. Of two features of a kind a run has only one; `use` names the program that it is in, "" any."""
 
     kind: str
-    changes: Mapping[str, Any]  # of TrainConfig as nested dicts, and `packed`: rows hold several documents
+    # Of TrainConfig as nested dicts; `packed`: rows hold several documents; `weights`: the recipe they are decoded by.
+    changes: Mapping[str, Any]
     use: str = ""
 
 
@@ -75,6 +76,9 @@ FEATURES: Mapping[str, Feature] = {
     "head of its own": _model("head", tie_embeddings=False),
     "dispatch=all_gather": Feature("dispatch", {**_experts("", dispatch="all_gather").changes, "mesh": {"ep": 2}}),
     "dispatch=all_to_all": Feature("dispatch", {**_experts("", dispatch="all_to_all").changes, "mesh": {"ep": 2}}),
+    "dispatch=two_level": Feature(
+        "dispatch", {**_experts("", dispatch="two_level", ep_hosts=2).changes, "mesh": {"ep": 4}}
+    ),
     "dispatch in chunks": Feature("chunks", {**_experts("", dispatch_chunks=2).changes, "mesh": {"ep": 2}}),
     "router=softmax": _experts("router", router="softmax"),
     "router=sigmoid": _experts("router", router="sigmoid", num_groups=4, top_groups=2),
@@ -95,8 +99,13 @@ FEATURES: Mapping[str, Feature] = {
     "head_dim=128": _model("head_dim", head_dim=128),
     "head_dim=256": _model("head_dim", head_dim=256),
     "latent attention": _model("attention", num_kv_heads=16, mla=_LATENT),
-    # A field that there is not: the configuration says itself that it has none.
-    "training with quantized weights": _model("quantized", quantization="int8"),
+    "precision=fp8": Feature("precision", {"precision": "fp8"}, use="train"),
+    "precision=fp8-delayed": Feature("precision", {"precision": "fp8-delayed"}, use="train"),
+    "precision=int8": Feature("precision", {"precision": "int8"}, use="train"),
+    "trained for 4 bits": Feature("precision", {"precision": "w4a16-g32"}, use="train"),
+    "weights=w8a8": Feature("weights", {"weights": "w8a8"}, use="decode"),
+    "weights=w8a8-fp8": Feature("weights", {"weights": "w8a8-fp8"}, use="decode"),
+    "weights=w4a16-g32": Feature("weights", {"weights": "w4a16-g32"}, use="decode"),
     "decode": Feature("use", {}, use="decode"),
     "export to Hugging Face": Feature("use", {}, use="export"),
 }

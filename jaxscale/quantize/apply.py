@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from jaxscale.params import ParamSpec, path_name
+from jaxscale.params import ParamSpec, abstract_params, path_name
 from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
 from jaxscale.sharding import place, place_quantized
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
@@ -116,18 +116,47 @@ def on_its_mesh(fn: Any, name: str, spec: ParamSpec, w: jax.Array, rules: Rules,
     mesh = w.sharding.mesh if isinstance(w.sharding, NamedSharding) else None
     if not isinstance(mesh, Mesh):
         return jax.jit(fn)(w, *more)
-    shape = jax.eval_shape(fn, jax.ShapeDtypeStruct(w.shape, w.dtype), *more)
-    computed = resolve_spec(spec.shape, spec.axes, rules.compute, dict(mesh.shape)).spec
-    try:
-        place_quantized(shape, computed, dict(mesh.shape))
-    except ValueError as e:  # now, not at the first matmul
-        raise ValueError(f"{name}: {e}") from None
-    where = place(shape, spec, mesh, rules)
+    where = _rests(jax.eval_shape(fn, jax.ShapeDtypeStruct(w.shape, w.dtype), *more), name, spec, mesh, rules)
     treedef = jax.tree.structure(where)
     flat = lambda *args: tuple(jax.tree.leaves(fn(*args)))
     with jax.set_mesh(mesh):  # left to the partitioner: groups are cut out of dims that are split
         specs = tuple(s.spec for s in jax.tree.leaves(where))
         return jax.tree.unflatten(treedef, jax.jit(jax.sharding.auto_axes(flat, out_sharding=specs))(w, *more))
+
+
+def abstract_quantized(
+    recipe: Recipe | str, specs: Any, mesh: Mesh | AbstractMesh, rules: Rules = MEGATRON_FSDP
+) -> Any:
+    """What `quantize` makes of parameters on a mesh, whose devices need not be here: ShapeDtypeStructs with shardings.
+
+    Raises:
+      ValueError: what `quantize` says against these shapes.
+    """
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    params = abstract_params(specs, mesh, rules)
+    chosen = select(params, recipe, specs)
+
+    def round_one(path, spec, w):
+        name = path_name(path)
+        if name not in chosen:
+            return w
+        fn = functools.partial(round_weight, spec, chosen[name], name)
+        shape = jax.eval_shape(fn, jax.ShapeDtypeStruct(w.shape, w.dtype))
+        placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.tree.map(placed, shape, _rests(shape, name, spec, mesh, rules))
+
+    return jax.tree.map_with_path(round_one, specs, params)
+
+
+def _rests(shape: Any, name: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+    """The shardings at rest of a QuantizedArray; ValueError, now and not at the first matmul, where it cannot be
+    computed with on this mesh."""
+    computed = resolve_spec(spec.shape, spec.axes, rules.compute, dict(mesh.shape)).spec
+    try:
+        place_quantized(shape, computed, dict(mesh.shape))
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+    return place(shape, spec, mesh, rules)
 
 
 def num_bytes(params: Any) -> int:

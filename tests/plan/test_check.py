@@ -21,6 +21,8 @@ from jaxscale.parallel import context_cost
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import init_params, param_shardings
 from jaxscale.plan.check import FEATURES, attention_backend, check_config, configure, verdict
+from jaxscale.quantize import training as quantized
+from jaxscale.quantize.apply import abstract_quantized, quantize
 from jaxscale.run import run
 from jaxscale.train import put_batch
 from sharding_rules.rules import MEGATRON_FSDP
@@ -77,12 +79,6 @@ def composition():
     return module
 
 
-def refused(text: str) -> dict[frozenset[str], str]:
-    """Pair -> why, from the page."""
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text.partition("| feature |")[2], re.MULTILINE)
-    return {frozenset((a, b)): why for a, others, why in rows for b in others.split(", ") if a != "---"}
-
-
 def test_the_page_holds_the_features_and_what_is_not_there():
     script = composition()
     text = (ROOT / "docs" / "planner.md").read_text().partition(script.BEGIN)[2].partition(script.END)[0]
@@ -97,8 +93,8 @@ def test_the_page_holds_the_features_and_what_is_not_there():
 def test_the_pages_pairs_are_what_the_code_says_today(rng):
     """All refused pairs, and a fresh sample of the others. `python benchmarks/plan/composition.py` writes it anew."""
     script = composition()
-    text = (ROOT / "docs" / "planner.md").read_text().partition(script.BEGIN)[2].partition(script.END)[0]
-    page = refused(text)
+    whole = (ROOT / "docs" / "planner.md").read_text()
+    page, text = script.refused(whole), whole.partition(script.BEGIN)[2].partition(script.END)[0]
     assert len(page) == int(re.search(r"(\d+) are refused", text)[1])  # type: ignore[index]
     for pair, why in page.items():
         a, b = sorted(pair, key=list(FEATURES).index)
@@ -133,14 +129,17 @@ PAIRS = [
     ("fsdp", "router=expert_choice"),
     ("ep", "shared experts"),
     ("tp", "local and global layers"),
+    ("dispatch=two_level", "shared experts"),
+    ("dispatch=two_level", "tp"),
+    ("tp", "trained for 4 bits"),
+    ("cp=ring", "trained for 4 bits"),
 ]
 
 
-@pytest.mark.parametrize("turn", range(2))
-def test_pairs_that_run_give_what_one_device_gives(turn, rng):
+def test_pairs_that_run_give_what_one_device_gives(rng):
     """Loss and gradients of a fresh pair on as many simulated devices as it asks for."""
     names = PAIRS[int(rng.integers(len(PAIRS)))]
-    cfg, packed = configure([FEATURES[name] for name in names])
+    cfg, packed, _ = configure([FEATURES[name] for name in names])
     model = dataclasses.replace(cfg.model, dtype="float32")
     rows, T = 8, cfg.data.seq_len
     batch = {n: rng.integers(0, model.vocab_size, (rows, T)).astype(np.int32) for n in ("tokens", "labels")}
@@ -153,7 +152,10 @@ def test_pairs_that_run_give_what_one_device_gives(turn, rng):
     params = init_params(jax.random.key(int(rng.integers(2**31))), specs)
 
     def step(context=None):
-        return jax.jit(jax.value_and_grad(lambda p, b: decoder.loss_fn(p, b, model, context=context)[0]))
+        loss_fn = lambda p, b: decoder.loss_fn(p, b, model, context=context)[0]
+        if cfg.precision:
+            loss_fn = quantized.rounded(loss_fn, specs, quantized.parse_precision(cfg.precision))
+        return jax.jit(jax.value_and_grad(loss_fn))
 
     want = step()(params, jax.tree.map(jnp.asarray, batch))
     size = cfg.mesh.num_devices
@@ -169,3 +171,17 @@ def test_pairs_that_run_give_what_one_device_gives(turn, rng):
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
         a, b = np.asarray(a), np.asarray(b)
         close(b, a, atol=1e-4 * max(np.abs(a).max(), 1e-3), err_msg=str(names))
+
+
+def test_weights_that_are_not_there_are_placed_as_quantized_ones(rng):
+    """Of a fresh recipe and mesh: shapes, types and places that decoding is traced with are those `quantize` gives."""
+    name = str(rng.choice([n for n, f in FEATURES.items() if f.kind == "weights"]))
+    axis = str(rng.choice(["fsdp", "tp"]))
+    cfg, _, recipe = configure([FEATURES[axis], FEATURES[name]])
+    specs, mesh = decoder.param_specs(cfg.model), make_mesh(cfg.mesh, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        params = init_params(jax.random.key(0), specs, mesh, MEGATRON_FSDP)
+    got, want = quantize(params, recipe, specs), abstract_quantized(recipe, specs, mesh)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)

@@ -159,3 +159,20 @@ def test_collectives_that_run_beside_computation_are_counted_once():
     """The form that libtpu writes for tpu7x."""
     found = census(ASYNC, mesh=make_abstract_mesh(MeshConfig(fsdp=4)))
     assert found.counts == {"all-gather": {"fsdp": 1}} and found.bytes == {"all-gather": {"fsdp": 128}}
+
+
+@pytest.mark.parametrize(
+    ("started", "held"),
+    [
+        ("", 128),  # as above: what the call makes is named by its update alone
+        ("(f32[8], f32[32]) all-gather-start(%a)", 128),
+        ("((f32[8], f32[8]), (f32[32], f32[16]), u32[]) all-gather-start(%a, %a)", 192),
+    ],
+)
+def test_buffers_of_what_runs_beside_computation(started, held):
+    """What an asynchronous operation reads is no new buffer, what it makes is one, whatever tuples its type is of."""
+    text = ASYNC
+    if started:
+        before, _, _ = text.partition("  %s =")
+        text = f"{before}  %s = {started}\n  ROOT %d = f32[32]{{0}} all-gather-done(%s)\n}}\n"
+    assert held_at_peak(text).bytes == held

@@ -175,6 +175,17 @@ def test_the_candidates_of_a_search_are_ordered_by_what_the_compiler_says(small,
         assert str(c.estimate.mesh) in str(confirmed)
 
 
+@pytest.mark.slow
+def test_the_choice_is_as_cheap_as_the_best_of_every_mesh_there_is(small, monkeypatch):
+    """By the compiled programs; benchmarks/plan/sweep.py does it for larger models and more devices."""
+    found, compile_step = small
+    monkeypatch.setattr(confirm_module, "compile_step", compile_step)
+    every = confirm(found, batch_size=8, seq_len=128, top=len(found.fitting))
+    assert {e.mesh for e in found.fitting} >= {MeshConfig(**{axis: 2}) for axis in ("dp", "fsdp", "tp", "cp")}
+    chosen = confirm(found, batch_size=8, seq_len=128).best
+    assert chosen.seconds <= 1.05 * min(c.seconds for c in every.candidates), str(every.table())
+
+
 def test_what_the_compiler_finds_no_room_for_is_not_chosen(small, monkeypatch):
     found, compile_step = small
 
