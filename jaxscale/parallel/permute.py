@@ -19,7 +19,7 @@ from jaxscale.sharding import ROUTED
 from pallas_kernels import spread_rows
 
 _ONE_NUMBER = 2**31  # int32
-_UNROLLED = 16  # places of a token whose sum is written out
+UNROLLED = 16  # places of a token whose sum is written out
 
 
 class Places(NamedTuple):
@@ -72,11 +72,11 @@ def spread(x: Array, places: Places) -> Array:
 @jax.custom_vjp
 def collect(y: Array, places: Places) -> Array:
     """[R, D] -> float32 [n, D]: the sum over each token's places."""
-    first, *others = (places.place[:, k] for k in range(min(places.place.shape[1], _UNROLLED)))
+    first, *others = (places.place[:, k] for k in range(min(places.place.shape[1], UNROLLED)))
     total = _take(y, first).astype(jnp.float32)
     for at in others:
         total = total + _take(y, at).astype(jnp.float32)
-    more = places.place[:, _UNROLLED:].T
+    more = places.place[:, UNROLLED:].T
     return lax.scan(lambda acc, at: (acc + _take(y, at).astype(jnp.float32), None), total, more)[0]
 
 

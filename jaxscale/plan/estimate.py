@@ -323,16 +323,20 @@ class _Step:
         norms = self.norms_kept()
         if self.model.qk_norm:
             norms += 2 * t * (self.heads + self.kv_heads) * self.model.head_dim * 4
-        kept = norms + 2 * carry + self.attention_kept(remat) + 4 * t * self.heads
+        kept = norms + carry + self.attention_kept(remat) + 4 * t * self.heads
         if self.experts is None:
-            return kept + 6 * t * self.mlp * self.item
+            return kept + carry + 6 * t * self.mlp * self.item
         # The router's input and five arrays of its logits' size in float32; of each pair of token and expert the input,
         # gate, up and their product.
         routed = 4 * t * (D + 5 * self.model.moe.num_routed)
-        pair = D * self.item + 3 * self.experts.width * self.item
-        weights = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.experts and leaf.matrix)
-        pairs = self.experts.rows * pair + self.experts.travelled(D, self.item)
-        return kept + weights + routed + pairs + 6 * t * self.experts.shared * self.item
+        pairs = self.experts.rows * (D + 3 * self.experts.width) * self.item
+        weights = self.expert_weights()
+        rounds = self.experts.kept_for_rounds(D * self.item, weights)
+        return kept + weights + routed + pairs + rounds + 6 * t * self.experts.shared * self.item
+
+    def expert_weights(self) -> float:
+        """The matrices of one layer's experts that a device holds while it computes."""
+        return sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.experts and leaf.matrix)
 
     def norms_kept(self) -> float:
         """The float32 arrays of one layer's norms of the residual stream."""
@@ -383,9 +387,14 @@ class _Step:
             if self.experts is None:
                 kept += 4 * self.tokens * self.mlp * self.item
             else:
-                kept += self.experts.rows * (D * (self.item + 4) + 4 * self.experts.width * self.item)
-                kept += self.experts.travelled(D, self.item)
-                kept += 4 * self.tokens * self.experts.shared * self.item
+                # Three arrays of the pairs' rows; four of their hidden layers, and what a further round adds up with
+                # the rounds before, the gradients of the weights. Or, where the gradient of tokens is collected, three
+                # of their hidden layers and what is gathered to be added, with the head's gradient not yet reduced.
+                pairs, width = self.experts.rows * self.item, self.experts.width
+                rounds = 2 * self.expert_weights() * len(self.experts.overflows)
+                hidden = kept + 4 * pairs * width + rounds + 4 * self.tokens * self.experts.shared * self.item
+                collecting = 3 * pairs * width + self.experts.collected * D * self.item + head
+                kept = 3 * pairs * D + max(hidden, collecting)
             backward = kept + 4 * rows + layer + head
             logits = self.loss_rows * self.vocab
             loss = max(head + 4 * logits, 2 * head + self.item * logits) + 3 * rows

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jaxscale.config import MeshConfig, MoEConfig
 from jaxscale.parallel import expert
+from jaxscale.parallel.permute import UNROLLED
 
 
 class Experts(NamedTuple):
@@ -19,11 +20,19 @@ class Experts(NamedTuple):
     shared: int  # of the shared experts' hidden layer
     hosts: int = 1  # that tokens travel to first; arriving: rows that a device then has of others, or room for them
     arriving: int = 0
+    overflows: tuple[int, ...] = ()  # tokens of each level whose buffers some routing does not fit into
 
-    def travelled(self, D: int, item: int) -> float:
-        """Bytes of what dispatch keeps beside each pair's own arrays: two copies of the pairs' rows, the sum of all
-        devices' tokens in float32, the tokens."""
-        return 2 * self.rows * D * item + self.tokens * D * (4 * self.ep + item) if self.ep > 1 else 0.0
+    @property
+    def collected(self) -> int:
+        """Rows that are gathered, one for each place of a token, before they are added up."""
+        places, n = min(self.top_k, UNROLLED), self.arriving or self.tokens
+        if self.way == "all_to_all":  # first each arrived pair's only place, then those of a token in the buffer
+            return max(self.rows, n * places)
+        return n * (self.ep // self.hosts) * places
+
+    def kept_for_rounds(self, row: int, weights: float) -> float:
+        """Bytes kept for further rounds: the tokens, of `row` bytes, and the experts' weights, of each such level."""
+        return sum(tokens * row + weights for tokens in self.overflows)
 
     def transfers(self, row: int, remat: str) -> list[tuple[str, str, int, float]]:
         """(kind, axis, count, payload) of a layer, forward and backward, for rows of `row` bytes. A layer that is
@@ -64,6 +73,8 @@ def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int, hosts: int = 1,
     else:
         arriving, size = hosts * math.ceil(tokens * expert.share_of_a_host(hosts, K)), ep // hosts
         way = expert.choose_inside(size, arriving, tokens * K)
-    most, even = size * (arriving or tokens) * here, expert._SLACK * tokens * K
+    n = arriving or tokens
+    most, even = size * n * here, expert._SLACK * tokens * K
     rows = min(most, math.ceil(even / size) * size if way == "all_to_all" else math.ceil(even))
-    return Experts(way, tokens, K, ep, rows, width, shared, hosts, arriving)
+    overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((n,) if rows < most else ())
+    return Experts(way, tokens, K, ep, rows, width, shared, hosts, arriving, overflows if ep > 1 else ())

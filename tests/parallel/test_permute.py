@@ -26,7 +26,7 @@ def some_places(rng, n, K, R):
 def test_spread_and_collect(rng, n, K, R):
     places = some_places(rng, n, K, R)
     token = np.asarray(places.token)
-    assert K < 19 or np.any(np.asarray(places.place)[:, permute._UNROLLED :] < R)
+    assert K < 19 or np.any(np.asarray(places.place)[:, permute.UNROLLED :] < R)
     x, y = rng.standard_normal((n, 6), np.float32), rng.standard_normal((R, 6), np.float32)
     out = np.zeros((R, 6), np.float32)
     out[token < n] = x[token[token < n]]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxscale.config import MeshConfig, MLAConfig, ModelConfig, MoEConfig
+from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import abstract_params, num_params
 from jaxscale.plan.aot import abstract_batch, compile_step
@@ -130,6 +131,32 @@ def test_residuals_are_what_the_traced_layers_keep(remat, attention, rng):
     if remat == "none":  # plain XLA attention keeps its output in a layout of its own besides
         expected += seq_len * cfg.num_heads * (cfg.mla.value_dim if cfg.mla else cfg.head_dim) * 2
     assert found == expected, [a.str_short() for a in kept]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_residuals_of_experts_are_what_the_traced_layers_keep(remat, rng):
+    """Tokens and weights are kept once more for each level whose buffers may overflow, and nothing of what travels."""
+    dispatch, ep, hosts = [("auto", 1, 1), ("all_gather", 2, 1), ("all_to_all", 4, 1), ("two_level", 4, 2)][
+        int(rng.integers(4))
+    ]
+    mlp_dim, seq_len = 64 * int(rng.integers(1, 4)), 2048
+    moe = MoEConfig(num_experts=8 * ep, top_k=2, mlp_dim=mlp_dim, dispatch=dispatch, ep_hosts=hosts)
+    cfg = model(rng, num_layers=5, embed_dim=64, num_heads=8, num_kv_heads=2, dtype="bfloat16", moe=moe)
+    mesh = MeshConfig(ep=ep)
+    devices = make_mesh(mesh, jax.devices()[:ep])
+    loss = functools.partial(decoder.loss_fn, cfg=cfg, remat=remat)
+    with jax.set_mesh(devices):
+        params = abstract_params(decoder.param_specs(cfg), devices, MEGATRON_FSDP)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p, b: loss(p, b)[0]))(params, abstract_batch(devices, ep, seq_len))
+    layers = next(e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == cfg.num_layers)
+    kept = [v.aval for v in layers.outvars if v.aval.shape[:1] == (cfg.num_layers,)]
+    # Of one device; what has fewer numbers than the logsumexp, and indices, are left out on both sides.
+    local = [(math.prod(a.sharding.shard_shape(a.shape)[1:]), a.dtype) for a in kept]
+    large = [(n, d) for n, d in local if n >= cfg.num_heads * seq_len and jnp.issubdtype(d, jnp.floating)]
+    expected = _Step(cfg, mesh, ep, seq_len, remat, 2048, MEGATRON_FSDP).residuals(remat)
+    if remat == "none":  # plain XLA attention keeps its output in a layout of its own besides
+        expected += seq_len * cfg.num_heads * cfg.head_dim * 2
+    assert sum(n * d.itemsize for n, d in large) == expected, (dispatch, [a.str_short() for a in kept])
 
 
 def test_state_and_flops_by_hand():
