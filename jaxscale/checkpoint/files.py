@@ -82,7 +82,12 @@ def read_json(path: Any) -> dict[str, Any] | None:
     except (OSError, UnicodeDecodeError):
         return None
     text = text.removesuffix("\n")
-    return json.loads(text) if checksum == f"{zlib.crc32(text.encode()):08x}" else None
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def await_json(path: Any, failure_key: str) -> dict[str, Any]:

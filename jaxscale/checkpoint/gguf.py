@@ -123,9 +123,16 @@ def open_gguf(path: str | Path) -> "gguf.GGUFReader":
     """The fields and tensors of a file, mapped into memory. Raises ValueError when it is no whole GGUF file."""
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            # What a header says is there may not be: without this a length of 1 << 60 is counted through.
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"it ends after {len(self.data)} bytes, within what its header says it holds")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as e:
+        return Reader(path)
+    except (OSError, ValueError, IndexError, KeyError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read as GGUF: {e}; is the download complete?") from e
 
 

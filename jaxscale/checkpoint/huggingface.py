@@ -337,6 +337,8 @@ def _open_tensors(path: Path) -> dict[str, Lazy]:
     index = path / "model.safetensors.index.json"
     whole = (path / "model.safetensors").exists()
     weight_map = None if whole else _read_json(index).get("weight_map", {})
+    if weight_map is not None and not all(isinstance(x, str) for x in getattr(weight_map, "values", lambda: [None])()):
+        raise ValueError(f"the weight_map of {index} does not say which file each tensor is in")
     state = {}
     for file in ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values())):
         if Path(file).name != file:
@@ -354,9 +356,12 @@ def _open_tensors(path: Path) -> dict[str, Lazy]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as e:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read: {e}; is the download or the export complete?") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__} where names and values are wanted")
+    return found
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ _ROPE_KEYS = {  # rope type: the fields that it needs, and those that it may hav
     "llama3": (["factor", "low_freq_factor", "high_freq_factor"], ["original_max_position_embeddings"]),
     "yarn": (["factor"], [*_YARN, "mscale_all_dim"]),
 }
+_MOST_LAYERS = 10_000
 _ACTIVATIONS: dict[str, Any] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 
@@ -75,6 +76,11 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     if odd:
         raise ValueError(f"{kind} config has {', '.join(sorted(odd))}, which the decoder does not know")
     c = {**_DEFAULTS[kind], **hf_config}
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if type(c[name]) is not int or c[name] < 1:
+            raise ValueError(f"{name}={c[name]!r} must be a whole number of 1 or more")
+    if c["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={c['num_hidden_layers']} is more than any model has ({_MOST_LAYERS})")
     gemma = kind.startswith("gemma")
     act_field = "hidden_activation" if gemma else "hidden_act"
     if c[act_field] not in _ACTIVATIONS:

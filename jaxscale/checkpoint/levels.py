@@ -30,6 +30,7 @@ from jaxscale.checkpoint.reading import CorruptCheckpointError
 from jaxscale.checkpoint.remote import RemoteCheckpointer
 from jaxscale.checkpoint.snapshot import HostPool, take_snapshot
 from jaxscale.checkpoint.store import Checkpointer
+from jaxscale.checkpoint.tree import step_number
 from jaxscale.config import CheckpointConfig
 
 log = logging.getLogger("jaxscale.checkpoint")
@@ -114,6 +115,7 @@ class Levels:
         self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None, everywhere: bool = False
     ) -> bool:
         """Starts saving where `step` is due, or everywhere; False if there is nothing to do. All processes call it."""
+        step = step_number(step)
         due = [level.store for level in self.levels if everywhere or step % level.every == 0]
         writers = [store for store in due if not hasattr(store, "copy")]
         json.dumps(dict(metadata or {}))

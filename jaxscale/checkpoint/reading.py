@@ -32,10 +32,19 @@ class CorruptCheckpointError(ValueError):
 def read_commit(step: Any) -> dict[str, Any] | None:
     """What was committed with the step in this folder; None when it is not complete."""
     commit = files.read_json(step / files.COMMIT)
-    if commit is not None and commit.get("format", 0) > FORMAT:
-        raise ValueError(
-            f"checkpoint {step} has format {commit['format']}, this jaxscale reads up to {FORMAT}; upgrade it"
-        )
+    if commit is None:
+        return None
+    written = commit.get("format") if isinstance(commit, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise ValueError(f"checkpoint {step} has format {written}, this jaxscale reads up to {FORMAT}; upgrade it")
+    try:
+        sizes = [num_bytes(record) for record in commit["arrays"].values()]
+        sizes += [size for size, _ in commit["files"].values()]
+        sound = isinstance(written, int) and min(sizes, default=0) >= 0 and isinstance(commit["metadata"], dict)
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{step / files.COMMIT} is not what a save writes; move {step} out of the way")
     return commit
 
 

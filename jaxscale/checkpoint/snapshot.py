@@ -38,6 +38,9 @@ def take_snapshot(
     leaves = named_leaves(state)
     if not leaves:
         raise ValueError("there is nothing to save: the state has no arrays")
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array) and (dtype := np.asarray(leaf).dtype).kind in "OSUMm":
+            raise ValueError(f"{name} holds {dtype}; a checkpoint holds numbers: put other things into `metadata`")
     records = {name: describe(leaf) for name, leaf in leaves.items()}
     for name, record in records.items():
         if record["dtype"] in ("uint4", "uint2"):
@@ -47,6 +50,8 @@ def take_snapshot(
             if axes and len(axes[path]) == len(records[root + path]["shape"]):  # factored moments have fewer dims
                 records[root + path]["axes"] = list(axes[path])
     stored = {n: jax.random.key_data(x) if is_key(x) else x for n, x in leaves.items() if num_bytes(records[n])}
+    if not stored:
+        raise ValueError("there is nothing to save: all arrays of the state are empty")
     size = 0
     if pool is not None:
         size = sum(map(_local_bytes, stored.values()))

@@ -29,7 +29,7 @@ from jaxscale.checkpoint.layout import Layout
 from jaxscale.checkpoint.lock import WriterLock
 from jaxscale.checkpoint.remote_path import RemotePath
 from jaxscale.checkpoint.snapshot import HostPool, Snapshot, take_snapshot
-from jaxscale.checkpoint.tree import num_bytes
+from jaxscale.checkpoint.tree import num_bytes, step_number
 from jaxscale.config import CheckpointConfig
 
 log = logging.getLogger("jaxscale.checkpoint")
@@ -88,7 +88,9 @@ class Checkpointer:
 
         Raises:
           OSError: the directory cannot be written, or (on_error="stop") the save before this one failed.
+          ValueError: `step` is no whole number from 0 on, or the state holds what no checkpoint can.
         """
+        step = step_number(step)
         self._background.ready()
         if self._commit(step) is not None:
             return False

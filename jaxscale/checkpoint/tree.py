@@ -1,6 +1,8 @@
 """Any pytree as named arrays, and what must hold before one tree is read into another."""
 
+import contextlib
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,6 +51,16 @@ def key_impl(leaf: Any) -> str:
         lambda key: names.append(str(jax.random.key_impl(key))), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     )
     return names[0]
+
+
+def step_number(step: Any) -> int:
+    """A step as its folder is named; anything else would be written and never found again."""
+    number = -1
+    with contextlib.suppress(TypeError):
+        number = -1 if isinstance(step, bool) else operator.index(step)
+    if number < 0:
+        raise ValueError(f"a step is a whole number from 0 on. Got {step!r}")
+    return number
 
 
 def num_bytes(record: Record) -> int:

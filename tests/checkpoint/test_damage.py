@@ -2,12 +2,13 @@
 
 import logging
 import shutil
+import zlib
 
 import jax
 import numpy as np
 import pytest
 
-from jaxscale.checkpoint import Checkpointer, CorruptCheckpointError
+from jaxscale.checkpoint import Checkpointer, CorruptCheckpointError, files, list_steps, verify_step
 from jaxscale.checkpoint import layout as lay
 from jaxscale.mesh import make_mesh
 
@@ -114,6 +115,30 @@ def test_when_every_step_is_damaged_it_says_so(pristine, tmp_path):
             ckpt.restore(abstract(states[1]))
         assert ckpt.latest_step() == 2
         assert ckpt.latest_step(verified=True) is None
+
+
+def test_a_foreign_commit_is_refused(pristine, tmp_path):
+    """One with a right checksum that no save wrote: one line, from whoever reads it; nothing is removed."""
+    directory, states = pristine
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    path = copy / "2" / "commit.json"
+    commit = files.read_json(path)
+    assert commit is not None
+    record = commit["arrays"]["w"]
+    hostile = [[1], "x", {}, commit | {"format": "1"}, commit | {"arrays": [1]}, commit | {"files": {"state/x": 3}}]
+    hostile += [commit | {"arrays": {"w": x}} for x in ({}, record | {"shape": [-8]}, record | {"dtype": "float77"})]
+    for payload in hostile:
+        files.write_json(path, payload)
+        for read in (list_steps, verify_step, lambda x: Checkpointer(x.parent).restore(abstract(states[2]))):
+            with pytest.raises(ValueError, match=r"commit\.json is not what a save writes") as caught:
+                read(copy if read is list_steps else copy / "2")
+            assert "\n" not in str(caught.value)
+    text = "[" * 100_000  # deeper than a reader goes: as good as damaged
+    path.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+    with Checkpointer(copy) as ckpt:
+        assert ckpt.steps() == [1]
+        assert bits(ckpt.restore(abstract(states[1]))) == bits(states[1])
 
 
 def test_damage_behind_a_layout_is_found(pristine, tmp_path, rng):

@@ -333,3 +333,22 @@ def test_failures_are_logged(tmp_path, caplog, monkeypatch):
         ckpt.save(3, {"x": jnp.zeros(3)})
     assert "step 1 was not saved" in caplog.text
     assert Checkpointer(tmp_path).steps() == [3]
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "3", True, None])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    """Anything else would be written under a name that nobody lists."""
+    with Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(ValueError, match=r"a step is a whole number from 0 on. Got "):
+            ckpt.save(step, {"w": np.ones(3)})
+        assert ckpt.steps() == []
+
+
+@pytest.mark.parametrize("leaf", ["text", np.array([{}], dtype=object), np.array(["2026-11-27"], "datetime64[D]")])
+def test_what_is_no_number_is_refused_at_once(tmp_path, leaf):
+    with Checkpointer(tmp_path) as ckpt:
+        with pytest.raises(ValueError, match=r"other/leaf holds .*; a checkpoint holds numbers"):
+            ckpt.save(1, {"w": np.ones(3), "other": {"leaf": leaf}})
+        with pytest.raises(ValueError, match="all arrays of the state are empty"):
+            ckpt.save(1, {"w": np.ones((0, 3))})
+        assert ckpt.steps() == []

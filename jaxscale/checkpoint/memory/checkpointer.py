@@ -31,6 +31,7 @@ from jaxscale.checkpoint.maps import Box, Lazy
 from jaxscale.checkpoint.memory import keeper, wire
 from jaxscale.checkpoint.reading import CorruptCheckpointError, read_into
 from jaxscale.checkpoint.snapshot import HostPool, Snapshot, on_host, rests_on_host, take_snapshot
+from jaxscale.checkpoint.tree import step_number
 
 log = logging.getLogger("jaxscale.checkpoint")
 
@@ -85,6 +86,7 @@ class MemoryCheckpointer:
 
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts copying `state` and returns; the caller may donate it at once. All hosts call it."""
+        step = step_number(step)
         self._background.ready()
         return self.save_snapshot(
             step, take_snapshot(state, beside=self._beside, pool=self.pool, fetch=False), metadata=metadata
