@@ -111,7 +111,7 @@ def attention(
       NotImplementedError: the named implementation cannot run this call.
     """
     inputs, options = normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias)
-    name = _choose(inputs, options, implementation)
+    name = choose(inputs, options, implementation)
     if bias is not None:  # one value for all keys: backends take a value for each
         inputs = inputs._replace(bias=jnp.broadcast_to(bias, (*bias.shape[:3], k.shape[1])))
     out, lse = _run(name)(unify_vma(inputs), options)
@@ -158,7 +158,7 @@ def attention_backward(
             f"attention_backward takes dout [B={B}, T={T}, N={N}, Hv={v.shape[3]}], lse and delta [B, T, N]. "
             f"Got {dout.shape}, {lse.shape}, {delta.shape}"
         )
-    module, _ = BACKENDS[_choose(inputs, options, implementation)]
+    module, _ = BACKENDS[choose(inputs, options, implementation)]
     module = importlib.import_module(module)
     if not hasattr(module, "backward"):
         module = importlib.import_module(BACKENDS["xla"][0])
@@ -187,16 +187,16 @@ def attention_implementation(
     """The backend that `attention` runs for the same arguments, here; arrays may be jax.ShapeDtypeStruct."""
     del return_lse  # every backend returns it
     inputs, options = normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias)
-    return _choose(inputs, options, implementation)
+    return choose(inputs, options, implementation)
 
 
-def _choose(inputs: Inputs, options: Options, implementation: str | None) -> str:
+def choose(inputs: Inputs, options: Options, implementation: str | None, op="attention", backends=BACKENDS) -> str:
     def check(module):
         supported = getattr(importlib.import_module(module), "supported", None)
         return supported(inputs, options) if supported else None
 
-    supported = {name: functools.partial(check, module) for name, (module, _) in BACKENDS.items()}
-    return _dispatch.choose("attention", implementation, supported)
+    supported = {name: functools.partial(check, module) for name, (module, _) in backends.items()}
+    return _dispatch.choose(op, implementation, supported)
 
 
 def _run(name: str):

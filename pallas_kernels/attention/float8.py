@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _dispatch
-from pallas_kernels.attention.api import normalize
+from pallas_kernels.attention.api import choose, normalize
 from pallas_kernels.attention.inputs import Inputs, Options, unify_vma
 
 DTYPE = jnp.float8_e4m3fn
@@ -53,12 +52,7 @@ def attention_float8(
     """
     inputs, options = normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, None)
 
-    def check(module):
-        supported = getattr(importlib.import_module(module), "supported", None)
-        return supported(inputs, options) if supported else None
-
-    checks = {name: functools.partial(check, module) for name, (module, _) in BACKENDS.items()}
-    module, function = BACKENDS[_dispatch.choose("attention_float8", implementation, checks)]
+    module, function = BACKENDS[choose(inputs, options, implementation, "attention_float8", BACKENDS)]
     run = getattr(importlib.import_module(module), function)
     result: Any = _forward_only(unify_vma(inputs), options, run)
     return result if return_lse else result[0]

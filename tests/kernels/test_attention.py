@@ -279,30 +279,19 @@ def test_mosaic_gpu_several_tiles_in_a_block(rng, monkeypatch):
 
 
 def test_mosaic_gpu_persistent_backward(rng, monkeypatch):
-    """Blocks that compute several tiles of dq, dk and dv: of a known table or one made on the device."""
-    width, more = [(64, {}), (128, {}), (256, {"warpgroups_bwd": 1, "split_dkv": True})][rng.integers(3)]
-    small_blocks(monkeypatch, persistent_bwd=True, deal_traced=True, **more)
+    """A step of ring attention: blocks that compute several tiles of dq, dk and dv, at a head_dim that is filled up."""
+    one_warpgroup = {"warpgroups_bwd": 1, "split_dkv": True}
+    H, Hv, more = [(64, 64, {}), (80, 24, {}), (24, 200, one_warpgroup)][rng.integers(3)]
+    small_blocks(monkeypatch, persistent_bwd=True, **more)
     monkeypatch.setattr(schedule, "SM_COUNT", 1)
-    kwargs = {"causal": True}
-    if rng.integers(2):
-        kwargs["segment_ids"] = documents(rng, 1, 140, padding=10)
-    check(rng, "mosaic_gpu", 1, 140, 140, 2, 1, 64, width, jnp.bfloat16, **kwargs)
-
-
-def test_mosaic_gpu_one_query_of_many_heads(rng, monkeypatch):
-    small_blocks(monkeypatch)
-    check(rng, "mosaic_gpu", 1, 1, 70, 3, 1, 24, 80, jnp.bfloat16)  # filled up to 64 and 128
-
-
-def test_mosaic_gpu_backward_of_a_ring_step(rng, monkeypatch):
-    """Given the whole rows' logsumexp, at a head_dim that the kernels fill up."""
-    small_blocks(monkeypatch)
-    q, k, v, do = (one(rng, (1, n, 1, H), jnp.bfloat16) for n, H in ((9, 80), (40, 80), (40, 24), (9, 24)))
-    positions = jnp.arange(9, dtype=jnp.int32)[None] + 20, jnp.arange(40, dtype=jnp.int32)[None]
-    rows = one(rng, (1, 9, 1)) + 4.0, one(rng, (1, 9, 1))
+    at, ids = jnp.arange(140, dtype=jnp.int32)[None], documents(rng, 1, 140, padding=10)
+    hidden = [{}, {"segment_ids": ids}, {"positions": (at + 20, at)}][rng.integers(3)]
+    shapes = (2, H), (1, H), (1, Hv), (2, Hv)
+    q, k, v, do = (one(rng, (1, 140, *shape), jnp.bfloat16) for shape in shapes)
+    rows = one(rng, (1, 140, 2)) + 4.0, one(rng, (1, 140, 2))
 
     def grads(name, *arrays):
-        f = functools.partial(attention_backward, causal=True, positions=positions, implementation=name)
+        f = functools.partial(attention_backward, causal=True, implementation=name, **hidden)
         return jax.block_until_ready(f(*arrays, *rows))
 
     with plgpu.force_gpu_interpret_mode():
@@ -310,6 +299,11 @@ def test_mosaic_gpu_backward_of_a_ring_step(rng, monkeypatch):
     for x, y in zip(got, grads("xla", *(x.astype(jnp.float32) for x in (q, k, v, do))), strict=True):
         assert x.shape == y.shape
         close("gradient", x, np.asarray(y, np.float64), 1e-2)
+
+
+def test_mosaic_gpu_one_query_of_many_heads(rng, monkeypatch):
+    small_blocks(monkeypatch)
+    check(rng, "mosaic_gpu", 1, 1, 70, 3, 1, 24, 80, jnp.bfloat16)  # filled up to 64 and 128
 
 
 def test_mosaic_gpu_under_vmap(rng):
