@@ -54,8 +54,10 @@ VARIANTS: dict[str, dict] = {
     "wide 4": {"wide": 4},
     "wide 16": {"wide": 16},
     "wide 32": {"wide": 32},
+    "pairs": {"pairs": True},
 }
 SWEPT = ("8 groups", "64 groups")
+UNEVEN = ("64 uneven", "64 random", "64, 48 empty")  # these time "pairs" alone
 
 
 def group_sizes(work: Work):
@@ -200,8 +202,8 @@ def jobs(tiny: bool):
     for peer in ("torch", "xla", "lax", "tokamax"):
         for name in ("8 groups", "64 groups", "64 uneven", "decode"):
             yield "time", name, peer, ""
-    for name in SWEPT:
-        for variant in list(VARIANTS)[1:]:
+    for name in (*UNEVEN, *SWEPT):
+        for variant in ("pairs",) if name in UNEVEN else list(VARIANTS)[1:]:
             yield "check", name, "mosaic_gpu", variant
             yield "time", name, "mosaic_gpu", variant
 

@@ -8,6 +8,8 @@ shows ptxas' report: registers, bytes of them spilled, shared memory, and C7512 
 instructions run one after another. Exits with 1 when a kernel does not compile, spills or is serialised.
 """
 
+import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import ragged_dots
+from pallas_kernels.ragged_dot import pallas_mosaic_gpu as kernels
 from pallas_kernels.ragged_dot.gated import ragged_dot_gated
 
 # M, K, N, G, dtype, matrices for each group
@@ -60,6 +63,9 @@ def calls(target: str):
         new = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
         rest = new(M, 1, dtype=jnp.float32), new(G, dtype=jnp.int32), new(M, N)
         yield f"{name}, gated", run_gated, (new(M, K), new(G, K, N), new(G, K, N), *rest)
+        in_pairs = dataclasses.replace(kernels.tuned(M // G, N), pairs=True)
+        pairs = functools.partial(kernels.grouped, dtype=dtype, config=in_pairs)
+        yield f"{name}, pairs", pairs, (new(M, K), new(G, K, N), rest[1])
         yield f"{name}, gated alone", ragged_dot_gated, (new(M, K), new(G, K, N), new(G, K, N), *rest[:2])
 
 

@@ -34,7 +34,7 @@ from pallas_kernels.ragged_dot.mosaic_gpu_pieces import (
     tiled,
     walk,
 )
-from pallas_kernels.ragged_dot.schedule import bounds, make_tiles
+from pallas_kernels.ragged_dot.schedule import bounds, make_tiles, pair_low
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Config:
     stages: int = 4  # steps in flight
     wide: int = 8  # tiles side by side that blocks work on at a time: what they read together stays in L2
     blocks: int = SM_COUNT
+    pairs: bool = False  # low tiles are dealt out two at a time, so that all turns take as long; not timed yet
 
 
 def tuned(height: int, width: int) -> Config:
@@ -149,25 +150,41 @@ def _grouped(
     c = config or tuned(-(-M // G), sides * N)
     lhs = tuple(jnp.pad(x, ((0, -M % ALIGN), (0, 0))) for x in lhs)  # TMA takes whole units of 8 rows
     terms, depth, width = len(lhs), K // UNIT, c.columns // sides
-    tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, ALIGN, unit=UNIT)
+    low = c.warpgroups * UNIT  # rows of which each warpgroup has one unit at most
+    tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, ALIGN, unit=low if c.pairs else UNIT)
     across = -(-N // width)
+    tables = (*tiles, *pair_low(tiles, low)) if c.pairs else tiles
     rows = () if row is None else (jnp.pad(row, (0, c.warpgroups * c.rows + ALIGN)),)  # read past the end
 
     def kernel(*refs):
         refs = list(refs)
         take = lambda count: [refs.pop(0) for _ in range(count)]
-        lhs_refs, rhs_refs, row_refs, tables, out_refs = map(take, (terms, terms * sides, len(rows), 3, outs))
+        counts = terms, terms * sides, len(rows), len(tables), outs
+        lhs_refs, rhs_refs, row_refs, table_refs, out_refs = map(take, counts)
         a_smem, b_smem, store_smem, full, free = refs
-        table_ref, count_ref, short_ref = tables
+        table_ref, count_ref, short_ref, *turn_refs = table_refs
         operands = [(a, rhs_refs[i * sides : (i + 1) * sides]) for i, a in enumerate(lhs_refs)]
         wg = lax.axis_index("wg")
-        count = count_ref[0] + 0
+        count = (turn_refs[1] if c.pairs else count_ref)[0] + 0
         # Short groups wait for memory, and come last: half of the blocks begin with them.
         late = (short_ref[0] * across >= c.blocks) if across <= c.wide else False
 
-        def tile(i):
-            """Of the i-th tile: group, first row, first column, its group's rows [begin, end), steps."""
-            t, n = walk(i, count, across, c.wide)
+        def for_each(one_tile):
+            """one_tile(place of a tile, carry) for those of this block; the last carry."""
+
+            def turn(i, carry):
+                t, n = walk(i, count, across, c.wide)
+                if not c.pairs:
+                    return one_tile((t, n), carry)
+                first, second = (turn_refs[0][t, x] + 0 for x in range(2))
+                one = lambda k, carry: one_tile((jnp.where(k == 0, first, second), n), carry)
+                return lax.fori_loop(0, jnp.where(second < 0, 1, 2), one, carry)
+
+            return for_each_tile(c, count * across, turn, late)
+
+        def tile(place):
+            """Of a tile: group, first row, first column, its group's rows [begin, end), steps."""
+            t, n = place
             group, start, begin, end = (table_ref[t, x] + 0 for x in range(4))
             steps = jnp.where(group < G, terms * depth, 0)  # past the groups: zeros
             return jnp.minimum(group, G - 1), start, n * width, begin, end, steps
@@ -217,7 +234,7 @@ def _grouped(
 
                 return done + steps
 
-            for_each_tile(c, count * across, one_tile, late)
+            for_each(one_tile)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == c.warpgroups)
@@ -248,7 +265,7 @@ def _grouped(
 
                 return fill(c, copy, steps, done, free)
 
-            drain(c, for_each_tile(c, count * across, one_tile, late), free)
+            drain(c, for_each(one_tile), free)
 
     b_shape = (width, UNIT) if transposed else (UNIT, width)
     scratch = (
@@ -259,7 +276,7 @@ def _grouped(
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
     )
     out = [jax.ShapeDtypeStruct((lhs[0].shape[0], N), dtype)] * outs
-    operands = *lhs, *(part for parts in rhs for part in parts), *rows, *tiles
+    operands = *lhs, *(part for parts in rhs for part in parts), *rows, *tables
     return tuple(x[:M] for x in _call(c, kernel, name, out, scratch, operands))
 
 

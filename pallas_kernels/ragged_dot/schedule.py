@@ -80,6 +80,30 @@ def make_tiles(
     return Tiles(table, count[None], short.sum(dtype=jnp.int32)[None])
 
 
+def pair_low(tiles: Tiles, low: int) -> tuple[jax.Array, jax.Array]:
+    """Turns of a tile of more than `low` rows, or of two with fewer, in the order of the tiles.
+
+    Returns:
+      int32 [T, 2]: the numbers of each turn's tiles, the second -1 where there is one; int32 [1]: how many turns.
+    """
+    T = tiles.table.shape[0]
+    index = jnp.arange(T, dtype=jnp.int32)
+    used = index < tiles.count
+    is_low = used & (tiles.table[:, 3] - tiles.table[:, 2] <= low)
+    upto = index[None] <= index[:, None]
+    number = sum_where(upto, is_low[None].astype(jnp.int32))  # of low tiles up to each, itself included
+    second = is_low & (number % 2 == 0)
+    opens = used & ~second
+    turn = sum_where(upto, opens[None].astype(jnp.int32)) - 1
+    # The second of a pair is in the turn that the low tile before it has opened.
+    before = jnp.where(upto & (opens & is_low)[None], turn[None], -1).max(axis=1)
+    turn = jnp.where(second, before, turn)
+    mine = turn[None] == index[:, None]
+    first = sum_where(mine & opens[None], index[None])
+    other = sum_where(mine & second[None], index[None] + 1) - 1
+    return jnp.stack([first, other], axis=1), opens.sum(dtype=jnp.int32)[None]
+
+
 def sum_where(where: jax.Array, x: jax.Array) -> jax.Array:
     """The sum of x along the last dim: for short lists sooner done than by sorts, scans and gathers."""
     return jnp.where(where, x, 0).sum(axis=-1, dtype=jnp.int32)

@@ -371,6 +371,39 @@ def test_benchmark_runs_in_small(capsys):
     assert [row.split()[2] for row in table] == ["dense", "lax", "xla"] and "FAILED" not in out and "WRONG" not in out
 
 
+def test_low_tiles_in_pairs(rng):
+    """Each tile has one turn; two that share one are both low, and one low tile at most is alone."""
+    M, G, block, low = int(rng.integers(1, 3000)), int(rng.integers(1, 9)), 256, 128
+    sizes = rng.multinomial(int(rng.integers(M + 1)), rng.dirichlet(np.full(G, 0.5)))
+    tiles = schedule.make_tiles(jnp.asarray(sizes, jnp.int32), M, block, 8, unit=low)
+    turns, count = (np.asarray(x) for x in schedule.pair_low(tiles, low))
+    table, used, pairs = np.asarray(tiles.table), int(tiles.count[0]), turns[: int(count[0])]
+    assert sorted(pairs[pairs >= 0]) == list(range(used)) and (np.diff(pairs[:, 0]) > 0).all()
+    is_low = table[:, 3] - table[:, 2] <= low
+    both = pairs[:, 1] >= 0
+    assert is_low[pairs[both]].all() and is_low[pairs[~both, 0]].sum() <= 1
+    rows = np.zeros(M, int)
+    for begin, end in table[:used, 2:]:
+        rows[begin:end] += 1
+    assert (rows == 1).all()
+
+
+def test_turns_of_equal_length(rng):
+    """The Hopper kernel whose blocks take two low tiles in a turn, bit by bit the one that takes them one by one."""
+    M, K, N, G = 420, 64, 128, 4
+    lhs, rhs = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((M, K), (G, K, N)))
+    sizes = jnp.asarray(rng.permutation([290, 3, 0, 100]), jnp.int32)
+    outs = []
+    for pairs in (False, True):
+        c = pallas_mosaic_gpu.Config(rows=128, columns=128, stages=2, blocks=2, pairs=pairs)
+        with running("mosaic_gpu"):
+            outs.append(
+                jax.jit(functools.partial(pallas_mosaic_gpu.grouped, dtype=lhs.dtype, config=c))(lhs, rhs, sizes)
+            )
+    assert np.array_equal(*outs)
+    close(outs[0], oracle(lhs, rhs, [int(n) for n in sizes], np.zeros((M, N)))[0])
+
+
 def sides_of(rng, M, K, N, G):
     """Sizes, lhs, gate, up, weights; and in float64 what gate and up give each row."""
     sizes = random_sizes(rng, M, G, total=int(rng.integers(M - 20, M + 1)))
