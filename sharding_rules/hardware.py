@@ -5,6 +5,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ class Hardware:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool | str) and value <= 0:
-                raise ValueError(f"hardware {self.name!r}: {field.name}={value} must be positive")
+            if field.type not in (int, float):
+                sound, wanted = isinstance(value, field.type), field.type.__name__  # pyright: ignore
+            else:  # nan is no number between any two
+                sound, wanted = isinstance(value, Real) and not isinstance(value, bool), "a positive, finite number"
+                sound = sound and 0 < value < math.inf
+            if not sound:
+                raise ValueError(f"hardware {self.name!r}: {field.name}={value!r} must be {wanted}")
 
     @classmethod
     def load(cls, path: str | Path) -> "Hardware":

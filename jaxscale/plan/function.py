@@ -135,6 +135,8 @@ def plan(
         compiler finds no room.
       ImportError: with compile, the compiler is not installed; with the command that installs it.
     """
+    if not isinstance(topology, Pod | str):
+        raise ValueError(f"topology={topology!r} is the name of a pod, such as 'h200:1x8' or 'v5p:2x2x1'")
     pod = find_pod(topology, hardware) if isinstance(topology, str) else topology
     rows = {x.shape[0] for x in jax.tree.leaves(batch) if x.ndim}
     if not rows:

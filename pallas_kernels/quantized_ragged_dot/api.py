@@ -122,9 +122,9 @@ def _check(lhs, rhs: QuantizedArray, group_sizes, preferred_element_type):
     """Every check of the public function's input; the dtype of the output."""
     check_array(rhs)
     takes = "a QuantizedArray [G,K,N] that contracts its dim -2"
-    dtype = check_rows(lhs, rhs, group_sizes, preferred_element_type, takes)
     if rhs.contraction != (-2,):
         raise ValueError(f"ragged_dot takes {takes} as rhs. Got {rhs.shape}, contraction {rhs.contraction}")
+    dtype = check_rows(lhs, rhs, group_sizes, preferred_element_type, takes)
     if rhs.inputs is not None and rhs.inputs.shape not in ((rhs.shape[1],), (1, rhs.shape[1]), rhs.shape[:2]):
         raise ValueError(
             f"ragged_dot: inputs {rhs.inputs.shape} must be [K] or [G, K] = {rhs.shape[:2]}, "

@@ -116,6 +116,8 @@ def test_what_cannot_be_planned_is_said_in_one_line(rng):
         plan(loss_fn, params, *odd, topology="h200:8x8")
     with pytest.raises(ValueError, match="nearest are v5p"):
         plan(loss_fn, params, *odd, topology="v5p:3x3x3")
+    with pytest.raises(ValueError, match="topology=8 is the name of a pod, such as"):
+        plan(loss_fn, params, *odd, topology=8)  # pyright: ignore[reportArgumentType]
     big = {"up": shape(2**18, 2**18), "bias": shape(1, 2**18), "down": shape(2**18, 2**18)}
     rows = (shape(8, 2**18), shape(8, 2**18))
     with pytest.raises(ValueError, match=r"fits no mesh of h200:1x8: .*the smallest needs [\d.]+ GB") as error:

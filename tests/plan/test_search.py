@@ -65,8 +65,10 @@ def test_a_pod_that_does_not_exist_is_answered_with_those_that_do(name, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"flops": -1}, "flops=-1 must be positive"),
-        ({"memory": 0}, "memory=0 must be positive"),
+        ({"flops": -1}, "flops=-1 must be a positive, finite number"),
+        ({"memory": 0}, "memory=0 must be a positive, finite number"),
+        ({"bandwidth": float("nan")}, "bandwidth=nan must be a positive, finite number"),
+        ({"flops": '"much"'}, "flops='much' must be a positive, finite number"),
         ({"flopz": 1e12}, "did you mean 'flops'"),
         ({"node": None}, "missing node"),
     ],

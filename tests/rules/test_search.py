@@ -86,7 +86,7 @@ def test_hardware(tmp_path):
     path.write_text(path.read_text().replace("latency", "latancy"))
     with pytest.raises(ValueError, match="did you mean 'latency'"):
         Hardware.load(path)
-    with pytest.raises(ValueError, match="flops=0 must be positive"):
+    with pytest.raises(ValueError, match="flops=0 must be a positive, finite number"):
         dataclasses.replace(HARDWARE["cpu"], flops=0)
 
 
