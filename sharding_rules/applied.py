@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -149,7 +150,9 @@ def _evaluate(closed, args: Sequence[Any], reads: Sequence[Read | None], mesh: M
             cut = _cut_last(eqn) if sources[:1] == [None] else False
             if cut:  # in and out: the partitioner would cut a whole array at the layout of what is cut from it
                 values = [_whole_last(x, mesh) for x in values]
-            with eqn.ctx.manager:
+            scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
+            # The compiled program names the lines and scopes of the user's function, not this one.
+            with source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes), eqn.ctx.manager:
                 outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params({**params, **changed}))
             outs = outs if eqn.primitive.multiple_results else [outs]
             if cut:

@@ -40,13 +40,20 @@ def infer(fn: Callable, params: Any, *args: Any) -> "Inferred":
     return found
 
 
+def on_one_device() -> Any:
+    """A context in which functions are traced as on one device, whatever mesh is set: rules come from what a program
+    computes, not from how it is sharded already."""
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
+
+
 def _trace(fn: Callable, shapes: Any, arg_shapes: Sequence[Any]) -> "Inferred":
     try:
-        out = jax.eval_shape(fn, shapes, *arg_shapes)
-        has_aux = isinstance(out, tuple) and len(out) > 1 and _is_loss(out[0])
-        train = _is_loss(out) or has_aux
-        traced = jax.value_and_grad(fn, has_aux=has_aux, allow_int=True) if train else fn
-        closed = jax.make_jaxpr(traced)(shapes, *arg_shapes)
+        with on_one_device():
+            out = jax.eval_shape(fn, shapes, *arg_shapes)
+            has_aux = isinstance(out, tuple) and len(out) > 1 and _is_loss(out[0])
+            train = _is_loss(out) or has_aux
+            traced = jax.value_and_grad(fn, has_aux=has_aux, allow_int=True) if train else fn
+            closed = jax.make_jaxpr(traced)(shapes, *arg_shapes)
     except Exception as error:
         error.add_note(f"while tracing {getattr(fn, '__qualname__', fn)} to infer its sharding rules{_place(error)}")
         raise

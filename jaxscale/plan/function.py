@@ -21,6 +21,7 @@ from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.plan.report import WIDTH, bars
 from jaxscale.table import Table, human_bytes
 from sharding_rules.hardware import Hardware
+from sharding_rules.infer import on_one_device
 
 MOST_TP = 16  # of a mesh that is tried
 
@@ -142,7 +143,8 @@ def plan(
     if not rows:
         raise ValueError("the batch holds no array with rows; pass it after params, as in plan(loss_fn, params, batch)")
     model = sharding_rules.infer(loss_fn, params, *batch)
-    activations = _activation_bytes(loss_fn, params, batch)
+    with on_one_device():
+        activations = _activation_bytes(loss_fn, params, batch)
     wanted = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
     shapes = [wanted.fill(pod.num_devices)] if wanted else list(_meshes(pod, math.gcd(*rows)))
     if not shapes:
@@ -167,7 +169,8 @@ def plan(
     order = lambda o: (bool(o.no_room) or o.bytes > pod.hardware.memory, o.seconds, o.bytes)
     options.sort(key=order)
     if compile:
-        asked = [_confirmed(o, loss_fn, params, batch, pod, quick) for o in options[:TOP]]
+        with on_one_device():
+            asked = [_confirmed(o, loss_fn, params, batch, pod, quick) for o in options[:TOP]]
         if all(order(o)[0] for o in asked):
             tried = "; ".join(f"{o.mesh}: {o.no_room or human_bytes(o.bytes)}" for o in asked)
             raise ValueError(f"{name} on {pod.name}: the compiler finds no room; {tried}")

@@ -112,7 +112,7 @@ def test_notebook():
     NotebookClient(notebook, timeout=SECONDS, kernel_name="python3").execute()
     outputs = [output for cell in code for output in cell.outputs]
     shown = [output.data for output in outputs if "data" in output]
-    assert sum("<svg" in data.get("text/html", "") for data in shown) == 3
+    assert sum("<svg" in data.get("text/html", "") for data in shown) == 4
     assert sum("image/png" in data for data in shown) == 1
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "float32[2,64@fsdp,192@tp]" in printed

@@ -1,5 +1,6 @@
 """jaxscale.plan for functions that the library did not write."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -7,15 +8,21 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxscale.plan  # the package is a function as well
+from jaxscale.config import MeshConfig
+from jaxscale.mesh import make_mesh
+from jaxscale.models import decoder, presets
+from jaxscale.params import abstract_params, init_params
 from jaxscale.plan import function
 from jaxscale.plan.aot import CompiledStep, MemoryUse
 from jaxscale.plan.function import plan
 from jaxscale.plan.hardware import find_pod
 from jaxscale.plan.hlo import Census
 from sharding_rules.hardware import find_hardware
+from sharding_rules.rules import MEGATRON_FSDP
 
 
 def shape(*dims):
@@ -47,6 +54,24 @@ def test_any_function_gets_the_fastest_of_its_meshes(rng):
         assert alone.seconds == o.seconds and str(alone.mesh) == str(o.mesh)
     specs = found.best.rules.specs
     assert jax.tree.structure(specs) == jax.tree.structure(params)
+
+
+def test_a_mesh_that_is_set_changes_nothing(rng):
+    """As in a notebook: parameters lie on a mesh, and the model constrains what it computes where one is set."""
+    cfg = dataclasses.replace(presets.tiny(), num_layers=2, embed_dim=64, mlp_dim=128, vocab_size=256)
+    tokens = {"tokens": rng.integers(0, 256, (16, 32), dtype=np.int32)}
+    batch = tokens | {"labels": tokens["tokens"]}
+    loss = lambda params, batch: decoder.loss_fn(params, batch, cfg)
+    specs = decoder.param_specs(cfg)
+    ask = lambda params: plan(loss, params, batch, topology="cpu:4", mesh="fsdp=2,tp=2", compile=True)
+    mesh = make_mesh(MeshConfig(fsdp=4, tp=2))
+    with jax.set_mesh(mesh):
+        inside = ask(init_params(jax.random.key(0), specs, mesh, MEGATRON_FSDP))
+    outside = ask(abstract_params(specs))
+    assert inside.best.rules.specs == outside.best.rules.specs
+    assert inside.best.compiled is not None and outside.best.compiled is not None
+    assert inside.best.compiled.memory == outside.best.compiled.memory
+    assert "models/decoder.py:" in str(inside)  # lines of the model, though the program was rewritten
 
 
 def test_activations_are_what_the_backward_pass_keeps(rng):
