@@ -36,7 +36,7 @@ class Hardware:
                 sound, wanted = isinstance(value, field.type), field.type.__name__  # pyright: ignore
             else:  # nan is no number between any two
                 sound, wanted = isinstance(value, Real) and not isinstance(value, bool), "a positive, finite number"
-                sound = sound and 0 < value < math.inf
+                sound = sound and 0 < float(value) < math.inf
             if not sound:
                 raise ValueError(f"hardware {self.name!r}: {field.name}={value!r} must be {wanted}")
 
