@@ -121,7 +121,9 @@ def test_gptq_of_many_dims_and_of_channels(rng, group):
     x = correlated(rng, 256, 64)
     q = calibrate.gptq(w, statistics_of(x), (-3, -2), Rounding(format="int8", group=group))
     assert q.values.shape == (10, 2, 32) and q.scales.shape == (10, 64 // (group or 64))
-    np.testing.assert_allclose(np.asarray(q.dequantize()), w, atol=0.15)
+    rows = np.asarray(x, np.float64)  # what it keeps is the product: weights themselves move to make up for others
+    off = np.tensordot(rows, (np.asarray(q.dequantize()) - w).reshape(64, 10), 1)
+    assert np.linalg.norm(off) < 0.02 * np.linalg.norm(np.tensordot(rows, np.asarray(w).reshape(64, 10), 1))
 
 
 def test_smoothquant_moves_outliers_into_the_weight(rng):

@@ -108,7 +108,7 @@ def batch_of(rng):
 def test_a_run_ends_where_the_exact_one_does(rng):
     name = ["fp8", "fp8-delayed", "int8"][rng.integers(3)]
     print(name)
-    optimizer = optax.sgd(0.5, momentum=0.9)
+    optimizer = optax.sgd(0.5, momentum=0.5)  # well within where the exact run is stable
     batches = [batch_of(rng) for _ in range(60)]
     seed = int(rng.integers(1 << 30))
 
@@ -127,7 +127,7 @@ def test_a_run_ends_where_the_exact_one_does(rng):
     precision = parse_precision(name)
     exact, first, _ = train(loss)
     got, got_first, state = train(rounded(loss, SPECS, precision), init_scales(SPECS, precision))
-    assert exact < first - 0.5 and got < exact + 0.1 * (first - exact)
+    assert exact < first - 0.5 and got < exact + 0.02 * (first - exact)
     assert got_first != first
     if state.scales is not None:  # the largest numbers of the last steps, newest first
         history = np.asarray(state.scales["layers/mlp/w_up"])
