@@ -55,7 +55,6 @@ WORKS = {
 # What `tuned` should hold is decided from these: fields of Config that differ from it.
 VARIANTS: dict[str, dict] = {
     "tuned": {},
-    "persistent": {"persistent_bwd": True, "deal_traced": True},
     "forward dealt": {"deal_traced": True},
     "kv64x4": {"block_kv": 64, "stages": 4},
     "kv128x3": {"stages": 3},
@@ -71,9 +70,7 @@ SWEPT = ("h128", "h64")  # the works that time every variant
 
 def worth(name: str, variant: str) -> bool:
     """Whether a work times a variant beside the tuned one."""
-    if variant == "forward dealt":
-        return WORKS[name].documents > 0  # elsewhere it is the tuned one
-    return variant == "persistent" or name in SWEPT
+    return WORKS[name].documents > 0 if variant == "forward dealt" else name in SWEPT  # elsewhere it is the tuned one
 
 
 def lengths(work: Work):

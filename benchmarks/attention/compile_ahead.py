@@ -8,9 +8,7 @@ shows ptxas' report: bytes of registers spilled, shared memory, and C7512 or C75
 instructions run one after another. Exits with 1 when a kernel does not compile or is serialised.
 """
 
-import dataclasses
 import functools
-import importlib
 import pathlib
 import sys
 
@@ -23,11 +21,7 @@ runner.ask_compilers()  # before JAX
 import jax
 import jax.numpy as jnp
 
-from benchmarks.attention.bench import VARIANTS
 from pallas_kernels import attention, attention_float8
-
-gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
-tuned = gpu.tuned
 
 # (B, T, N, K, H, Hv), and what hides keys.
 CALLS = {
@@ -45,7 +39,7 @@ CALLS = {
 
 
 def calls(target: str):
-    """Forward and backward in one program; for H200 with the persistent backward, too."""
+    """Forward and backward in one program; for H200 the float8 forward, too."""
     implementation = "mosaic_gpu" if target == "h200" else "mosaic_tpu"
     new = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     for name, ((B, T, N, K, H, Hv), hidden) in CALLS.items():
@@ -63,8 +57,7 @@ def calls(target: str):
         if hidden.pop("bias", False):
             more["bias"] = new(1, N, T, T, dtype=jnp.float32)
 
-        def run(q, k, v, do, more, hidden=hidden, variant="tuned"):
-            gpu.tuned = lambda *widths: dataclasses.replace(tuned(*widths), **VARIANTS[variant])
+        def run(q, k, v, do, more, hidden=hidden):
             f = lambda q, k, v: attention(q, k, v, **hidden, **more, implementation=implementation)
             o, vjp = jax.vjp(f, q, k, v)
             return o, vjp(do)
@@ -73,8 +66,6 @@ def calls(target: str):
         if target == "h200" and max(H, Hv) <= 128 and "bias" not in more:
             float8 = functools.partial(attention_float8, **hidden, implementation=implementation)
             yield f"{name}, float8", lambda q, k, v, more, f=float8: f(q, k, v, **more), (*arrays[:3], more)
-        if target == "h200":
-            yield f"{name}, persistent", functools.partial(run, variant="persistent"), (*arrays, more)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,7 @@ class Config:
     stages_dkv: int = 2
     warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
     split_dkv: bool = False  # one kernel each for dk and dv, where registers do not hold both
-    # The next two have not run on a device yet: benchmarks/attention compares.
-    persistent_bwd: bool = False  # the kernels of pallas_mosaic_gpu_bwd_persistent.py
-    deal_traced: bool = False  # persistent kernels deal tiles out also where the table of ranges is traced
+    deal_traced: bool = False  # forward: tiles are dealt out also where the table is traced; not run on a device yet
 
 
 class Mask:

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.attention import pallas_mosaic_gpu_bwd, pallas_mosaic_gpu_bwd_persistent
+from pallas_kernels.attention import pallas_mosaic_gpu_bwd
 from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to
 from pallas_kernels.attention.inputs import Inputs, Options, nameable
 from pallas_kernels.attention.mosaic_gpu_pieces import (
@@ -85,18 +85,13 @@ def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, de
     inputs = _whole_widths(inputs)
     config = tuned(inputs.q.shape[3], inputs.v.shape[3])
     rows = pad_to(do, 3, 64), lse.swapaxes(1, 2) * LOG2E, delta.swapaxes(1, 2)
-    dq, dk, dv = _backward(inputs, options, config, *rows)
+    dq, dk, dv = pallas_mosaic_gpu_bwd.backward(inputs, options, config, *rows)
     return dq[..., :H], dk[..., :H], dv[..., :Hv]
 
 
 def _whole_widths(inputs: Inputs) -> Inputs:
     """q, k, v with a head_dim that the kernels take: zeros change neither logits nor what is cut off again."""
     return inputs._replace(q=pad_to(inputs.q, 3, 64), k=pad_to(inputs.k, 3, 64), v=pad_to(inputs.v, 3, 64))
-
-
-def _backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
-    kernels = pallas_mosaic_gpu_bwd_persistent if config.persistent_bwd else pallas_mosaic_gpu_bwd
-    return kernels.backward(inputs, options, config, do, lse, delta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -124,7 +119,7 @@ def _attention_bwd(options: Options, config: Config, residuals, cotangents):
     dbias = None
     if inputs.bias is not None:  # by XLA, which leaves it out where no one asks for it
         dbias = bias_gradient(inputs, options, do, lse.swapaxes(1, 2), delta.swapaxes(1, 2))
-    dq, dk, dv = _backward(inputs, options, config, do, lse * LOG2E, delta)
+    dq, dk, dv = pallas_mosaic_gpu_bwd.backward(inputs, options, config, do, lse * LOG2E, delta)
     none = dict.fromkeys(Inputs._fields[5:])
     return (inputs._replace(q=dq, k=dk, v=dv, bias=dbias, sinks=dsinks, **none),)
 

@@ -9,7 +9,7 @@ import numpy as np
 SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 
 
-def deal(ranges, B: int, heads: int, tiles: int, together: int, traced: bool = False, weight: int = 1):
+def deal(ranges, B: int, heads: int, tiles: int, together: int, traced: bool = False):
     """int32 [blocks, 1 + most tiles]: how many tiles a block has, and which: (batch * heads + head) * tiles + tile.
 
     Args:
@@ -17,7 +17,6 @@ def deal(ranges, B: int, heads: int, tiles: int, together: int, traced: bool = F
       together: tiles of so many heads come first, of these the ones that take longest.
       traced: whether tiles are dealt out on the device where the table is made there. Otherwise each has a block of its
         own then, and the hardware gives each to the multiprocessor that is free first.
-      weight: steps of the kernel for each block of the table; the start and end of a tile count as one step.
     """
     pairs = B * heads
     known = isinstance(ranges, np.ndarray)
@@ -34,7 +33,7 @@ def deal(ranges, B: int, heads: int, tiles: int, together: int, traced: bool = F
     for x in (group * tiles + longest[:, None]).reshape(-1).tolist():
         at, block = heapq.heappop(free)
         lists[block].append(x)
-        heapq.heappush(free, (at + weight * int(steps[0, x % tiles]) + 1, block))
+        heapq.heappush(free, (at + int(steps[0, x % tiles]) + 1, block))
     most = max(map(len, lists))
     return np.asarray([[len(x), *x, *[0] * (most - len(x))] for x in lists], np.int32)
 

@@ -278,12 +278,11 @@ def test_mosaic_gpu_several_tiles_in_a_block(rng, monkeypatch):
     check(rng, "mosaic_gpu", 1, 270, 330, 1, 1, 64, 64, jnp.float16, **kwargs)
 
 
-def test_mosaic_gpu_persistent_backward(rng, monkeypatch):
-    """A step of ring attention: blocks that compute several tiles of dq, dk and dv, at a head_dim that is filled up."""
+def test_mosaic_gpu_backward_of_a_ring_step(rng, monkeypatch):
+    """Given the whole rows' logsumexp, at a head_dim that is filled up."""
     one_warpgroup = {"warpgroups_bwd": 1, "split_dkv": True}
     H, Hv, more = [(64, 64, {}), (80, 24, {}), (24, 200, one_warpgroup)][rng.integers(3)]
-    small_blocks(monkeypatch, persistent_bwd=True, **more)
-    monkeypatch.setattr(schedule, "SM_COUNT", 1)
+    small_blocks(monkeypatch, **more)
     at, ids = jnp.arange(140, dtype=jnp.int32)[None], documents(rng, 1, 140, padding=10)
     hidden = [{}, {"segment_ids": ids}, {"positions": (at + 20, at)}][rng.integers(3)]
     shapes = (2, H), (1, H), (1, Hv), (2, Hv)
