@@ -6,7 +6,6 @@ Microseconds are those of all kernels of a call by the GPU's profiler, medians o
 training step needs them. Right comes first: every output and gradient against float32, then two runs bit by bit.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -22,6 +21,7 @@ from pallas_kernels import ragged_dots
 from pallas_kernels.ragged_dot import pallas_mosaic_gpu as kernels
 from pallas_kernels.ragged_dot.gated import gated_reference, ragged_dot_gated
 
+JOB_SECONDS = 60
 CHOSEN = ("64 groups", "64 uneven", "64 random", "decode")
 
 
@@ -55,42 +55,52 @@ def inputs(work):
     return lhs, *matrices, weights, jnp.asarray(group_sizes(work)), grad
 
 
-def check(args) -> float:
+WAYS = {
+    "separate": separate,
+    "gated": ragged_dot_gated,
+    "separate, kept": separate_kept,
+    "gated, kept": kept,
+    "separate, f+b": with_gradients(separate),
+    "gated, f+b": with_gradients(ragged_dot_gated),
+}
+
+
+def do(job) -> dict:
+    kind, name, way, _ = job
+    if kind == "ceilings":
+        return runner.ceilings()
+    args = inputs(WORKS[name])
+    if kind == "time":
+        us, launches = runner.profile(jax.jit(WAYS[way]), *(args if way.endswith("f+b") else args[:-1]))
+        return {"us": us, "kernels": {kernel: sum(times) for kernel, times in launches.items()}}
     wide = [a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in args]
     with jax.default_matmul_precision("highest"):
         want = jax.jit(with_gradients(separate))(*wide)
-    run = jax.jit(with_gradients(ragged_dot_gated))
+    run = jax.jit(WAYS[way])
     got = run(*args)
     worst = max(runner.errors(got, want))
-    if not worst < 1e-2 or not runner.same(got, run(*args)):
-        raise ArithmeticError(f"error {worst:.4f}, or two runs differ")
-    return worst
+    wrong = "" if worst < 1e-2 else f"relative error {worst:.4f}"
+    return {"worst": worst, "error": wrong if runner.same(got, run(*args)) else f"{wrong} two runs differ"}
 
 
-def main() -> int:
-    failed = 0
-    print(json.dumps(runner.ceilings()))
+def jobs():
+    yield "ceilings", "", "", ""
     for name in CHOSEN:
-        *args, grad = inputs(WORKS[name])
-        try:
-            print(f"{name:14} worst error {check((*args, grad)):.4f}", flush=True)
-        except Exception as e:
-            failed += 1
-            print(f"{name:14} WRONG {runner.message(e)}", flush=True)
-            continue
-        ways = ("separate", separate), ("gated", ragged_dot_gated)
-        rows = [(label, f, args) for label, f in (*ways, ("separate, kept", separate_kept), ("gated, kept", kept))]
-        rows += [(f"{label}, f+b", with_gradients(f), (*args, grad)) for label, f in ways]
-        for label, f, values in rows:
-            try:
-                us, launches = runner.profile(jax.jit(f), *values)
-            except Exception as e:
-                failed += 1
-                print(f"{name:14}{label:18} FAILED {runner.message(e)}", flush=True)
-                continue
-            longest = sorted(launches.items(), key=lambda kernel: -sum(kernel[1]))[:4]
-            print(f"{name:14}{label:18}{us:9.1f} us  ", *(f"{n[:28]} {sum(t):.1f}" for n, t in longest), flush=True)
-    return 1 if failed else 0
+        yield "check", name, "gated, f+b", ""
+        for way in WAYS:
+            yield "time", name, way, ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = runner.parser(__doc__, 240).parse_args(argv)
+    if args.child:
+        return runner.serve(do)
+    results = runner.run(jobs(), do, args, JOB_SECONDS, __file__)
+    for job, r in results.items():
+        if "us" in r:
+            longest = sorted(r["kernels"].items(), key=lambda kernel: -kernel[1])[:4]
+            print(f"{job[1]:14}{job[2]:18}{r['us']:9.1f} us  ", *(f"{name[:28]} {us:.1f}" for name, us in longest))
+    return runner.status(results)
 
 
 if __name__ == "__main__":
