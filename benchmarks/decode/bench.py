@@ -155,7 +155,8 @@ def dense(work: Work, args):
         used = table[b, : -(-n // work.page)]
         k, v = host["k_pages"][used], host["v_pages"][used]
         if "k_scales" in args:
-            k, v = (x * host[s][used][:, None, :, None] for x, s in ((k, "k_scales"), (v, "v_scales")))
+            scales = (host[s][used] if work.tokens else host[s][used][:, None] for s in ("k_scales", "v_scales"))
+            k, v = (x * s[..., None] for x, s in zip((k, v), scales))
         k, v = (np.repeat(x.reshape(-1, work.K, work.H)[:n], work.N // work.K, axis=1) for x in (k, v))
         logits = np.einsum("TNH,SNH->NTS", host["q"][b], k) * work.H**-0.5
         if work.soft_cap:

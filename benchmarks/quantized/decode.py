@@ -77,7 +77,7 @@ def main() -> None:
         print(f"check {recipe}: largest difference of logits {check(cfg, recipe, args.slots):.2e}", flush=True)
     print(f"{'weights':16}{'batch':>6}{'GB':>7}{'ms/step':>9}{'tokens/s':>10}{'x bf16':>8}{'GB/s':>7}{'compile s':>10}")
     first: dict[int, float] = {}
-    greedy = {"key": None, "temperature": None, "top_p": None, "top_k": None, "rules": MEGATRON_FSDP}
+    greedy = {"key": None, "temperature": None, "top_p": None, "top_k": None, "rules": MEGATRON_FSDP, "coherent": False}
     dense = init_params(jax.random.key(0), specs)
     for recipe in args.recipes:
         params = dense if recipe == "bf16" else jaxscale.quantize(dense, recipe, specs)
