@@ -1,7 +1,7 @@
 """Tokens a second of an 8B model that decodes, weights in 4 bits beside bfloat16, on one GPU.
 
     python benchmarks/quantized/decode.py                            # llama3-8b with random weights, batch 1 and 16
-    python benchmarks/quantized/decode.py --recipes bf16 w4a16-g128 --profile
+    python benchmarks/quantized/decode.py --recipes bf16-unstacked bf16 w4a16-g128 --profile
 
 What `generate` runs: its compiled decode step with greedy sampling, steps issued back to back, medians over turns.
 `stacked` keeps the layers in stacks, as they are trained; else they are taken apart as `generate` does for 4 bits.
@@ -35,7 +35,7 @@ def check(cfg, recipe: str, slots: int) -> float:
 
     cfg = dataclasses.replace(cfg, num_layers=2, vocab_size=4096)
     params, specs = init_params(jax.random.key(1), decoder.param_specs(cfg)), decoder.param_specs(cfg)
-    params = params if recipe == "bf16" else jaxscale.quantize(params, recipe, specs)
+    params = params if recipe.startswith("bf16") else jaxscale.quantize(params, recipe, specs)
     positions = jnp.asarray([5, slots // 2, slots - 2], jnp.int32)
     filled = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype), decoder.init_cache(cfg, 3, slots)
@@ -52,7 +52,7 @@ def check(cfg, recipe: str, slots: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3-8b")
-    parser.add_argument("--recipes", nargs="*", default=["bf16", "w4a16-g128"])
+    parser.add_argument("--recipes", nargs="*", default=["bf16-unstacked", "bf16", "w4a16-g128"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
     parser.add_argument("--slots", type=int, default=1024, help="of the cache")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
@@ -80,10 +80,10 @@ def main() -> None:
     greedy = {"key": None, "temperature": None, "top_p": None, "top_k": None, "rules": MEGATRON_FSDP, "coherent": False}
     dense = init_params(jax.random.key(0), specs)
     for recipe in args.recipes:
-        params = dense if recipe == "bf16" else jaxscale.quantize(dense, recipe, specs)
+        params = dense if recipe.startswith("bf16") else jaxscale.quantize(dense, recipe, specs)
         if recipe == args.recipes[-1]:
             del dense
-        if not args.stacked and _copied_by_xla(params):
+        if recipe == "bf16-unstacked" or (not args.stacked and _copied_by_xla(params)):
             params = unstack(params)
         size = num_bytes(params)
         for batch in args.batches:

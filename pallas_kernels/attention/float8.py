@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.attention.api import choose, normalize
 from pallas_kernels.attention.inputs import Inputs, Options, unify_vma
@@ -95,6 +96,8 @@ def attention_float8_xla(inputs: Inputs, options: Options) -> tuple[jax.Array, j
 
     dtype = inputs.q.dtype
     inputs, q_scale, k_scale, v_scale = round_inputs(inputs)
+    # XLA takes a conversion there and back for none (xla_allow_excess_precision), and would not round.
+    inputs = inputs._replace(**lax.optimization_barrier({x: getattr(inputs, x) for x in "qkv"}))
     q = inputs.q.astype(jnp.float32) * q_scale[..., None]
     k, v = (x.astype(jnp.float32) * s[:, None, :, None] for x, s in ((inputs.k, k_scale), (inputs.v, v_scale)))
     out, lse = attention_xla(inputs._replace(q=q, k=k, v=v), options)
