@@ -5,9 +5,11 @@ import dataclasses
 import importlib.util
 import inspect
 import io
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,9 @@ def _train(args: list[str]) -> int:
             "Or file.py:function. Options of a run: jaxscale train RUN --help"
         )
         return 0 if args and args[0] in ("-h", "--help") else EXIT_USER_ERROR
-    make = _find_run(args[0], runs)
-    cfg = make()
+    with _own_code(args[0]):
+        make = _find_run(args[0], runs)
+        cfg = make()
     if not isinstance(cfg, TrainConfig):
         raise ValueError(f"{args[0]} returned {type(cfg).__name__}; a run is a function that returns a TrainConfig")
     cfg, options = _mesh(cfg, args[1:])
@@ -287,7 +290,8 @@ def _rules(args: list[str]) -> int:
     import sharding_rules
     from jaxscale.config import MeshConfig
 
-    built = _function(args[0])()
+    with _own_code(args[0]):
+        built = _function(args[0])()
     if not (isinstance(built, tuple) and len(built) == 3 and callable(built[0])):
         raise ValueError(f"{args[0]} returned {type(built).__name__}; it should return (loss_fn, params, batch)")
     config = MeshConfig.parse(options.mesh)
@@ -295,7 +299,11 @@ def _rules(args: list[str]) -> int:
         raise ValueError(f"mesh {options.mesh}: rules are for a mesh of known size; replace the -1")
     sizes = {axis: size for axis, size in dataclasses.asdict(config).items() if isinstance(size, int) and size > 1}
     memory = None if options.memory_gb is None else options.memory_gb * 1e9
-    plan = sharding_rules.search(sharding_rules.infer(*built), sizes, options.hardware, memory=memory)
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory-gb {options.memory_gb} must be a positive, finite number, as in --memory-gb 80")
+    with _own_code(args[0]):
+        inferred = sharding_rules.infer(*built)
+    plan = sharding_rules.search(inferred, sizes, options.hardware, memory=memory)
     print(plan.explain())
     plan.save(options.out)
     print(f"written to {options.out}: edit it, and read it back with sharding_rules.Plan.load")
@@ -323,6 +331,8 @@ def _checkpoint(args: list[str]) -> int:
 
 
 def _doctor(args: list[str]) -> int:
+    if args:
+        raise ValueError(f"jaxscale doctor takes no options, got {' '.join(args)}")
     from rich.console import Console
     from rich.table import Table
 
@@ -354,7 +364,7 @@ def _parse(cls: type, args: list[str], prog: str, **kwargs: Any) -> Any:
         if not stop.code:
             raise
         lines = [line.strip(" │") for line in said.getvalue().splitlines()]
-        lines = [line for line in lines if line and line[0] not in "╭╰─" and "For full helptext" not in line]
+        lines = [line for line in lines if line.strip("╭╰╮╯─-") and "For full helptext" not in line]
         raise ValueError(f"{' '.join(lines)}; {prog} --help lists the options") from None
     if unknown:
         raise ValueError(f"no option {unknown[0]!r}{_nearest(unknown[0], _options(cls))}; {prog} --help lists them")
@@ -386,7 +396,8 @@ def _function(name: str) -> Callable[..., Any]:
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file; name a function of your own as file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file; name a function of your own as file.py:function")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).resolve().parent))  # its neighbours import as they do when it is run
     try:
@@ -395,8 +406,28 @@ def _function(name: str) -> Callable[..., Any]:
         sys.path.pop(0)
     if not callable(getattr(module, function, None)):
         own = [n for n, f in vars(module).items() if inspect.isfunction(f)]
-        raise ValueError(f"{path} has no function {function!r}{_nearest(function, own)}; it has {', '.join(own)}")
+        raise ValueError(
+            f"{path} has no function {function!r}{_nearest(function, own)}; it has {', '.join(own) or 'none'}"
+        )
     return getattr(module, function)
+
+
+@contextlib.contextmanager
+def _own_code(name: str) -> Iterator[None]:
+    """What goes wrong in the file that file.py:function names, in one line that says where in it."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, ImportError):  # as everywhere: these speak for themselves
+        raise
+    except Exception as error:
+        path = str(Path(name.partition(":")[0]).resolve())
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if str(Path(f.filename).resolve()) == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f", line {line}" if line else ""
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{name}{where}: {type(error).__name__}: {said}; JAXSCALE_TRACEBACK=1 shows the whole trace"
+        ) from error
 
 
 def _named_runs(runs: Any) -> dict[str, Callable[[], Any]]:
@@ -409,7 +440,7 @@ def _simulate(args: list[str]) -> list[str]:
         return args
     at = args.index("--simulate")
     count = args[at + 1] if at + 1 < len(args) else ""
-    if not count.isdigit() or int(count) < 1:
+    if not count.isdecimal() or int(count) < 1:
         raise ValueError(f"--simulate {count}: expected a number of devices, as in --simulate 8")
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()

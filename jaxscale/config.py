@@ -291,10 +291,12 @@ class MeshConfig:
         sizes: dict[str, Any] = {}
         for part in filter(None, text.replace(" ", "").split(",")):
             axis, _, size = part.partition("=")
+            if axis in sizes:
+                raise ValueError(f"mesh {text!r}: {axis} is given twice, {sizes[axis]} and {size}; give it once")
             if axis in ("cp_strategy", "cp_layout"):
                 sizes[axis] = size
                 continue
-            if axis not in MESH_AXES or not size.lstrip("-").isdigit():
+            if axis not in MESH_AXES or not size.removeprefix("-").isdecimal():
                 raise ValueError(f"mesh {text!r}: {part!r} is not axis=size with an axis of {' '.join(MESH_AXES)}")
             sizes[axis] = int(size)
         return cls(**sizes)
@@ -351,8 +353,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -449,6 +451,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
+        for field in ("accum_steps", "loss_chunk", "eval_every", "eval_batches", "log_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         if self.data.batch_size % self.accum_steps:
             raise ValueError(
                 f"batch_size={self.data.batch_size} is not divisible by accum_steps={self.accum_steps}; "

@@ -9,6 +9,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+# What a device can be: wide enough for any, narrow enough to notice 706 that was meant as 706e12.
+_RATES = (1e6, 1e21, "a positive, finite number of bytes or FLOPs, 1e6 to 1e21: 141e9 for 141 GB")
+_RANGES = {
+    "node": (1, 2**20, "a positive, finite, whole number of devices, up to 2**20"),
+    "latency": (1e-12, 10.0, "a positive, finite number of seconds, 1e-12 to 10: 2e-6 for 2 us"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -33,17 +40,21 @@ class Hardware:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type not in (int, float):
-                sound, wanted = isinstance(value, field.type), field.type.__name__  # pyright: ignore
+                sound, wanted = isinstance(value, field.type), f"a {field.type.__name__}"  # pyright: ignore
             else:  # nan is no number between any two
-                sound, wanted = isinstance(value, Real) and not isinstance(value, bool), "a positive, finite number"
-                sound = sound and 0 < float(value) < math.inf
+                low, high, wanted = _RANGES.get(field.name, _RATES)
+                sound = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+                sound = sound and (field.type is float or float(value).is_integer())
             if not sound:
                 raise ValueError(f"hardware {self.name!r}: {field.name}={value!r} must be {wanted}")
 
     @classmethod
     def load(cls, path: str | Path) -> "Hardware":
         """Reads a TOML file with these fields as keys."""
-        data = tomllib.loads(Path(path).read_text())
+        try:
+            data = tomllib.loads(Path(path).read_text("utf-8"))
+        except ValueError as error:  # no TOML, or no text at all
+            raise ValueError(f"{path} is no TOML file: {error}") from None
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:

@@ -41,6 +41,18 @@ def call(capsys, *args):
         (["train", "tiny", "--mesh=fsdp=-1,tp=5"], "a multiple of 5 devices but 8 are there"),
         (["train", "tiny", "--mesh", "fsdp=2", "--mesh.tp", "3"], "needs 6 devices but 8 are there"),
         (["train", "tiny", "--mesh", "fdsp=2"], "'fdsp=2' is not axis=size"),
+        (["train", "tiny", "--mesh", "fsdp=²"], "'fsdp=²' is not axis=size"),
+        (["train", "tiny", "--mesh", "fsdp=4,tp=2,fsdp=8"], "fsdp is given twice, 4 and 8"),
+        (["train", "tiny", "--accum-steps", "0"], "accum_steps=0 must be at least 1"),
+        (["train", "tiny", "--loss-chunk", "-1"], "loss_chunk=-1 must be at least 1"),
+        (["train", "tiny", "--eval-every", "0"], "eval_every=0 must be at least 1"),
+        (["train", "tiny", "--log-every", "0"], "log_every=0 must be at least 1"),
+        (["train", "tiny", "--seed", str(10**20)], "must lie between 0 and 2**63 - 1"),
+        (["train", "tiny", "--optimizer.learning-rate", "nan"], "learning_rate=nan must be positive and finite"),
+        (["train", "tiny", "--simulate", "²"], "--simulate ²: expected a number of devices"),
+        (["bench", "links", "--out", "."], "Is a directory"),
+        (["bench", "links", "--matmul", "0"], "--matmul 0 must be at least 1"),
+        (["doctor", "--nope"], "doctor takes no options, got --nope"),
         (["train", "tiny", "--mesh", "--steps", "3"], "expected axes and their sizes, as in --mesh fsdp=2,tp=4"),
         (["train", "tiny", "--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
         (["train", "tiny", "--out", "/proc/nowhere"], "/proc/nowhere"),
@@ -52,6 +64,7 @@ def test_mistakes_are_one_line(capsys, args, message, tmp_path, monkeypatch):
     assert status == cli.EXIT_USER_ERROR
     assert message in err
     assert err.startswith("error: ")
+    assert "---" not in err  # the parser's frame
     assert len(err.strip().splitlines()) == 1
 
 
@@ -90,6 +103,16 @@ def build():
 """
 
 
+BAD = """def raises():
+    return 1 / 0
+def takes(size):
+    return size
+def shapes():
+    import jax.numpy as jnp
+    return (lambda params, batch: (batch @ params).sum()), jnp.ones((4, 4)), jnp.ones((3, 3))
+"""
+
+
 def test_plan_without_the_pod(capsys):
     status, text, _ = call(
         capsys, "plan", "--model", "llama3-70b", "--on", "h200:16x8", "--seq", "8192", "--batch", "1M-tokens"
@@ -101,6 +124,9 @@ def test_plan_without_the_pod(capsys):
         (["--on", "h2000:16x8"], "h200"),
         (["--batch", "many"], "'many' is neither rows (512) nor tokens"),
         (["--model", "llama3-405b", "--on", "h200:1x1"], "fits no mesh of h200:1x1"),
+        (["--seq", "0"], "--seq 0 is no number of tokens; use 1 to 131072"),
+        (["--seq", "-1"], "--seq -1 is no number of tokens"),
+        (["--on", "h200:9999999999x8"], "79,999,999,992 devices"),
     ]:
         status, _, err = call(capsys, "plan", *args)
         assert status == cli.EXIT_USER_ERROR
@@ -112,6 +138,9 @@ def test_rules_for_a_model_of_ones_own(capsys, tmp_path):
     import sharding_rules
 
     (tmp_path / "mine.py").write_text(MODEL)
+    (tmp_path / "bad.py").write_text(BAD)
+    (tmp_path / "torn.py").write_text("x = 1\ndef build(:\n")
+    (tmp_path / "text.txt").write_text("words")
     build, out = f"{tmp_path}/mine.py:build", str(tmp_path / "rules.toml")
     status, text, _ = call(capsys, "rules", build, "--mesh", "fsdp=2,tp=4", "--out", out)
     assert status == 0
@@ -121,6 +150,13 @@ def test_rules_for_a_model_of_ones_own(capsys, tmp_path):
     for args, message in [
         ([build, "--mesh", "tp=7"], "no axis divides by tp=7"),
         ([build, "--mesh", "fsdp=-1"], "a mesh of known size"),
+        ([build, "--mesh", "tp=2,tp=4"], "tp is given twice, 2 and 4"),
+        ([build, "--memory-gb", "nan"], "--memory-gb nan must be a positive, finite number"),
+        ([f"{tmp_path}/bad.py:raises"], "line 2: ZeroDivisionError: division by zero"),
+        ([f"{tmp_path}/bad.py:takes"], "TypeError: takes() missing 1 required positional argument"),
+        ([f"{tmp_path}/bad.py:shapes"], "line 7: TypeError"),
+        ([f"{tmp_path}/torn.py:build"], "torn.py:build, line 2: SyntaxError"),
+        ([f"{tmp_path}/text.txt:build"], "text.txt is not a Python file"),
         ([build, "--hardware", "h2000"], "h2000"),
         ([f"{tmp_path}/mine.py:buid"], "did you mean 'build'?"),
         ([], "returns (loss_fn, params, batch)"),

@@ -44,6 +44,8 @@ def plan_command(options: PlanOptions) -> int:
     if options.compile:  # nothing runs here: the compilers for TPU and GPU are asked by name
         jax.config.update("jax_platforms", "cpu")
     model = preset(options.model)
+    if options.seq < 1:
+        raise ValueError(f"--seq {options.seq} is no number of tokens; use 1 to {model.max_seq_len}")
     if options.seq > model.max_seq_len:
         raise ValueError(f"--seq {options.seq} is longer than {model.name} takes: {model.max_seq_len}")
     pod = find_pod(options.on, find_hardware(options.hardware) if options.hardware else None)

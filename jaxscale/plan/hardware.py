@@ -36,6 +36,7 @@ TPUS = {
     "v6e": _Slices(2, 16, 256),
     "tpu7x": _Slices(3, 48, 9216, devices_per_chip=2),
 }
+MAX_GPUS = 2**20  # more than any machine has: every mesh of them is looked at
 GPUS = ("h200", "h100", "b200", "a100", "mi250x")
 DATA = Path(__file__).parent / "data"  # KIND.toml: rates of kinds that sharding_rules has none of, with their sources
 
@@ -75,6 +76,10 @@ def find_pod(name: str, hardware: Hardware | None = None) -> Pod:
         raise ValueError(
             f"--on {name!r}: a host holds up to {rates.node} {kind} devices; "
             f"write hosts x devices, as in {kind}:{max(1, math.prod(grid) // 8)}x8"
+        )
+    if math.prod(grid) > MAX_GPUS:
+        raise ValueError(
+            f"--on {name!r}: {math.prod(grid):,} devices are more than any machine has; use up to {MAX_GPUS:,}"
         )
     return Pod(name, kind, "cpu" if kind == "cpu" else "cuda", grid, math.prod(grid), rates)
 

@@ -62,6 +62,10 @@ class Measured(NamedTuple):
 def links_command(options: LinksOptions) -> int:
     """Measures, prints and writes; returns the exit status."""
     mesh = make_mesh(MeshConfig.parse(options.mesh).fill(len(jax.devices())))
+    for name in ("megabytes", "matmul"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+    open(options.out, "a").close()  # a place that cannot be written is said before the work
     measured = measure(mesh, num_bytes=options.megabytes * 2**20, side=options.matmul)
     print(measured.table())
     Path(options.out).write_text(to_toml(measured.hardware))

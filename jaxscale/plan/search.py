@@ -188,7 +188,10 @@ def _fits_nowhere(model: ModelConfig, pod: Pod, smallest: Estimate, *, one_mesh:
     if rest < room:
         needed = math.ceil(pod.num_devices * state / (room - rest))
         return f"{text}; with this split at least {needed} devices hold its state, or use a smaller model"
-    return f"{text}, {human_bytes(rest)} of it activations and buffers; use fewer or shorter rows, or a larger tp"
+    text = f"{text}, {human_bytes(rest)} of it activations and buffers; use fewer or shorter rows, or a larger tp"
+    if state < room:
+        return text
+    return f"{text}, and more than {math.floor(pod.num_devices * state / room)} devices, which its state alone fills"
 
 
 def _rows_needed(model: ModelConfig, pod: Pod) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 import subprocess
 import sys
 
@@ -69,6 +70,11 @@ def test_a_pod_that_does_not_exist_is_answered_with_those_that_do(name, says):
         ({"memory": 0}, "memory=0 must be a positive, finite number"),
         ({"bandwidth": float("nan")}, "bandwidth=nan must be a positive, finite number"),
         ({"flops": '"much"'}, "flops='much' must be a positive, finite number"),
+        ({"flops": "1" + "0" * 400}, "1e6 to 1e21"),  # an integer beyond any float
+        ({"flops": 706}, "flops=706 must be a positive, finite number of bytes or FLOPs, 1e6 to 1e21"),
+        ({"node": 8.5}, "node=8.5 must be a positive, finite, whole number"),
+        ({"latency": 60}, "latency=60 must be a positive, finite number of seconds"),
+        ({"name": '"mine" = '}, "mine.toml is no TOML file"),
         ({"flopz": 1e12}, "did you mean 'flops'"),
         ({"node": None}, "missing node"),
     ],
@@ -116,6 +122,12 @@ def test_every_mesh_of_a_search_uses_all_devices_and_divides():
 def test_a_model_that_fits_nowhere_names_what_would():
     with pytest.raises(ValueError, match=r"llama3-405b fits no mesh of h200:1x8: .* at least \d+ devices"):
         search(preset("llama3-405b"), "h200:1x8", batch_size=8, seq_len=4096)
+    # Where neither its state nor its rows fit, fewer rows alone would not help.
+    with pytest.raises(ValueError, match=r"fewer or shorter rows, .* and more than \d+ devices, which its") as error:
+        search(preset("llama3-405b"), "h200:1x8", batch_size=64, seq_len=4096)
+    more = int(re.findall(r"more than (\d+) devices", str(error.value))[0])
+    # 16 bytes a parameter (float32: itself, its gradient, two moments), in 80 % of an H200.
+    assert more == int(405.85e9 * 16 / (0.8 * 141e9))
 
 
 def test_a_mesh_that_does_not_fit_is_answered_for_itself():
