@@ -303,10 +303,18 @@ def _mesh_of(params: Any) -> Mesh | None:
 
 
 def _copied_by_xla(params: Any) -> bool:
-    """Whether a program over stacked layers would copy each of them first: values of 4 bits, on a GPU."""
+    """Whether to take stacked layers apart, which a GPU's program would copy one by one at each token.
+
+    Values of 4 bits always; wider ones where what is free on the device holds the copies twice over.
+    """
     leaves = jax.tree.leaves(params)
-    narrow = any(jax.dtypes.itemsize_bits(x.dtype) == 4 for x in leaves)
-    return narrow and isinstance(leaves[0], jax.Array) and next(iter(leaves[0].devices())).platform == "gpu"
+    if not isinstance(leaves[0], jax.Array) or (device := next(iter(leaves[0].devices()))).platform != "gpu":
+        return False
+    if any(jax.dtypes.itemsize_bits(x.dtype) == 4 for x in leaves):
+        return True
+    stats = device.memory_stats() or {}
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) > 2 * held
 
 
 def _round_up(n: int, multiple: int) -> int:

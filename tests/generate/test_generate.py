@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxscale import generate as gen
+from jaxscale.checkpoint.huggingface import import_hf, load_config
 from jaxscale.config import ModelConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
@@ -145,6 +147,20 @@ def test_sharded_tokens_equal_unsharded(mesh_name, rng):
     sampled = {"max_new_tokens": 6, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "key": jax.random.key(3)}
     one = gen.generate(params, LLAMA, prompts, **sampled)
     assert gen.generate(params, LLAMA, prompts, mesh=mesh, **sampled) == one  # moved to the mesh by generate
+
+
+def test_layers_taken_apart_give_the_same_tokens(rng, monkeypatch):
+    """As on a GPU, of a family of the golden models, drawn."""
+    golden = pathlib.Path(__file__).parents[1] / "golden"
+    families = sorted(f.parent for f in golden.rglob("config.json"))
+    assert len(families) > 15
+    family = families[rng.integers(len(families))]
+    cfg = dataclasses.replace(load_config(family), dtype="float32", param_dtype="float32")
+    params = jax.tree.map(jnp.asarray, import_hf(family, cfg=cfg)[0])
+    prompts = random_prompts(rng, cfg, (3, 7))
+    want = gen.generate(params, cfg, prompts, max_new_tokens=4)
+    monkeypatch.setattr(gen, "_copied_by_xla", lambda params: True)
+    assert gen.generate(params, cfg, prompts, max_new_tokens=4) == want, family.name
 
 
 def test_programs_are_compiled_once_for_all_lengths_and_temperatures(rng):
