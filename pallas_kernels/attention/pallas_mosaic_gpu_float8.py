@@ -1,5 +1,5 @@
 """Attention in float8 for Hopper GPUs (sm90), written in Pallas Mosaic GPU: the forward of pallas_mosaic_gpu.py with
-both matmuls in e4m3. Not run on a device yet.
+both matmuls in e4m3.
 
 What differs. The second matmul takes V with keys innermost, so XLA transposes V as it rounds it. An accumulator holds
 pairs of neighbours and a float8 operand in registers wants four: instead of exchanging registers between threads the
