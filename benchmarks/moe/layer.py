@@ -28,10 +28,8 @@ import numpy as np
 from benchmarks import runner
 from jaxscale.config import ModelConfig, MoEConfig
 from jaxscale.models import moe
-from jaxscale.parallel import expert_local
 from jaxscale.sharding import saveable
 from pallas_kernels import ragged_dot, ragged_dot_implementation
-from pallas_kernels.ragged_dot.gated import ragged_dot_gated
 from sharding_rules.rules import MEGATRON_FSDP
 
 REMATS = ("none", "dots", "full")
@@ -90,17 +88,6 @@ def matmuls(p, h, sizes, gradients):
     return outs
 
 
-SEPARATE = expert_local._into_hidden
-
-
-def in_one_kernel(activation: str, h, w, sizes, group, p):
-    """`expert_local._into_hidden` by one kernel, which no model uses before it has been timed."""
-    if h.dtype == jnp.float32:  # the exact layer
-        return SEPARATE(activation, h, w, sizes, group, p)
-    assert activation == "silu" and "b_gate" not in p
-    return ragged_dot_gated(h, p["w_gate"], p["w_up"], w, sizes)
-
-
 def inputs(cfg: ModelConfig, rows: int, length: int):
     keys = jax.random.split(jax.random.key(5), 2)
     return [jax.random.normal(k, (rows, length, cfg.embed_dim), cfg.dtype) for k in keys]
@@ -123,7 +110,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small sizes, on any device")
     parser.add_argument("--kernels", action="store_true", help="the time of each kernel (CUDA)")
-    parser.add_argument("--gated", action="store_true", help="also with ragged_dot_gated (remat none)")
     parser.add_argument("--remat", nargs="*", default=REMATS, choices=REMATS)
     args = parser.parse_args(argv)
     cfg = configuration(args.tiny, "float32" if args.tiny else "bfloat16")
@@ -151,13 +137,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{rows * length} tokens, {m.top_k} of {m.num_experts} experts, {wide} x {narrow}; largest group "
           f"{int(sizes.max())}, smallest {int(sizes.min())}; {backend}")  # fmt: skip
     print(f"{'three grouped matmuls':24}{bare:9.3f} ms {flops / bare / 1e9:7.1f} TFLOP/s", flush=True)
-    for label, remat in [*((f"layer, remat {r}", r) for r in args.remat), *[("layer, gated", "none")] * args.gated]:
-        if label == "layer, gated":
-            expert_local._into_hidden = in_one_kernel
-            print(f"gated: worst relative error against float32: {check(cfg, 1, 1024):.4f}", flush=True)
+    for remat in args.remat:
         run = jax.jit(layer(cfg, specs, remat)).lower(params, x, grad).compile()
         ms, _ = runner.measure(run, params, x, grad)
-        print(f"{label:24}{ms:9.3f} ms {flops / ms / 1e9:7.1f} TFLOP/s {ms / bare:6.3f} x", flush=True)
+        print(
+            f"{f'layer, remat {remat}':24}{ms:9.3f} ms {flops / ms / 1e9:7.1f} TFLOP/s {ms / bare:6.3f} x", flush=True
+        )
         if args.kernels:
             print("milliseconds, launches, kernel")
             _, launches = runner.profile(run, params, x, grad, iterations=2)

@@ -1,13 +1,13 @@
 """The hidden layer of experts in one kernel on Hopper: silu(x gate) * (x up) * weights, of rows in groups.
 
-Written, and not used by any model before it has been timed (benchmarks/moe/gated.py, layer.py --gated): what it spares,
-reading gate and up once more, it may lose where a tile's end waits for exponentials.
+Forward only: it writes neither gate nor up, which a gradient needs (measured: then two matmuls are as fast).
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_dot import pallas_mosaic_gpu as kernels
+from pallas_kernels import _dispatch
+from pallas_kernels.attention.inputs import unify_vma
 
 
 def gated_reference(gate: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
@@ -16,11 +16,21 @@ def gated_reference(gate: jax.Array, up: jax.Array, weights: jax.Array) -> jax.A
     return (jax.nn.silu(g) * u * weights).astype(gate.dtype)
 
 
-@jax.custom_vjp
+def supported(lhs, gate, up) -> str | None:
+    """None, or the reason why `ragged_dot_gated` cannot run this call."""
+    if reason := _dispatch.unless_hopper():
+        return reason
+    from pallas_kernels.ragged_dot import pallas_mosaic_gpu as kernels
+
+    if not all(isinstance(x, jax.Array) and x.dtype == lhs.dtype for x in (gate, up)):
+        return f"takes arrays of one dtype. Got {lhs.dtype}, {type(gate).__name__}, {type(up).__name__}"
+    return kernels.supported(lhs, gate, lhs.dtype)
+
+
 def ragged_dot_gated(
     lhs: jax.Array, gate: jax.Array, up: jax.Array, weights: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    """`gated_reference` of two `ragged_dot`s of the same rows, rounded once, not three times.
+    """`gated_reference` of two `ragged_dot`s of the same rows, rounded once, not three times. No gradient.
 
     Args:
       lhs: [M, K], bfloat16 or float16; K and N multiples of 64.
@@ -31,23 +41,7 @@ def ragged_dot_gated(
     Returns:
       [M, N]; zeros past the groups.
     """
-    return kernels.gated(lhs, (gate, up), weights[:, 0], group_sizes, lhs.dtype, keep=False)[0]
+    from pallas_kernels.ragged_dot import pallas_mosaic_gpu as kernels
 
-
-def _fwd(lhs, gate, up, weights, group_sizes):
-    """Residuals: the inputs, and gate and up of each row, which the same kernel writes."""
-    hidden, *sides = kernels.gated(lhs, (gate, up), weights[:, 0], group_sizes, lhs.dtype)
-    return hidden, (lhs, gate, up, weights, group_sizes, sides)
-
-
-def _bwd(residuals, grad):
-    """By the kernels of `ragged_dots`."""
-    lhs, gate, up, weights, group_sizes, sides = residuals
-    *grads, d_weights = jax.vjp(gated_reference, *sides, weights)[1](grad)
-    grads = tuple(grads)
-    d_lhs = kernels.grouped_sum(grads, (gate, up), group_sizes, lhs.dtype, transposed=True)
-    d_gate, d_up = (kernels.contraction(lhs, g, group_sizes, gate.dtype) for g in grads)
-    return d_lhs, d_gate, d_up, d_weights, None
-
-
-ragged_dot_gated.defvjp(_fwd, _bwd)
+    lhs, gate, up, weights, group_sizes = unify_vma((lhs, gate, up, weights, group_sizes))
+    return kernels.gated(lhs, (gate, up), weights[:, 0], group_sizes, lhs.dtype)

@@ -94,9 +94,9 @@ def grouped_sum(
 ) -> jax.Array:
     """The sum over i of `grouped(lhs[i], rhs[i])`, all of one shape: one longer sum for each tile."""
     name = "ragged_dot_transposed" if transposed else "ragged_dot"
-    finish = lambda acc, put, row: put(0, *acc)
+    finish = lambda acc, row: acc[0]
     parts = tuple((r,) for r in rhs)
-    return _grouped(lhs, parts, group_sizes, dtype, finish, name=name, transposed=transposed, config=config)[0]
+    return _grouped(lhs, parts, group_sizes, dtype, finish, name=name, transposed=transposed, config=config)
 
 
 def gated(
@@ -106,24 +106,19 @@ def gated(
     group_sizes: jax.Array,
     dtype,
     *,
-    keep: bool = True,
     config: Config | None = None,
-) -> tuple[jax.Array, ...]:
-    """silu(gate) * up * weights [M, N], and with `keep` gate and up, where these are `grouped` of lhs and each of rhs:
-    one kernel, whose tiles have columns of both. weights: float32 [M], of each row. In float32 inside."""
+) -> jax.Array:
+    """silu(gate) * up * weights [M, N], where gate and up are `grouped` of lhs and each of rhs: one kernel, whose
+    tiles have columns of both. weights: float32 [M], of each row. In float32 inside."""
 
-    def finish(acc, put, row):
+    def finish(acc, row):
         gate, up = acc
         weight = lax.broadcast_in_dim(row, gate.shape, [0])
-        put(0, gate / (1.0 + jnp.exp(-gate)) * up * weight)
-        if keep:
-            put(1, gate)
-            put(2, up)
+        return gate / (1.0 + jnp.exp(-gate)) * up * weight
 
     short = -(-lhs.shape[0] // group_sizes.shape[0]) <= UNIT
     c = config or (Config(warpgroups=1, stages=5) if short else Config())  # stores go in pairs of 64 columns
-    kept = {"outs": 3 if keep else 1, "row": weights, "config": c}
-    return _grouped((lhs,), (rhs,), group_sizes, dtype, finish, name="ragged_dot_gated", **kept)
+    return _grouped((lhs,), (rhs,), group_sizes, dtype, finish, name="ragged_dot_gated", row=weights, config=c)
 
 
 def _grouped(
@@ -135,14 +130,13 @@ def _grouped(
     *,
     name: str,
     transposed: bool = False,
-    outs: int = 1,
     row: jax.Array | None = None,
     config: Config | None = None,
-) -> tuple[jax.Array, ...]:
-    """`outs` arrays [M, N] of what finish makes of tiles of the sum over i of lhs[i] times its matrices rhs[i].
+) -> jax.Array:
+    """[M, N] of what finish makes of tiles of the sum over i of lhs[i] times its matrices rhs[i].
 
-    A tile has equal parts of columns for each of these matrices. finish(acc, put, row) takes 64 rows of these parts in
-    registers, and what `row` [M] has for them, if there is one; it calls put(output, rows) for each output.
+    A tile has equal parts of columns for each of these matrices. finish(acc, row) takes 64 rows of these parts in
+    registers, and what `row` [M] has for them, if there is one, and returns 64 rows of the output.
     """
     (M, K), G = lhs[0].shape, rhs[0][0].shape[0]
     N, sides = rhs[0][0].shape[1 if transposed else 2], len(rhs[0])
@@ -156,7 +150,7 @@ def _grouped(
     def kernel(*refs):
         refs = list(refs)
         take = lambda count: [refs.pop(0) for _ in range(count)]
-        lhs_refs, rhs_refs, row_refs, tables, out_refs = map(take, (terms, terms * sides, len(rows), 3, outs))
+        lhs_refs, rhs_refs, row_refs, tables, (out_ref,) = map(take, (terms, terms * sides, len(rows), 3, 1))
         a_smem, b_smem, store_smem, full, free = refs
         table_ref, count_ref, short_ref = tables
         operands = [(a, rhs_refs[i * sides : (i + 1) * sides]) for i, a in enumerate(lhs_refs)]
@@ -198,8 +192,8 @@ def _grouped(
                         if row_refs:
                             own = row_refs[0].at[pl.ds(here, UNIT)]
                             own = plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                        put = lambda i, x: store(x, store_smem, out_refs[i], dtype, here, column, begin, end)
-                        finish([part[first : first + UNIT] for part in acc], put, own)
+                        x = finish([part[first : first + UNIT] for part in acc], own)
+                        store(x, store_smem, out_ref, dtype, here, column, begin, end)
 
                     for first in range(0, height, UNIT):
                         finish_unit(first)
@@ -258,9 +252,9 @@ def _grouped(
         plgpu.Barrier(num_arrivals=c.warpgroups + sides, num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
     )
-    out = [jax.ShapeDtypeStruct((lhs[0].shape[0], N), dtype)] * outs
+    out = jax.ShapeDtypeStruct((lhs[0].shape[0], N), dtype)
     operands = *lhs, *(part for parts in rhs for part in parts), *rows, *tiles
-    return tuple(x[:M] for x in _call(c, kernel, name, out, scratch, operands))
+    return _call(c, kernel, name, out, scratch, operands)[:M]
 
 
 def contraction(

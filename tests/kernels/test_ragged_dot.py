@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import pathlib
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxscale.parallel import expert_local
 from pallas_kernels import ragged_dot, ragged_dot_implementation, ragged_dots
 from pallas_kernels.ragged_dot import gated, pallas_mosaic_gpu, pallas_mosaic_tpu, schedule, xla
 
@@ -386,37 +386,40 @@ def close(got, want, bound=1e-2):
 
 
 def test_gated_in_one_kernel(rng):
-    """silu(gate) * up * weights, gate and up by the Hopper kernel beside float64."""
-    sizes, (lhs, *sides, weights), (a, b) = sides_of(rng, 100, 64, 128, 3)
-    run = lambda *x: pallas_mosaic_gpu.gated(x[0], x[1:3], x[3][:, 0], jnp.asarray(sizes, jnp.int32), jnp.bfloat16)
+    """silu(gate) * up * weights by the Hopper kernel beside float64."""
+    sizes, args, (a, b) = sides_of(rng, 100, 64, 128, 3)
     with running("mosaic_gpu"):
-        got = jax.jit(run)(lhs, *sides, weights)
-    for x, want in zip(got, (a / (1 + np.exp(-a)) * b * np.asarray(weights), a, b), strict=True):
-        close(x, want)
+        got = jax.jit(gated.ragged_dot_gated)(*args, jnp.asarray(sizes, jnp.int32))
+    close(got, a / (1 + np.exp(-a)) * b * np.asarray(args[3]))
 
 
-def test_gradients_of_gated(rng, monkeypatch):
-    """By the kernels of another backend: which products are taken, of what."""
-
-    def both(lhs, rhs, weights, sizes, dtype, keep=True):
-        sides = [xla.grouped(lhs, r, sizes, dtype) for r in rhs]
-        return gated.gated_reference(*sides, weights[:, None]), *sides[: 2 * keep]
-
-    def total(grads, rhs, sizes, dtype, transposed):
-        return sum(xla.grouped(g, r, sizes, dtype, transposed=transposed) for g, r in zip(grads, rhs))
-
-    monkeypatch.setattr(
-        gated, "kernels", types.SimpleNamespace(gated=both, grouped_sum=total, contraction=xla.contraction)
-    )
+def test_experts_use_one_kernel_where_no_gradient_is_asked_for(rng, monkeypatch):
+    """And two matmuls where one is: outputs and gradients beside float64."""
     M, K, N, G = 60, 12, 20, 4
+    calls = []
+
+    def one_kernel(lhs, gate, up, weights, sizes):
+        calls.append(lhs.shape)
+        return gated.gated_reference(*(xla.grouped(lhs, r, sizes, lhs.dtype) for r in (gate, up)), weights)
+
+    monkeypatch.setattr(gated, "supported", lambda *_: None)
+    monkeypatch.setattr(gated, "ragged_dot_gated", one_kernel)
     sizes, args, (a, b) = sides_of(rng, M, K, N, G)
-    grad = jnp.asarray(rng.normal(size=(M, N)), jnp.bfloat16)
-    hidden, vjp = jax.vjp(lambda *x: gated.ragged_dot_gated(*x, jnp.asarray(sizes, jnp.int32)), *args)
     lhs, gate, up, weights = args
-    s, w, g = 1 / (1 + np.exp(-a)), np.asarray(weights), np.asarray(grad.astype(jnp.float32), np.float64)
+
+    def hidden(lhs, gate, up, weights):
+        p = {"w_gate": gate, "w_up": up}
+        return expert_local._into_hidden("silu", lhs, weights, jnp.asarray(sizes, jnp.int32), None, p)
+
+    s, w = 1 / (1 + np.exp(-a)), np.asarray(weights)
+    close(jax.jit(hidden)(*args), a * s * b * w, 2e-2)
+    assert calls == [(M, K)]
+    grad = jnp.asarray(rng.normal(size=(M, N)), jnp.bfloat16)
+    g = np.asarray(grad.astype(jnp.float32), np.float64)
     d_a, d_b = g * w * b * s * (1 + a * (1 - s)), g * w * a * s
     (_, x, d_gate), (_, y, d_up) = (oracle(lhs, *rest) for rest in ((gate, sizes, d_a), (up, sizes, d_b)))
     want = a * s * b * w, x + y, d_gate, d_up, (g * a * s * b).sum(axis=1, keepdims=True)
-    for got, expected in zip((hidden, *vjp(grad)), want, strict=True):
-        close(got, expected, 2e-2)
-    assert np.array_equal(hidden, gated.ragged_dot_gated(*args, jnp.asarray(sizes, jnp.int32)))
+    for wrap in (lambda f: f, jax.checkpoint):
+        out, vjp = jax.vjp(wrap(hidden), *args)
+        for got, expected in zip((out, *vjp(grad)), want, strict=True):
+            close(got, expected, 2e-2)
