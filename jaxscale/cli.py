@@ -7,6 +7,7 @@ import inspect
 import io
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -365,7 +366,9 @@ def _parse(cls: type, args: list[str], prog: str, **kwargs: Any) -> Any:
             raise
         lines = [line.strip(" │") for line in said.getvalue().splitlines()]
         lines = [line for line in lines if line.strip("╭╰╮╯─-") and "For full helptext" not in line]
-        raise ValueError(f"{' '.join(lines)}; {prog} --help lists the options") from None
+        # A check of ours that failed: where it stands is for the option parser's own mistakes.
+        words = re.sub(r"^Value error Error parsing [\w.]+: ", "", " ".join(lines))
+        raise ValueError(f"{words}; {prog} --help lists the options") from None
     if unknown:
         raise ValueError(f"no option {unknown[0]!r}{_nearest(unknown[0], _options(cls))}; {prog} --help lists them")
     return cfg

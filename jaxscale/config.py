@@ -3,15 +3,41 @@
 import dataclasses
 import difflib
 import math
+import re
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from sharding_rules.rules import MESH_AXES
 
 # How attention over a split sequence communicates, and how its tokens are dealt: jaxscale.parallel.context.
 CPStrategy = Literal["all_gather", "ring", "bidirectional", "ulysses", "usp", "halo"]
 CPLayout = Literal["contiguous", "zigzag", "striped", "packed"]
+
+
+class _Range(NamedTuple):
+    """What a number must be: a test that nan does not pass, and the words for it."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+_COUNT = _Range(lambda n: n >= 1, "at least 1")
+_NUMBER = _Range(lambda x: -math.inf < x < math.inf, "finite")
+_POSITIVE = _Range(lambda x: 0 < x < math.inf, "positive and finite")
+_NOT_NEGATIVE = _Range(lambda x: 0 <= x < math.inf, "at least 0 and finite")
+_FRACTION = _Range(lambda x: 0 <= x < 1, "at least 0 and less than 1")
+_SEED = _Range(lambda n: 0 <= n < 2**63, "at least 0 and less than 2**63")
+
+
+def _require(cfg: Any, wanted: _Range, *names: str) -> None:
+    """Refuses a configuration one of whose fields `names` is a number (not None) outside of the range."""
+    fields = {field.name: field for field in dataclasses.fields(cfg)}
+    for name in names:
+        value, default = getattr(cfg, name), fields[name].default
+        if value is not None and not wanted.holds(value):
+            usual = default is not dataclasses.MISSING and default not in (None, value)
+            raise ValueError(f"{name}={value} must be {wanted.words}" + (f", such as {default}" if usual else ""))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +61,16 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
+    def __post_init__(self):
+        _require(self, _COUNT, "original_max_seq_len")
+        _require(self, _POSITIVE, "factor", "beta_fast", "beta_slow", "attention_factor")
+        _require(self, _POSITIVE, "low_freq_factor", "high_freq_factor")
+        _require(self, _NUMBER, "mscale", "mscale_all_dim")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLAConfig:
@@ -48,9 +84,7 @@ class MLAConfig:
     value_dim: int  # of a value
 
     def __post_init__(self):
-        for field in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        _require(self, _COUNT, "kv_rank", "q_rank", "nope_dim", "rope_dim", "value_dim")
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim={self.rope_dim} is odd; rotary embeddings rotate pairs, use an even rope_dim")
 
@@ -94,6 +128,11 @@ class MoEConfig:
     dispatch_chunks: int = 1  # parts of a device's tokens, one travels while another is computed
 
     def __post_init__(self):
+        _require(self, _COUNT, "num_experts", "mlp_dim", "num_groups", "cosine_dim")
+        _require(self, _COUNT, "balance_rows", "dispatch_chunks", "ep_hosts")
+        _require(self, _NOT_NEGATIVE, "shared_dim", "first_dense", "num_zero", "num_copy", "num_constant")
+        _require(self, _NOT_NEGATIVE, "num_replicas", "cheap_balance", "balance_weight", "router_z_weight")
+        _require(self, _POSITIVE, "capacity_factor", "weight_scale")
         if not 1 <= self.top_k <= self.num_routed:
             raise ValueError(
                 f"top_k={self.top_k} must lie between 1 and the {self.num_routed} experts that a router chooses from"
@@ -119,23 +158,16 @@ class MoEConfig:
                 f"capacity_factor={self.capacity_factor} drops tokens but dropless=True promises not to; set "
                 f"dropless=False, or capacity_factor=None"
             )
-        if self.capacity_factor is not None and (
-            self.router not in ("gshard", "expert_choice") or self.capacity_factor <= 0
-        ):
+        if self.capacity_factor is not None and self.router not in ("gshard", "expert_choice"):
             raise ValueError(
-                f"capacity_factor={self.capacity_factor} with router={self.router!r}: use a positive one with gshard "
-                f"or expert_choice, or None"
+                f"capacity_factor={self.capacity_factor} with router={self.router!r}: use gshard or expert_choice, or "
+                f"capacity_factor=None"
             )
         if self.router == "expert_choice" and (self.num_routed > self.num_experts or self.dropless):
             raise ValueError(
                 "expert_choice leaves tokens without an expert and knows no zero-computation experts; "
                 "set dropless=False and num_zero=num_copy=num_constant=0"
             )
-        if self.num_replicas < 0:
-            raise ValueError(f"num_replicas={self.num_replicas} must be at least 0")
-        counts = {name: getattr(self, name) for name in ("balance_rows", "dispatch_chunks", "ep_hosts")}
-        if any(n is not None and n < 1 for n in counts.values()):
-            raise ValueError(f"{', '.join(f'{name}={n}' for name, n in counts.items())} must be at least 1")
         if self.dispatch == "two_level" and self.ep_hosts == 1:
             raise ValueError(
                 "dispatch='two_level' sends tokens to hosts first, but ep_hosts=1; set it to the hosts that ep spans, "
@@ -192,9 +224,11 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the masters
 
     def __post_init__(self):
-        for field in ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        _require(self, _COUNT, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
+        _require(self, _COUNT, "head_dim", "max_seq_len", "window")
+        _require(self, _POSITIVE, "norm_eps", "query_scale", "attn_soft_cap", "logit_soft_cap")
+        _require(self, _POSITIVE, "rope_theta", "local_rope_theta")
+        _require(self, _NUMBER, "norm_offset")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
@@ -204,8 +238,6 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings rotate pairs, use an even head_dim")
         if "local" in self.layer_pattern and not self.window:
             raise ValueError("layer_pattern has local layers but window is not set; set window to a number of tokens")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1 token")
         if not self.layer_pattern:
             raise ValueError("layer_pattern is empty; use ('global',)")
         if self.moe is not None and self.moe.first_dense >= self.num_layers:
@@ -322,8 +354,10 @@ class MeshConfig:
         return dataclasses.replace(self, **sizes)
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuse a mesh that cannot share out the experts, or on which tensor parallelism splits neither attention
-        nor MLP."""
+        """Refuse a mesh that cannot share out the experts or has none to share out, or on which tensor parallelism
+        splits neither attention nor MLP."""
+        if model.moe is None and self.ep > 1:
+            raise ValueError(f"mesh {self}: {model.name} has no experts to split over ep; set ep=1 and use dp or fsdp")
         if model.moe is not None and (places := model.moe.num_places) % self.ep:
             copies = f" + num_replicas={model.moe.num_replicas}" if model.moe.num_replicas else ""
             raise ValueError(
@@ -335,6 +369,16 @@ class MeshConfig:
             raise ValueError(
                 f"tp={self.tp} divides neither num_heads={model.num_heads} nor mlp_dim={model.mlp_dim}; "
                 f"use tp in {_divisors(both)}"
+            )
+
+    def check_rows(self, batch_size: int, accum_steps: int = 1) -> None:
+        """Refuse a batch that devices cannot share evenly: each of them would compute all of its rows."""
+        parts = self.dp * self.fsdp * self.ep * accum_steps
+        if batch_size % parts:
+            below = batch_size // parts * parts
+            raise ValueError(
+                f"batch_size={batch_size} rows are not divisible by dp*fsdp*ep*accum_steps={parts}; "
+                f"use {f'{below} or ' if below else ''}{below + parts} rows, or a larger tp or cp"
             )
 
 
@@ -350,11 +394,14 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # inf: nothing is clipped
 
     def __post_init__(self):
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
+        _require(self, _POSITIVE, "learning_rate", "eps")
+        _require(self, _NOT_NEGATIVE, "warmup_steps", "final_fraction", "weight_decay")
+        _require(self, _FRACTION, "b1", "b2")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive; inf clips nothing")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,8 +418,10 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.seq_len < 2 or self.batch_size < 1:
-            raise ValueError(f"seq_len={self.seq_len} must be at least 2 and batch_size={self.batch_size} at least 1")
+        _require(self, _COUNT, "batch_size")
+        _require(self, _SEED, "seed")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len={self.seq_len} must be at least 2: each token is asked for the next")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout={self.holdout} must lie between 0 and 1")
         kind, _, size = self.tokenizer.partition(":")
@@ -406,12 +455,7 @@ class CheckpointConfig:
     """steps from one copy to the next, a multiple of every; default: each that is saved on disk"""
 
     def __post_init__(self):
-        if self.every < 1 or self.keep_last < 1:
-            raise ValueError(f"checkpoint every={self.every} and keep_last={self.keep_last} must be at least 1")
-        for name in ("keep_every", "memory_every", "remote_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"checkpoint {name}={value} must be at least 1")
+        _require(self, _COUNT, "every", "keep_last", "keep_every", "memory_every", "remote_every")
         if self.remote_every is not None and (self.remote is None or self.remote_every % self.every):
             raise ValueError(
                 f"checkpoint remote_every={self.remote_every} needs remote and a multiple of every={self.every}"
@@ -449,13 +493,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
-        for field in ("accum_steps", "loss_chunk", "eval_every", "eval_batches", "log_every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
+        _require(self, _COUNT, "steps", "accum_steps", "loss_chunk", "eval_every", "eval_batches", "log_every")
+        _require(self, _NOT_NEGATIVE, "z_loss")
+        _require(self, _SEED, "seed")
+        try:
+            re.compile(self.precision_skip)
+        except re.error as error:
+            raise ValueError(
+                f"precision_skip={self.precision_skip!r} is no regular expression: {error}; "
+                f"to mean the characters themselves use {re.escape(self.precision_skip)!r}"
+            ) from None
         if self.data.batch_size % self.accum_steps:
             raise ValueError(
                 f"batch_size={self.data.batch_size} is not divisible by accum_steps={self.accum_steps}; "

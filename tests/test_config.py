@@ -1,12 +1,14 @@
 """Configurations refuse what cannot work, with the numbers and the remedy."""
 
 import dataclasses
+import functools
 import json
+import math
 
 import pytest
 
 from jaxscale import MeshConfig, ModelConfig, TrainConfig, runs
-from jaxscale.config import DataConfig, from_dict
+from jaxscale.config import DataConfig, MoEConfig, OptimizerConfig, RopeScaling, from_dict
 from jaxscale.models import presets
 
 
@@ -32,6 +34,19 @@ def model(**changes):
         (lambda: MeshConfig(tp=5).check_model(presets.tiny()), r"tp=5 divides neither num_heads=4 nor mlp_dim=384"),
         (lambda: DataConfig(seq_len=1), "seq_len=1"),
         (
+            lambda: MeshConfig(fsdp=2, ep=4).check_model(presets.tiny()),
+            "fsdp=2,ep=4: tiny has no experts .* set ep=1 and use dp or fsdp",
+        ),
+        (lambda: MeshConfig(fsdp=8).check_rows(7), r"batch_size=7 .* dp\*fsdp\*ep\*accum_steps=8; use 8 rows"),
+        (lambda: MeshConfig(fsdp=4, dp=2).check_rows(18, 2), "accum_steps=16; use 16 or 32 rows"),
+        (
+            lambda: TrainConfig(model=presets.tiny(), precision_skip="w("),
+            r"precision_skip='w\(' is no regular expression: missing \).*; .* use 'w\\\\\('",
+        ),
+        (lambda: TrainConfig(model=presets.tiny(), seed=2**63), r"less than 2\*\*63, such as 0"),
+        (lambda: OptimizerConfig(clip_norm=math.nan), "clip_norm=nan must be positive; inf clips nothing"),
+        (lambda: RopeScaling(kind="llama3", factor=8, low_freq_factor=4), "low_freq_factor=4 must be less than"),
+        (
             lambda: TrainConfig(model=presets.tiny(), data=DataConfig(seq_len=4096)),
             "longer than the model's max_seq_len",
         ),
@@ -49,6 +64,38 @@ def test_refusals(make, message):
 def test_a_config_survives_json(run):
     cfg = run()
     assert from_dict(TrainConfig, json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg
+
+
+POSITIVE = {
+    "norm_eps query_scale attn_soft_cap logit_soft_cap rope_theta local_rope_theta": model,
+    "learning_rate eps clip_norm": OptimizerConfig,
+    "factor beta_fast beta_slow attention_factor high_freq_factor": functools.partial(
+        RopeScaling, kind="yarn", factor=4.0
+    ),
+    "weight_scale capacity_factor": functools.partial(
+        MoEConfig, num_experts=4, top_k=2, mlp_dim=8, router="gshard", dropless=False
+    ),
+}
+NOT_NEGATIVE = {
+    "warmup_steps final_fraction weight_decay b1 b2": OptimizerConfig,
+    "z_loss": functools.partial(TrainConfig, model=presets.tiny()),
+    "balance_weight router_z_weight cheap_balance shared_dim": functools.partial(
+        MoEConfig, num_experts=4, top_k=2, mlp_dim=8
+    ),
+}
+
+
+@pytest.mark.parametrize(("makers", "zero"), [(POSITIVE, False), (NOT_NEGATIVE, True)])
+def test_numbers_have_a_range(makers, zero, rng):
+    """Of every field: nan, a negative number and minus infinity are refused with it, what lies within is not."""
+    for names, make in makers.items():
+        for name in names.split():
+            below = -float(rng.uniform(0.01, 9))
+            for bad in (math.nan, -math.inf, below, *(() if zero else (0,))):
+                with pytest.raises(ValueError, match=f"^{name}={bad} must be ".replace("+", r"\+")) as error:
+                    make(**{name: bad})
+                assert "\n" not in str(error.value)
+            make(**{name: float(rng.uniform(0.01, 0.99))})
 
 
 def test_mesh_text_round_trip():

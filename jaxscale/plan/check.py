@@ -73,10 +73,13 @@ def check_config(cfg: TrainConfig, num_devices: int) -> None:
     """
     mesh = cfg.mesh.fill(num_devices)
     check_mesh(cfg.model, mesh)
-    if mesh.cp > 1 and (mesh.cp_strategy, mesh.cp_layout) != context_cost.Context():
-        rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
-        # Whether any choice can run does not depend on the rates; the devices' own would start a backend here.
-        found, _ = context_cost.plan(mesh, cfg.model, rows, seq_len, rates=context_cost.UNKNOWN)
+    rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
+    mesh.check_rows(rows, cfg.accum_steps)
+    if mesh.cp > 1:
+        found = context_cost.Context()
+        if (mesh.cp_strategy, mesh.cp_layout) != found:
+            # Whether any choice can run does not depend on the rates; the devices' own would start a backend here.
+            found, _ = context_cost.plan(mesh, cfg.model, rows, seq_len, rates=context_cost.UNKNOWN)
         one_row = {name: np.zeros((1, seq_len), np.int32) for name in ("positions", "segment_ids")}
         permute_batch(one_row, found.layout, mesh.cp)
 

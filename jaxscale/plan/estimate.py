@@ -189,17 +189,9 @@ def cache_bytes(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, max_le
 def check(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, seq_len: int, accum_steps: int = 1) -> None:
     """Refuses, in one line, what would not divide or what the decoder does not use."""
     check_mesh(model, mesh)
-    if mesh.ep > 1 and model.moe is None:
-        raise ValueError(f"mesh {mesh}: {model.name} has no experts to split over ep; set ep=1 and use dp or fsdp")
     if mesh.tp > 1 and model.num_heads % mesh.tp:
         raise ValueError(f"num_heads={model.num_heads} is not divisible by tp={mesh.tp}: attention would not be split")
-    rows = mesh.dp * mesh.fsdp * mesh.ep * accum_steps
-    if batch_size % rows:
-        below, above = batch_size // rows * rows, -(-batch_size // rows) * rows
-        raise ValueError(
-            f"batch_size={batch_size} rows are not divisible by dp*fsdp*ep*accum_steps={rows}; "
-            f"use {' or '.join(str(n) for n in (below, above) if n)} rows, or a larger tp or cp"
-        )
+    mesh.check_rows(batch_size, accum_steps)
     if seq_len % (mesh.cp * mesh.tp):
         raise ValueError(f"seq_len={seq_len} is not divisible by cp*tp={mesh.cp * mesh.tp}; pad the rows")
 

@@ -56,7 +56,7 @@ FEATURES: Mapping[str, Feature] = {
     "dp": Feature("dp", {"mesh": {"dp": 2}}),
     "fsdp": Feature("fsdp", {"mesh": {"fsdp": 2}}),
     "tp": Feature("tp", {"mesh": {"tp": 2}}),
-    "ep": Feature("ep", {"mesh": {"ep": 2}}),
+    "ep": Feature("ep", {**_experts("").changes, "mesh": {"ep": 2}}),
     "pp": Feature("pp", {"mesh": {"pp": 2}}),
     "cp=all_gather": _split("all_gather"),
     "cp=ring": _split("ring"),

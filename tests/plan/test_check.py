@@ -30,11 +30,11 @@ from sharding_rules.rules import MEGATRON_FSDP
 ROOT = Path(__file__).parents[2]
 
 
-def config(model=None, seq_len=64, source="stdlib", **mesh) -> TrainConfig:
+def config(model=None, seq_len=64, source="stdlib", rows=8, **mesh) -> TrainConfig:
     return TrainConfig(
         model=dataclasses.replace(preset("tiny"), **(model or {})),
         mesh=MeshConfig(**mesh),
-        data=DataConfig(batch_size=8, seq_len=seq_len, source=source),
+        data=DataConfig(batch_size=rows, seq_len=seq_len, source=source),
     )
 
 
@@ -47,6 +47,10 @@ def config(model=None, seq_len=64, source="stdlib", **mesh) -> TrainConfig:
         (config(cp=8, cp_strategy="ulysses"), "none of ulysses runs"),
         (config(seq_len=60, cp=8, cp_strategy="ring"), "seq_len=60 is not divisible by cp=8"),
         (config(seq_len=72, cp=8, cp_layout="zigzag"), "zigzag rows of 72 tokens"),
+        (config(seq_len=60, cp=8), "seq_len=60 is not divisible by cp=8, .* use 56 or 64, or a cp that divides"),
+        (config(ep=8), "has no experts to split over ep; set ep=1"),
+        (config(rows=7, fsdp=8), "batch_size=7 rows are not divisible by .*=8; use 8 rows, or a larger tp or cp"),
+        (config(rows=12, fsdp=8), "use 8 or 16 rows"),
         (config(tp=8, fsdp=2), "needs 16 devices but 8"),
         (config({"moe": MoEConfig(num_experts=6, top_k=2, mlp_dim=64)}, ep=4, fsdp=2), "not divisible by ep=4"),
     ],
