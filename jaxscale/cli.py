@@ -298,6 +298,8 @@ def _rules(args: list[str]) -> int:
     config = MeshConfig.parse(options.mesh)
     if config.num_devices is None:
         raise ValueError(f"mesh {options.mesh}: rules are for a mesh of known size; replace the -1")
+    if config.num_devices == 1:
+        raise ValueError(f"mesh {options.mesh!r} is one device: nothing to split; name axes, as in --mesh fsdp=8,tp=8")
     sizes = {axis: size for axis, size in dataclasses.asdict(config).items() if isinstance(size, int) and size > 1}
     memory = None if options.memory_gb is None else options.memory_gb * 1e9
     if memory is not None and not 0 < memory < math.inf:
@@ -364,14 +366,18 @@ def _parse(cls: type, args: list[str], prog: str, **kwargs: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip(" │") for line in said.getvalue().splitlines()]
-        lines = [line for line in lines if line.strip("╭╰╮╯─-") and "For full helptext" not in line]
-        # A check of ours that failed: where it stands is for the option parser's own mistakes.
-        words = re.sub(r"^Value error Error parsing [\w.]+: ", "", " ".join(lines))
-        raise ValueError(f"{words}; {prog} --help lists the options") from None
+        raise ValueError(f"{_words(said.getvalue())}; {prog} --help lists the options") from None
     if unknown:
         raise ValueError(f"no option {unknown[0]!r}{_nearest(unknown[0], _options(cls))}; {prog} --help lists them")
     return cfg
+
+
+def _words(framed: str) -> str:
+    """What the option parser says, out of its frame (of lines or, where the terminal has none, of dashes)."""
+    text = " ".join(re.sub("[╭╰╮╯│─]|-{3,}", " ", framed.partition("For full helptext")[0]).split())
+    # Which option it could not read belongs to the message; the name of a configuration, one of whose checks
+    # failed, does not.
+    return re.sub(r"^Value error Error parsing (?:(--\S+: )|\S+: )", r"\1", text)
 
 
 def _options(cls: type, prefix: str = "--") -> list[str]:

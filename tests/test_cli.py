@@ -76,6 +76,38 @@ def test_mistakes_are_one_line(capsys, args, message, tmp_path, monkeypatch):
     assert len(err.strip().splitlines()) == 1
 
 
+FRAMED = """\
+╭─ Value error ─────────────────────────────────────────────────────╮
+│ Error parsing --mesh.fsdp: invalid literal for int() with base    │
+│ 10: 'fsdp=2'                                                      │
+│ ───────────────────────────────────────────────────────────────── │
+│ For full helptext, see jaxscale train tiny --help                 │
+╰───────────────────────────────────────────────────────────────────╯
+"""
+
+
+@pytest.mark.parametrize("marks", ["╭╰╮╯│─", "     -"])
+def test_what_the_parser_says_is_taken_out_of_its_frame(marks):
+    framed = FRAMED.translate(str.maketrans("╭╰╮╯│─", marks)).replace("- Value", "  Value")
+    assert cli._words(framed) == "--mesh.fsdp: invalid literal for int() with base 10: 'fsdp=2'"
+    of_ours = framed.replace("--mesh.fsdp: invalid literal for", "TrainConfig: steps=0 must be")
+    assert cli._words(of_ours) == "steps=0 must be int() with base 10: 'fsdp=2'"
+
+
+def test_a_file_of_rates_is_left_only_by_what_measured_them(tmp_path, monkeypatch, capsys):
+    from jaxscale.plan import links
+
+    def fails(*args, **kwargs):
+        raise NotImplementedError("bfloat16 is not there")
+
+    monkeypatch.setattr(links, "measure", fails)
+    old, new = tmp_path / "old.toml", tmp_path / "new.toml"
+    old.write_text("kept")
+    for out in (old, new):
+        assert call(capsys, "bench", "links", "--out", str(out))[0] == cli.EXIT_USER_ERROR
+    assert old.read_text() == "kept" and not new.exists()
+
+
 def test_a_function_that_is_no_run(capsys, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def big():\n    return 3\n")
@@ -158,6 +190,7 @@ def test_rules_for_a_model_of_ones_own(capsys, tmp_path):
     for args, message in [
         ([build, "--mesh", "tp=7"], "no axis divides by tp=7"),
         ([build, "--mesh", "fsdp=-1"], "a mesh of known size"),
+        ([build, "--mesh", ""], "mesh '' is one device: nothing to split; name axes, as in --mesh fsdp=8,tp=8"),
         ([build, "--mesh", "tp=2,tp=4"], "tp is given twice, 2 and 4"),
         ([build, "--memory-gb", "nan"], "--memory-gb nan must be a positive, finite number"),
         ([f"{tmp_path}/bad.py:raises"], "line 2: ZeroDivisionError: division by zero"),

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxscale.checkpoint.background import one_line
+
 RETRIES = 6  # of a request, a minute in all; TensorStore's own 32 hide a wrong address for a quarter of an hour
 
 
@@ -13,14 +15,14 @@ class RemotePath:
         self.store, self.base, self.key = store, base, key
 
     @classmethod
-    def open(cls, location: str | Mapping[str, Any]) -> "RemotePath":
+    def open(cls, location: str | Mapping[str, Any], retries: int = RETRIES) -> "RemotePath":
         import tensorstore as ts
 
         spec = ts.KvStore.Spec(location).to_json() if isinstance(location, str) else dict(location)
         path = spec.get("path", "").rstrip("/")
         spec["path"] = path and f"{path}/"
         if spec["driver"] in ("s3", "gcs"):
-            spec.setdefault("context", {f"{spec['driver']}_request_retries": {"max_retries": RETRIES}})
+            spec.setdefault("context", {f"{spec['driver']}_request_retries": {"max_retries": retries}})
         return cls(ts.KvStore.open(spec).result(), spec)
 
     @property
@@ -101,4 +103,4 @@ class RemotePath:
         try:
             return future.result()
         except Exception as error:  # TensorStore raises many kinds
-            raise OSError(f"{self} cannot be reached: {' '.join(str(error).split())[:300]}") from error
+            raise OSError(f"{self} cannot be reached: {one_line(error)}") from error

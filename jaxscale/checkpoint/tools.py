@@ -20,12 +20,14 @@ from jaxscale.checkpoint import files, reading
 from jaxscale.checkpoint.background import one_line
 from jaxscale.checkpoint.layout import Layout, apply_layout
 from jaxscale.checkpoint.maps import Box, Lazy
+from jaxscale.checkpoint.remote_path import RemotePath
 from jaxscale.checkpoint.snapshot import Snapshot
 from jaxscale.checkpoint.store import Checkpointer
 from jaxscale.checkpoint.tree import describe, named_leaves, num_bytes, show_record, tree_problem
 from jaxscale.config import ModelConfig, from_dict
 
 Path = str | os.PathLike[str]
+ANSWER_RETRIES = 2  # of a store's first answer: three seconds
 BLOCK_BYTES = 64 << 20  # held at a time of each array that is compared
 
 
@@ -210,7 +212,14 @@ def _find(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _steps_in(path: Path) -> Path:
-    """Where the steps are: of the directory of a run, its checkpoints/."""
+    """Where the steps are: of the directory of a run, its checkpoints/.
+
+    Raises:
+      OSError: nobody answers there; of an object store this is said in seconds, not after a run's minute of retries.
+    """
+    if "://" in os.fspath(path):
+        (RemotePath.open(os.fspath(path), ANSWER_RETRIES) / files.COMMIT).exists()
+        return path
     inside = os.path.join(path, "checkpoints")
     return inside if os.path.isdir(inside) else path
 

@@ -65,10 +65,17 @@ def links_command(options: LinksOptions) -> int:
     for name in ("megabytes", "matmul"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
-    open(options.out, "a").close()  # a place that cannot be written is said before the work
-    measured = measure(mesh, num_bytes=options.megabytes * 2**20, side=options.matmul)
+    out = Path(options.out)
+    new = not out.exists()
+    out.open("a").close()  # a place that cannot be written is said before the work
+    try:
+        measured = measure(mesh, num_bytes=options.megabytes * 2**20, side=options.matmul)
+    except BaseException:
+        if new:
+            out.unlink()
+        raise
     print(measured.table())
-    Path(options.out).write_text(to_toml(measured.hardware))
+    out.write_text(to_toml(measured.hardware))
     print(f"written: {options.out}; use it with jaxscale plan --hardware {options.out}")
     return 0
 

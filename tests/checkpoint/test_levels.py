@@ -244,6 +244,31 @@ def test_levels_that_do_not_fit_are_refused(tmp_path):
         Levels([Level(disk, 1)], pool=HostPool(100)).save(1, {"x": jnp.zeros(1000)})
 
 
+def test_the_command_line_says_soon_and_why_a_store_is_not_reached(capsys, monkeypatch):
+    """After two more tries, not the six of a run; an error without words says its kind."""
+    from jaxscale import cli
+
+    opened = RemotePath.open
+
+    def nobody(location, retries):
+        assert location == "s3://missing/run"
+        where = {"driver": "s3", "bucket": "missing", "endpoint": f"http://{free_addresses(1)[0]}", "aws_region": "x"}
+        context = {"s3_request_retries": {"max_retries": retries, "initial_delay": "1ms"}}
+        return opened(where | {"aws_credentials": {"type": "anonymous"}, "context": context})
+
+    monkeypatch.setattr(RemotePath, "open", nobody)
+    assert cli.main(["checkpoint", "ls", "s3://missing/run"]) == cli.EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert "All 2 retry attempts failed" in said and len(said.strip().splitlines()) == 1
+
+    class Silent:
+        def result(self):
+            raise TimeoutError
+
+    with pytest.raises(OSError, match=r"^file:///x cannot be reached: TimeoutError$"):
+        RemotePath(None, {"driver": "file", "path": "/x"})._await(Silent())
+
+
 def test_a_store_that_cannot_be_reached_is_passed_over(tmp_path, caplog, monkeypatch):
     """But not where no other level has a step: training would start anew and lose what the store has."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
