@@ -94,9 +94,10 @@ def grouped_sum(
 ) -> jax.Array:
     """The sum over i of `grouped(lhs[i], rhs[i])`, all of one shape: one longer sum for each tile."""
     name = "ragged_dot_transposed" if transposed else "ragged_dot"
-    finish = lambda acc, row: acc[0]
+    G, N = rhs[0].shape[0], rhs[0].shape[1 if transposed else 2]
+    c = config or tuned(-(-lhs[0].shape[0] // G), N)
     parts = tuple((r,) for r in rhs)
-    return _grouped(lhs, parts, group_sizes, dtype, finish, name=name, transposed=transposed, config=config)
+    return _grouped(lhs, parts, group_sizes, None, dtype, _sum, name=name, transposed=transposed, c=c)
 
 
 def gated(
@@ -110,28 +111,34 @@ def gated(
 ) -> jax.Array:
     """silu(gate) * up * weights [M, N], where gate and up are `grouped` of lhs and each of rhs: one kernel, whose
     tiles have columns of both. weights: float32 [M], of each row. In float32 inside."""
-
-    def finish(acc, row):
-        gate, up = acc
-        weight = lax.broadcast_in_dim(row, gate.shape, [0])
-        return gate / (1.0 + jnp.exp(-gate)) * up * weight
-
     short = -(-lhs.shape[0] // group_sizes.shape[0]) <= UNIT
     c = config or (Config(warpgroups=1, stages=5) if short else Config())  # stores go in pairs of 64 columns
-    return _grouped((lhs,), (rhs,), group_sizes, dtype, finish, name="ragged_dot_gated", row=weights, config=c)
+    return _grouped((lhs,), (rhs,), group_sizes, weights, dtype, _swiglu, name="ragged_dot_gated", c=c)
 
 
+def _sum(acc, row):
+    return acc[0]
+
+
+def _swiglu(acc, row):
+    gate, up = acc
+    return gate / (1.0 + jnp.exp(-gate)) * up * lax.broadcast_in_dim(row, gate.shape, [0])
+
+
+# Equal calls are traced once (inline: the program is as without jit), and so Mosaic lowers and compiles one kernel for
+# all of them: gate and up, each layer's recomputation, each round of an experts' dispatch.
+@functools.partial(jax.jit, static_argnames=("dtype", "finish", "name", "transposed", "c"), inline=True)
 def _grouped(
     lhs: tuple[jax.Array, ...],
     rhs: tuple[tuple[jax.Array, ...], ...],
     group_sizes: jax.Array,
+    row: jax.Array | None,
     dtype,
     finish,
     *,
     name: str,
     transposed: bool = False,
-    row: jax.Array | None = None,
-    config: Config | None = None,
+    c: Config,
 ) -> jax.Array:
     """[M, N] of what finish makes of tiles of the sum over i of lhs[i] times its matrices rhs[i].
 
@@ -140,7 +147,6 @@ def _grouped(
     """
     (M, K), G = lhs[0].shape, rhs[0][0].shape[0]
     N, sides = rhs[0][0].shape[1 if transposed else 2], len(rhs[0])
-    c = config or tuned(-(-M // G), sides * N)
     lhs = tuple(jnp.pad(x, ((0, -M % ALIGN), (0, 0))) for x in lhs)  # TMA takes whole units of 8 rows
     terms, depth, width = len(lhs), K // UNIT, c.columns // sides
     tiles = make_tiles(group_sizes, M, c.warpgroups * c.rows, ALIGN, unit=UNIT)
@@ -261,8 +267,12 @@ def contraction(
     lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype, *, config: Config | None = None
 ) -> jax.Array:
     """[G, K, N]: lhs.T @ grad over the rows of each group."""
+    return _contraction(lhs, grad, group_sizes, dtype, c=config or tuned(lhs.shape[1], grad.shape[1]))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "c"), inline=True)
+def _contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype, *, c: Config) -> jax.Array:
     (M, K), N, G = lhs.shape, grad.shape[1], group_sizes.shape[0]
-    c = config or tuned(K, N)
     lhs, grad = (jnp.pad(x, ((0, -M % ALIGN), (0, 0))) for x in (lhs, grad))
     begins, ends = bounds(group_sizes, M)
     order = jnp.argsort(begins - ends, stable=True)  # the largest first: see _for_each_tile

@@ -38,9 +38,15 @@ def supported(x, token, place) -> str | None:
 
 
 def spread_rows(x: jax.Array, token: jax.Array, place: jax.Array) -> jax.Array:
-    (n, D), K, rows, slots = x.shape, place.shape[1], token.shape[0], _slots(x)
+    return _spread(x, place, rows=token.shape[0], blocks=_BLOCKS)
+
+
+# Equal calls are traced once and share one kernel, as in ragged_dot.
+@functools.partial(jax.jit, static_argnames=("rows", "blocks"), inline=True)
+def _spread(x: jax.Array, place: jax.Array, *, rows: int, blocks: int) -> jax.Array:
+    (n, D), K, slots = x.shape, place.shape[1], _slots(x)
     inner = 256 if D % 256 == 0 else 64  # TMA moves boxes of up to 256 numbers a side
-    step, ahead = _BLOCKS * _WORKERS, slots // 2
+    step, ahead = blocks * _WORKERS, slots // 2
 
     def kernel(x_ref, place_ref, out_ref, smem, full):
         wg = lax.axis_index("wg")
@@ -79,7 +85,7 @@ def spread_rows(x: jax.Array, token: jax.Array, place: jax.Array) -> jax.Array:
             plgpu.SMEM((_WORKERS, slots, D // inner, inner), x.dtype),
             plgpu.Barrier(num_barriers=_WORKERS * slots),
         ),
-        grid=(_BLOCKS,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=_WORKERS,
         thread_name="wg",

@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxscale.parallel import expert_local
 from pallas_kernels import ragged_dot, ragged_dot_implementation, ragged_dots
 from pallas_kernels.ragged_dot import gated, pallas_mosaic_gpu, pallas_mosaic_tpu, schedule, xla
+from pallas_kernels.spread_rows.pallas_mosaic_gpu import spread_rows as spread_rows_gpu
 
 PLAIN = ["xla", "xla loop", "reference"]
 
@@ -423,3 +425,32 @@ def test_experts_use_one_kernel_where_no_gradient_is_asked_for(rng, monkeypatch)
         out, vjp = jax.vjp(wrap(hidden), *args)
         for got, expected in zip((out, *vjp(grad)), want, strict=True):
             close(got, expected, 2e-2)
+
+
+def kernels_of(jaxpr):
+    """The kernel jaxprs of a program, in order, those inside of other programs' too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "mpmd_map":
+            yield eqn.params["jaxprs"][0]
+        else:
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                yield from kernels_of(inner)
+
+
+def test_equal_calls_share_a_kernel():
+    """Which Mosaic then lowers and compiles once: by identity, since that is what JAX's cache of lowerings goes by."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    M, K, N, G = 512, 128, 256, 4
+    sizes, place = jax.ShapeDtypeStruct((G,), jnp.int32), jax.ShapeDtypeStruct((M, 1), jnp.int32)
+
+    def step(x, a, b, down, sizes, place):
+        run = lambda *args, **kw: pallas_mosaic_gpu.grouped(*args, sizes, jnp.bfloat16, **kw)
+        gate, up = run(x, a), run(x, b)
+        hidden = run(gate * up, down)
+        back = run(hidden, down, transposed=True)
+        grads = [pallas_mosaic_gpu.contraction(x, g, sizes, jnp.bfloat16) for g in (gate, back)]
+        return grads, [spread_rows_gpu(rows, place[:, 0], place) for rows in (x, x * 2)]
+
+    jaxpr = jax.make_jaxpr(step)(shape(M, K), *[shape(G, K, N)] * 2, shape(G, N, K), sizes, place).jaxpr
+    found = [id(kernel) for kernel in kernels_of(jaxpr)]
+    assert [found.index(kernel) for kernel in found] == [0, 0, 2, 3, 4, 4, 6, 6]
