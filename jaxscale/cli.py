@@ -375,9 +375,9 @@ def _parse(cls: type, args: list[str], prog: str, **kwargs: Any) -> Any:
 def _words(framed: str) -> str:
     """What the option parser says, out of its frame (of lines or, where the terminal has none, of dashes)."""
     text = " ".join(re.sub("[╭╰╮╯│─]|-{3,}", " ", framed.partition("For full helptext")[0]).split())
-    # Which option it could not read belongs to the message; the name of a configuration, one of whose checks
-    # failed, does not.
-    return re.sub(r"^Value error Error parsing (?:(--\S+: )|\S+: )", r"\1", text)
+    # What it could not read, an option or a part of the configuration, belongs to the message; the class of the whole
+    # configuration does not.
+    return re.sub(r"^Value error Error parsing (?:[A-Z]\w+: )?", "", text)
 
 
 def _options(cls: type, prefix: str = "--") -> list[str]:

@@ -501,7 +501,7 @@ class TrainConfig:
         except re.error as error:
             raise ValueError(
                 f"precision_skip={self.precision_skip!r} is no regular expression: {error}; "
-                f"to mean the characters themselves use {re.escape(self.precision_skip)!r}"
+                f"to mean the characters themselves use {re.escape(self.precision_skip)}"
             ) from None
         if self.data.batch_size % self.accum_steps:
             raise ValueError(

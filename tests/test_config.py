@@ -41,7 +41,7 @@ def model(**changes):
         (lambda: MeshConfig(fsdp=4, dp=2).check_rows(18, 2), "accum_steps=16; use 16 or 32 rows"),
         (
             lambda: TrainConfig(model=presets.tiny(), precision_skip="w("),
-            r"precision_skip='w\(' is no regular expression: missing \).*; .* use 'w\\\\\('",
+            r"precision_skip='w\(' is no regular expression: missing \).*; .* use w\\\($",
         ),
         (lambda: TrainConfig(model=presets.tiny(), seed=2**63), r"less than 2\*\*63, such as 0"),
         (lambda: OptimizerConfig(clip_norm=math.nan), "clip_norm=nan must be positive; inf clips nothing"),

@@ -76,12 +76,13 @@ def check_config(cfg: TrainConfig, num_devices: int) -> None:
     rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
     mesh.check_rows(rows, cfg.accum_steps)
     if mesh.cp > 1:
-        found = context_cost.Context()
-        if (mesh.cp_strategy, mesh.cp_layout) != found:
+        one_row = {name: np.zeros((1, seq_len), np.int32) for name in ("positions", "segment_ids")}
+        if mesh.cp_layout != "auto":  # before a strategy is said not to run on rows of this length
+            permute_batch(one_row, mesh.cp_layout, mesh.cp)
+        if (mesh.cp_strategy, mesh.cp_layout) != context_cost.Context():
             # Whether any choice can run does not depend on the rates; the devices' own would start a backend here.
             found, _ = context_cost.plan(mesh, cfg.model, rows, seq_len, rates=context_cost.UNKNOWN)
-        one_row = {name: np.zeros((1, seq_len), np.int32) for name in ("positions", "segment_ids")}
-        permute_batch(one_row, found.layout, mesh.cp)
+            permute_batch(one_row, found.layout, mesh.cp)
 
 
 def verdict(names: Sequence[str], hardware: str) -> Verdict:

@@ -46,7 +46,10 @@ def config(model=None, seq_len=64, source="stdlib", rows=8, **mesh) -> TrainConf
         (config(cp=2, fsdp=4, cp_strategy="usp"), "none of usp runs"),
         (config(cp=8, cp_strategy="ulysses"), "none of ulysses runs"),
         (config(seq_len=60, cp=8, cp_strategy="ring"), "seq_len=60 is not divisible by cp=8"),
-        (config(seq_len=72, cp=8, cp_layout="zigzag"), "zigzag rows of 72 tokens"),
+        (
+            config(seq_len=72, cp=8, cp_layout="zigzag"),
+            r"seq_len=72 is not divisible by 2 \* cp=8, as a zigzag layout needs; use 64 or 80",
+        ),
         (config(seq_len=60, cp=8), "seq_len=60 is not divisible by cp=8, .* use 56 or 64, or a cp that divides"),
         (config(ep=8), "has no experts to split over ep; set ep=1"),
         (config(rows=7, fsdp=8), "batch_size=7 rows are not divisible by .*=8; use 8 rows, or a larger tp or cp"),
