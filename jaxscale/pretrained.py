@@ -16,8 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxscale.checkpoint.gguf import chatml
-from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
-from jaxscale.config import ModelConfig
+from jaxscale.checkpoint.huggingface_config import config_from_hf
+from jaxscale.config import ModelConfig, from_dict
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxscale.fetch import fetch_pypi
 from jaxscale.models.cache import CacheFormat
@@ -118,22 +118,18 @@ def save_model(model: LoadedModel, path: str | Path) -> None:
     """A directory that `load_model` reads: a model with quantized parameters, configuration, tokenizer, chat.
 
     Raises:
-      ValueError: the directory is not empty, or Hugging Face's configuration cannot say what the model is.
+      ValueError: the directory is not empty.
     """
     path = require_new(path)
-    config = json.dumps(config_to_hf(model.cfg), indent=2)  # refused, if it is, before anything is written
     path.mkdir(parents=True, exist_ok=True)
     chat = None if model.chat is None else {"system": getattr(model.chat, "keywords", {}).get("system")}
     model.tokenizer.save(path / "tokenizer.json")
-    # dtype is of the computation: config.json has none of its own for it.
     about = {
-        "dtype": model.cfg.dtype,
-        "param_dtype": model.cfg.param_dtype,
+        "model": dataclasses.asdict(model.cfg),
         "chat": chat,
         "stop": model.stop_tokens,
         "cache": model.cache_format,
     }
-    (path / "config.json").write_text(config, "utf-8")
     (path / "quantized.json").write_text(json.dumps(about, indent=2), "utf-8")
     save_quantized(model.params, path / QUANTIZED)  # last: a directory without it is half-written
 
@@ -152,8 +148,11 @@ def require_new(path: str | Path) -> Path:
 
 def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:
     about = _json(path / "quantized.json")
-    dtypes = {name: about[name] for name in ("dtype", "param_dtype")}
-    cfg = dataclasses.replace(config_from_hf(_json(path / "config.json")), **dtypes)
+    if "model" in about:
+        cfg = from_dict(ModelConfig, about["model"])
+    else:  # written before 2026-11-27
+        dtypes = {name: about[name] for name in ("dtype", "param_dtype")}
+        cfg = dataclasses.replace(config_from_hf(_json(path / "config.json")), **dtypes)
     return LoadedModel(
         cfg=cfg,
         params=load_quantized(path / QUANTIZED, param_specs(cfg), mesh, rules),
