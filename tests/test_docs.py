@@ -37,7 +37,11 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("num_experts=64, num_devices=8, num_replicas=8", "num_experts=8, num_devices=2, num_replicas=2"),
     ],
     "quantized": [("w4a16-g64", "w4a16-g32"), ("max_new_tokens=50", "max_new_tokens=2")],
-    "rules": [('{"fsdp": 8, "tp": 8}', '{"fsdp": 2, "tp": 2}'), ('"rules.toml"', "toml")],
+    "rules": [
+        ('{"fsdp": 8, "tp": 8}', '{"fsdp": 2, "tp": 2}'),
+        ("make_mesh(fsdp=8, tp=8)", "make_mesh(devices=jax.devices()[:4], fsdp=2, tp=2)"),
+        ('"rules.toml"', "toml"),
+    ],
     "planner": [('"h200:16x8"', '"cpu:4"'), ("# shapes are enough", "#")],
 }
 ELSEWHERE = {
@@ -65,6 +69,7 @@ def brought(page: str, rng, tmp_path) -> dict[str, Any]:
     """What a page's reader has: names that its blocks use and do not make."""
     batch = {name: tokens(rng, 8, 16) for name in ("tokens", "labels")}
     names: dict[str, Any] = {"cfg": CFG, "init": init, "batch": batch, "tokens": batch["tokens"], "jnp": jnp}
+    names |= {"optimizer": optax.sgd(0.1), "key": jax.random.key(0)}
     names |= {"loss_fn": lambda params, batch: decoder.loss_fn(params, batch, CFG)[0], "params": init(CFG)}
     if page == "data":
         (tmp_path / "a.txt").write_text("the mesh splits every array\n" * 40)
@@ -74,8 +79,9 @@ def brought(page: str, rng, tmp_path) -> dict[str, Any]:
         names |= {"dense": CFG}
     if page == "quantized":
         names |= {"prompts": [[1, 2, 3]], "specs": decoder.param_specs(CFG), "batches": [tokens(rng, 8, 16)]}
-        names |= {"optimizer": optax.sgd(0.1), "key": jax.random.key(0)}
-    if page == "rules":
+    if page == "rules":  # a model that knows nothing of meshes
+        names["params"] = {"embed": jnp.ones((64, 32)), "up": jnp.ones((32, 64)), "down": jnp.ones((64, 32))}
+        names["loss_fn"] = lambda p, b: jnp.square(jax.nn.relu(p["embed"][b["tokens"]] @ p["up"]) @ p["down"]).mean()
         names |= {"toml": tmp_path / "rules.toml", **{f"small_{n}": names[n] for n in ("loss_fn", "params", "batch")}}
     return names
 
@@ -98,6 +104,9 @@ def test_a_page_runs(page, rng, tmp_path, monkeypatch):
             for old, new in CHANGES.get(page, []):
                 block = block.replace(old, new)
             exec(compile(block, f"docs/{page}.md", "exec"), names)
+    if page == "rules":
+        want = names["small_loss_fn"](names["small_params"], names["small_batch"])
+        assert float(names["metrics"]["loss"]) == pytest.approx(float(want), rel=1e-5)
     if page == "data":  # 2 nats for each label, and a byte is a token
         assert names["bits_per_byte"] == pytest.approx(2 / np.log(2), rel=0.1)
 
