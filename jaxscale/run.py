@@ -58,7 +58,7 @@ def run(
     where = {"process_index": index, "process_count": count}
     first = jax.process_index() == 0
     saved = out / "tokenizer.json"
-    tokenizer = load_tokenizer(saved) if saved.exists() else None
+    tokenizer = _tokenizer_of(cfg, saved)
     data, held_out = (make_dataset(cfg.data, split=s, tokenizer=tokenizer, **where) for s in ("train", "valid"))
     if data.tokenizer.vocab_size > cfg.model.vocab_size:
         raise ValueError(
@@ -118,14 +118,25 @@ def run(
             state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key, scales)
             position = data.state(0)
         else:
-            state = levels.restore(abstract_train_state(specs, optimizer, mesh, rules, scales))
+            # Delayed scales are part of the state and are read as they were saved; another precision begins its own.
+            then = levels.metadata()["config"]
+            then = {name: then.get(name, getattr(cfg, name)) for name in ("precision", "precision_skip")}
+            before = _precision(dataclasses.replace(cfg, **then))[1]
+            state = levels.restore(abstract_train_state(specs, optimizer, mesh, rules, before))
+            if jax.tree.structure(before) != jax.tree.structure(scales):
+                fresh = jax.tree.map(lambda x: jax.reshard(x, jax.P()), scales)
+                state = dataclasses.replace(state, scales=fresh)
             position = levels.metadata(int(state.step))["data"]
             console.print(f"resumed from step {int(state.step)} of {out}", highlight=False)
+            if int(state.step) >= cfg.steps:
+                console.print(f"nothing is left to do of --steps {cfg.steps}", highlight=False)
+        batches = data.batches(position)  # before anything is written: it may not fit
+        ahead = batches.state()["batch"] - int(state.step)  # where the batch size has changed, steps are no batches
         if first:
             (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
         def metadata(step: int) -> dict[str, Any]:
-            return {"config": dataclasses.asdict(cfg), "data": data.state(step), "mesh": dict(mesh.shape)}
+            return {"config": dataclasses.asdict(cfg), "data": data.state(step + ahead), "mesh": dict(mesh.shape)}
 
         held_out_rows = [held_out[i] for i in range(min(cfg.eval_batches, held_out.batches_per_epoch))]
 
@@ -144,7 +155,7 @@ def run(
         return fit(
             state,
             make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps, compiler_options=options or None),
-            map(put, data.batches(position)),
+            map(put, batches),
             steps=cfg.steps,
             callbacks=(
                 Progress(console, tokens, flops * tokens, peak and peak * mesh.size, cfg.log_every),
@@ -189,6 +200,24 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     return LoadedRun(
         train=train, params=state.params, tokenizer=load_tokenizer(out / "tokenizer.json"), step=int(state.step)
     )
+
+
+def _tokenizer_of(cfg: TrainConfig, saved: Path) -> Any:
+    """The tokenizer that the run in `saved`'s directory began with, None where there is none yet.
+
+    Raises:
+      ValueError: cfg names another one.
+    """
+    if not saved.exists():
+        return None
+    config = saved.parent / "config.json"
+    began = json.loads(config.read_text())["data"]["tokenizer"] if config.exists() else cfg.data.tokenizer
+    if began != cfg.data.tokenizer:
+        raise ValueError(
+            f"{saved.parent} was begun with tokenizer={began!r} but this run says {cfg.data.tokenizer!r}; "
+            f"set --data.tokenizer {began}, or another --out"
+        )
+    return load_tokenizer(saved)
 
 
 def _precision(cfg: TrainConfig) -> tuple[Any, Any]:

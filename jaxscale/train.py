@@ -39,6 +39,13 @@ class TrainState:
     scales: Any = None
 
 
+_NO_MESH = "jaxscale: parameters or batch lie on a mesh but none is set; call the step under `with jax.set_mesh(mesh):`"
+_NO_SHARDINGS = (
+    "jaxscale: shardings are part of types here. A loss function that says nothing about them leaves them to the "
+    "partitioner through jaxscale.auto: make_train_step(jaxscale.auto(loss_fn), optimizer)"
+)
+
+
 class NonFiniteLoss(ArithmeticError):
     """The loss or a gradient is not a number; says at which step, and which checkpoint is still good."""
 
@@ -79,7 +86,8 @@ def make_train_step(
       loss_fn: (params, batch) -> loss, or (loss, metrics) with metrics a dict of scalars. A parameter named `key` gets
         a fresh PRNG key each step (dropout); one named `scales` gets those of the state, which its gradient replaces.
         If the metrics hold a `weight` (the number of labelled tokens, say), micro-batches count by it: the accumulated
-        gradient is then the gradient of the whole batch however its labels are spread.
+        gradient is then the gradient of the whole batch however its labels are spread. On a mesh, one that says nothing
+        about shardings is passed as `jaxscale.auto(loss_fn)`.
       optimizer: any optax transformation.
       accum_steps: micro-batches in a step; the leading dim of every batch leaf must divide by it.
       donate: reuse the old state's memory for the new one.
@@ -98,7 +106,12 @@ def make_train_step(
             loss, metrics = out if isinstance(out, tuple) else (out, {})
             return loss, {"loss": loss, **metrics}
 
-        (_, metrics), grads = jax.value_and_grad(with_metrics, argnums=(0, 1), has_aux=True)(params, scales)
+        try:
+            (_, metrics), grads = jax.value_and_grad(with_metrics, argnums=(0, 1), has_aux=True)(params, scales)
+        except Exception as error:
+            if type(error).__name__ in ("DuplicateSpecError", "ShardingTypeError"):  # which jax does not export
+                error.add_note(_NO_MESH if active_mesh() is None else _NO_SHARDINGS)
+            raise
         return *grads, metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

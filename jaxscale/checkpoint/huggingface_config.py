@@ -155,6 +155,8 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     }
     fields |= hf_moe.moe_to_hf(cfg.moe) if cfg.moe is not None else {}
     fields |= hf_moe.mla_to_hf(cfg.mla) if cfg.mla is not None else {}
+    if cfg.moe is not None and kind in ("mixtral", "gpt_oss"):  # whose every hidden layer is an expert's
+        fields["intermediate_size"] = cfg.moe.mlp_dim
     hf_config = {k: v for k, v in fields.items() if k in _DEFAULTS[kind]}
     hf_config |= {
         "model_type": kind,
@@ -165,12 +167,26 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     if cfg.moe is not None and back.moe is not None:  # how it is trained is not config.json's to say
         ours = {k: getattr(cfg.moe, k) for k in hf_moe.TRAINING}
         back = dataclasses.replace(back, moe=dataclasses.replace(back.moe, **ours))
+        if not cfg.moe.first_dense:  # no layer has a plain MLP
+            back = dataclasses.replace(back, mlp_dim=cfg.mlp_dim)
     if back.local_layers == local:  # one pattern may be written in several ways
         back = dataclasses.replace(back, layer_pattern=cfg.layer_pattern)
-    lost = [f"{k}={v!r}" for k, v in vars(cfg).items() if v != getattr(back, k)]
+    lost = _differences(cfg, back)
     if lost:
         raise ValueError(f"{kind}, the nearest model_type of Hugging Face, cannot say {', '.join(lost)}")
     return hf_config
+
+
+def _differences(cfg: Any, back: Any, prefix: str = "") -> list[str]:
+    """The fields of cfg that back has another value for; inside of a nested configuration where both have one."""
+    out = []
+    for name, value in vars(cfg).items():
+        other = getattr(back, name)
+        if dataclasses.is_dataclass(value) and type(value) is type(other):
+            out += _differences(value, other, f"{name}.")
+        elif value != other:
+            out.append(f"{prefix}{name}={value!r}")
+    return out
 
 
 def _layer_pattern(kind: str, c: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -38,7 +38,8 @@ BOOKKEEPING = ("auto_map", "aux_loss_alpha", "ep_size", "experts_per_token", "in
 BOOKKEEPING += ("num_nextn_predict_layers", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 
 # Of MoEConfig, what config.json does not say.
-TRAINING = ("balance_weight", "balance_rows", "router_z_weight", "cheap_balance", "dispatch", "dispatch_chunks")
+TRAINING = ("balance_weight", "balance_rows", "router_z_weight", "cheap_balance")
+TRAINING += ("dispatch", "dispatch_chunks", "ep_hosts")
 
 
 def model_type(cfg: ModelConfig) -> str:

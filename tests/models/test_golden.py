@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxscale.checkpoint.huggingface import export_hf, import_hf, load_config, params_from_hf, params_to_hf
 from jaxscale.checkpoint.huggingface_config import config_from_hf, config_to_hf
-from jaxscale.config import MeshConfig, ModelConfig, RopeScaling
+from jaxscale.config import MeshConfig, ModelConfig, MoEConfig, RopeScaling
 from jaxscale.mesh import make_mesh
 from jaxscale.models.decoder import forward, param_specs
 from jaxscale.params import param_shardings
@@ -140,6 +140,12 @@ def test_config_to_hf_refuses_what_it_cannot_say():
         config_to_hf(dataclasses.replace(cfg, logit_soft_cap=30.0))
     with pytest.raises(ValueError, match="layer_pattern"):
         config_to_hf(dataclasses.replace(cfg, layer_pattern=("local", "global"), window=4))
+    # Experts of a run: what only training knows, and the unused width of plain layers, need no word of config.json.
+    moe = MoEConfig(num_experts=4, top_k=2, mlp_dim=cfg.mlp_dim // 2, ep_hosts=2, dispatch="two_level")
+    mixtral = dataclasses.replace(cfg, moe=moe)
+    assert config_to_hf(mixtral)["intermediate_size"] == moe.mlp_dim
+    with pytest.raises(ValueError, match=r"cannot say moe\.weight_scale=2\.0, moe\.shared_dim=8$"):
+        config_to_hf(dataclasses.replace(mixtral, moe=dataclasses.replace(moe, shared_dim=8, weight_scale=2.0)))
 
 
 def test_state_dict_errors_name_the_tensor(rng):

@@ -118,6 +118,22 @@ def test_trains_with_state_in_the_shards_of_the_parameters(rng):
     np.testing.assert_allclose(sharded.losses, alone.losses, rtol=1e-5)
 
 
+def test_a_function_without_shardings_says_what_to_do(rng):
+    """What JAX says of it names neither auto nor the mesh that is not set: a note does."""
+    params, batch = {"w": np.eye(8, dtype=np.float32)}, {"x": rng.standard_normal((8, 8)).astype(np.float32)}
+    mesh, optimizer = make_mesh(fsdp=8), optax.sgd(0.1)
+    loss_fn = lambda params, batch: jnp.square(batch["x"] @ params["w"].T).mean()
+    with jax.set_mesh(mesh):
+        state = make_train_state(jax.device_put(params, fsdp_shardings(params, mesh)), optimizer, jax.random.key(0))
+        batch = put_batch(batch, mesh)
+        with pytest.raises(Exception, match="fsdp") as error:
+            make_train_step(loss_fn, optimizer)(state, batch)
+        assert any("make_train_step(jaxscale.auto(loss_fn), optimizer)" in note for note in error.value.__notes__)
+    with pytest.raises(Exception, match="fsdp") as error:
+        make_train_step(auto(loss_fn), optimizer)(state, batch)
+    assert any("with jax.set_mesh(mesh)" in note for note in error.value.__notes__)
+
+
 def test_keys_and_metrics_pass_through(rng):
     x = rng.standard_normal((8, 4)).astype(np.float32)
 

@@ -14,6 +14,7 @@ import pytest
 
 import jaxscale
 from jaxscale.cli import main
+from jaxscale.config import MoEConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params
@@ -101,6 +102,17 @@ def test_convert_then_generate(rng, tmp_path, monkeypatch):
     )
     command("generate", "--model", tmp_path / "mixed", *options)
     assert used == ["int4"]
+
+    # Whatever the decoder can be, Hugging Face's configurations or not: here a shared expert after a plain layer.
+    moe = MoEConfig(num_experts=4, top_k=2, mlp_dim=32, shared_dim=32, first_dense=1, dispatch="all_gather")
+    cfg = dataclasses.replace(CFG, moe=moe, dtype="float32")
+    specs = decoder.param_specs(cfg)
+    small = jaxscale.quantize(init_params(jax.random.key(1), specs), "w4a16-g32", specs)
+    save_model(dataclasses.replace(model, cfg=cfg, params=small), tmp_path / "experts")
+    experts = load_model(tmp_path / "experts")
+    assert load_model(tmp_path / "experts", dtype="bfloat16").cfg == dataclasses.replace(cfg, dtype="bfloat16")
+    assert experts.cfg == cfg and jax.tree.structure(experts.params) == jax.tree.structure(small)
+    jax.tree.map(np.testing.assert_array_equal, experts.params, small)
 
     with pytest.raises(ValueError, match="is not empty"):
         save_model(model, tmp_path / "packed")

@@ -1,6 +1,7 @@
 """Whole runs on a small corpus: resuming continues the loss curve, and what does not fit together is refused."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from jaxscale import Callback, CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, make_mesh
 from jaxscale.callbacks import read_metrics
+from jaxscale.checkpoint import Checkpointer
 from jaxscale.models import decoder, presets
 from jaxscale.run import load_run, run
 from jaxscale.train import NonFiniteLoss, Preempted
@@ -108,11 +110,37 @@ def test_a_finished_run_loads_anywhere(config):
     np.testing.assert_allclose(logits[2], logits[0], atol=1e-5)
 
 
-def test_another_models_checkpoint_is_refused_with_the_shapes(config):
+def test_a_run_goes_on_as_something_else_or_is_refused(config):
+    """Another model or tokenizer and rows that do not fit are refused and change nothing; another batch size goes on at
+    the row where the data stood, another precision with the same optimizer state."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1), eval_every=100)
     run(dataclasses.replace(config, steps=3), console=quiet())
+    written = (_path(config) / "config.json").read_text()
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_dim=128))
     with pytest.raises(ValueError, match=r"w_up(.|\n)*64(.|\n)*128|w_up(.|\n)*128(.|\n)*64"):
         run(wider, console=quiet())
+    of = lambda **data: dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+    with pytest.raises(ValueError, match=r"begun with tokenizer='bytes' but this run says 'bpe:300'; set --data.tok"):
+        run(of(tokenizer="bpe:300"), console=quiet())
+    with pytest.raises(ValueError, match="seq_len=32 but this run has seq_len=16"):
+        run(of(seq_len=16), console=quiet())
+    with pytest.raises(ValueError, match="divisor of 24"):
+        run(of(batch_size=16), console=quiet())
+    assert (_path(config) / "config.json").read_text() == written
+
+    halves = of(batch_size=4)
+    state = run(dataclasses.replace(halves, steps=4, precision="fp8-delayed"), console=quiet())
+    assert state.scales and max(float(x.max()) for x in jax.tree.leaves(state.scales)) > 0
+    console = Console(record=True, width=200, file=io.StringIO())
+    state = run(dataclasses.replace(halves, steps=5), console=console)
+    counts = [int(x) for x in jax.tree.leaves(state.opt_state) if x.shape == ()]
+    assert state.scales is None and counts and set(counts) == {5}
+    with Checkpointer(_path(config) / "checkpoints") as ckpt:
+        position = ckpt.metadata()["data"]
+    assert (position["batch"], position["batch_size"]) == (3 * 2 + 2, 4)
+    assert "resumed from step 4" in console.export_text()
+    run(dataclasses.replace(halves, steps=5), console=console)
+    assert "nothing is left to do of --steps 5" in console.export_text()
 
 
 def test_nan_leaves_the_last_good_checkpoint(config):
