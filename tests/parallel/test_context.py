@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from jaxscale.parallel import context, context_blocks, context_queries, context_ring
+from jaxscale.parallel import context, context_blocks, context_queries, context_ring, context_rows
 from jaxscale.parallel.context_layout import layout_order, permute, restore
 from jaxscale.plan.hlo import census
 
@@ -154,7 +154,8 @@ def test_each_strategy(rng, strategy):
 def test_whole_documents_stay(rng, cp, monkeypatch):
     """Of packed rows only what several devices hold travels: a part where that is enough, or else all, by what the rows
     hold."""
-    monkeypatch.setattr(context_ring, "PARTS", 8)
+    for module in (context_ring, context_rows):
+        monkeypatch.setattr(module, "PARTS", 8)
     taken = []
     for name in ("_forward", "_backward"):
         body = getattr(context_ring, name)
@@ -250,11 +251,14 @@ def test_census_ring(cp):
 
 
 def test_census_packed_rows():
-    """Positions and segment ids of all devices come in one gather a pass. Of the two ways to go on the census counts
-    the heavier one: all tokens travel."""
+    """Positions and segment ids of all devices come in one gather, which both passes use. Of the two ways to go on the
+    census counts the heavier one: all tokens travel."""
     counts, bytes_ = program(4, "ring", "packed", packed=True, causal=True, backward=False)
     assert counts == {"collective-permute": 6, "all-gather": 1}
     assert bytes_.wire_bytes("cp") == 3 * (T // 4) * B * (2 * 2 * H * 4 + 2 * 4)
+    counts, _ = program(4, "ring", "packed", packed=True, causal=True)
+    counts.pop("all-reduce", None)
+    assert counts == {"collective-permute": 6 * 3, "all-gather": 1}
 
 
 def test_census_bidirectional():
