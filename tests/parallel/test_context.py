@@ -415,3 +415,32 @@ def test_keys_split_otherwise_than_queries():
 def test_two_sides_of_a_window_on_two_devices(rng):
     """Both devices need what the other holds, and each has one neighbour: keys go around though the window ends."""
     compare(rng, 2, [("ring", "contiguous", "sides"), ("ring", "contiguous", "window")], 2, 1)
+
+
+def test_rows_of_keys_on_their_own(rng):
+    """Positions and segments as pairs for queries and keys: keys stand three tokens later, and some are padding."""
+    strategy = str(rng.choice(["ring", "bidirectional", "ulysses", "all_gather"]))
+    (positions, ids), mesh = documents(rng), make_mesh(2)
+    hidden = np.where(rng.random(ids.shape) < 0.2, 0, ids).astype(np.int32)
+    pairs = {"positions": (positions, positions + 3), "segment_ids": (ids, hidden)}
+    q, k, v = (rng.normal(size=(B, T, n, H)).astype("f") for n in (4, 4, 4))
+
+    def loss(attend, q, k, v):
+        return (attend(q, k, v) ** 2).sum()
+
+    def split(q, k, v):
+        def body(q, k, v, *rows):
+            pairs = {"positions": rows[:2], "segment_ids": rows[2:]}
+            return context.attention(q, k, v, strategy=strategy, causal=True, **pairs)
+
+        rows = [put(x) for pair in pairs.values() for x in pair]
+        return jax.shard_map(body, out_specs=P(None, "cp"))(q, k, v, *rows)
+
+    expected = jax.grad(
+        functools.partial(loss, functools.partial(pallas_kernels.attention, causal=True, **pairs)), (0, 1, 2)
+    )(q, k, v)
+    with jax.set_mesh(mesh):
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "cp")))
+        found = jax.jit(jax.grad(functools.partial(loss, split), (0, 1, 2)))(put(q), put(k), put(v))
+    for a, b in zip(expected, found):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max(), err_msg=strategy)
