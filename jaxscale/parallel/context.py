@@ -34,7 +34,7 @@ from jaxscale.parallel.context_gather import all_gather, all_gather_bwd
 from jaxscale.parallel.context_heads import largest_group
 from jaxscale.parallel.context_queries import bidirectional, bidirectional_bwd
 from jaxscale.parallel.context_ring import ring, ring_bwd
-from jaxscale.parallel.context_rows import PairOfRows
+from jaxscale.parallel.context_rows import PairOfRows, gather_rows
 from pallas_kernels.attention.inputs import nameable
 
 __all__ = ["attention", "compiler_options", "decode"]
@@ -148,9 +148,8 @@ def attention(
     )
     pairs: list[Any] = [x if isinstance(x, tuple | list) else (x, x) for x in (positions, segment_ids)]
     own, other = (Rows(*(x[i] for x in pairs)) for i in range(2))
-    rows = PairOfRows(own, None if all(x is y for x, y in pairs) else other)
-    q, k, v, rows = vary((q, k, v, rows), axis_name)
-    out_and_lse: Any = _attention(call, q, k, v, rows)
+    q, k, v, own, other = vary((q, k, v, own, None if all(x is y for x, y in pairs) else other), axis_name)
+    out_and_lse: Any = _attention(call, q, k, v, gather_rows(call, own, other))
     return out_and_lse if return_lse else out_and_lse[0]
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from jaxscale.config import CPLayout, CPStrategy, MeshConfig, ModelConfig
 
-PARTS = 16  # of a device's tokens: one of them travels where it holds all that several devices have of documents
+PARTS = 64  # of a device's tokens: one of them travels where it holds all that several devices have of documents
 FORWARD, BACKWARD = 4.0, 10.0  # FLOPs of attention for a query, a key that it sees, and one number of head_dim
+DKV, TILE = 4 / 7, 128  # of the backward pass: the matmuls for dK and dV; keys of one of their tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,9 @@ class Shape:
     @property
     def pairs(self) -> float:
         """Queries and keys that see each other, for a head."""
-        keys = self.span / 2 if self.causal else self.span
-        if self.window is not None:
-            keys = min(keys, self.window + 1 if self.causal else 2 * self.window + 1)
-        return self.batch * self.seq_len * keys
+        before = self.span if self.window is None else min(self.span, self.window + 1)
+        keys = before * (1 - before / self.span / 2)  # of a token and those before it: fewer at the start
+        return self.batch * self.seq_len * (keys if self.causal else 2 * keys)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,18 @@ class Rates:
     both_ways: bool  # a ring of links: the two neighbours are reached by different ones (TPU); not behind a switch
     memory: float
     latency: float = 15e-6  # of one collective
+    call: float = 0.0  # of one kernel of attention beside its work: launches, its own and those of its table of blocks
+    cores: int = 1  # that share the tiles of a kernel
     hidden: float = 0.9  # share of a transfer beside which attention runs at full speed
 
 
 # Two of them measured: H200 (329 GB/s for ppermute, attention fwd+bwd 461 to 553 TFLOP/s) and H100 (250 GB/s, 494
-# TFLOP/s). The others are derived from vendors' peaks: 60 % of the matmul peak for attention, 90 % of a link's.
+# TFLOP/s); `call` by what was timed: 30 to 40 us choose well on all of it (tests/parallel/test_context_layout.py). The
+# others are derived from vendors' peaks: 60 % of the matmul peak for attention, 90 % of a link's.
 DEVICES = {
-    r"H200|GH200": Rates(flops=480e12, link=329e9, both_ways=False, memory=4.3e12),
-    r"H100|H800": Rates(flops=500e12, link=250e9, both_ways=False, memory=3.0e12),
-    r"A100": Rates(flops=190e12, link=250e9, both_ways=False, memory=1.8e12),
+    r"H200|GH200": Rates(flops=480e12, link=329e9, both_ways=False, memory=4.3e12, call=35e-6, cores=132),
+    r"H100|H800": Rates(flops=500e12, link=250e9, both_ways=False, memory=3.0e12, call=35e-6, cores=132),
+    r"A100": Rates(flops=190e12, link=250e9, both_ways=False, memory=1.8e12, call=35e-6, cores=108),
     r"TPU (v5p|v5$)": Rates(flops=275e12, link=90e9, both_ways=True, memory=2.5e12),
     r"TPU v5 ?(lite|e)": Rates(flops=118e12, link=45e9, both_ways=True, memory=0.75e12),
     r"TPU v6": Rates(flops=550e12, link=90e9, both_ways=True, memory=1.5e12),
@@ -115,8 +118,10 @@ def choose(
             f"none of {', '.join(strategies)} runs on {', '.join(layouts)} rows of {shape.seq_len} tokens with "
             f"cp={cp}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads, window={shape.window}; use ring"
         )
-    # Ties go to the simplest layout.
-    (strategy, layout), best = min(costs.items(), key=lambda x: (round(x[1].seconds, 9), x[0][1] != "contiguous"))
+    # The estimate is no better than 2 %: what it holds for alike goes to the simplest layout.
+    least = min(cost.seconds for cost in costs.values())
+    alike = {x: cost for x, cost in costs.items() if cost.seconds <= 1.02 * least}
+    (strategy, layout), best = min(alike.items(), key=lambda x: (x[0][1] != "contiguous", x[1].seconds))
     others = sorted(
         ((s, a, c) for (s, a), c in costs.items() if s != strategy and a == layout), key=lambda x: x[2].seconds
     )
@@ -166,13 +171,17 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
         uneven = (1 - 1 / split) * (1.0 if shape.window is None else min(1.0, shape.window / shape.seq_len))
     forward, backward = (mean * f * (1 + uneven) for f in (FORWARD, BACKWARD))
 
-    exposed, starts, merges = 0.0, 0, 0.0
+    exposed, starts, merges, hops = 0.0, 0, 0.0, 0
+    queries_of = shape.seq_len / places  # a place's
+    blocks = [queries_of]  # of a backward pass
     if strategy == "all_gather":
         exposed = (cp - 1) * (2 * keys + sums) / wide
+        if layout in ("zigzag", "striped"):
+            exposed += 2 * cp * keys / rates.memory  # what was gathered, put in order in each pass
         starts = 6
     else:
         copies = math.lcm(K, group) // K
-        exposed = (group - 1) / group * (5 * queries + 3 * copies * keys) / wide
+        exposed = (group - 1) / group * (5 * queries + 3 * copies * keys) * (1 / wide + 2 / rates.memory)  # and packed
         starts = 13 if group > 1 else 0
         keys, sums = keys * copies, sums * copies
         hops = places - 1
@@ -183,28 +192,42 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
         few = layout == "packed" and group == 1 and shape.span <= shape.seq_len / cp / 24
         if few:  # documents so short that few are cut: a part of the tokens travels
             moved = [x / PARTS for x in moved]
-        rate = rates.link
+        rate, travel = rates.link, strategy == "bidirectional" and queries * 2 <= keys
         if strategy == "halo":
             if shape.window is None or layout != "contiguous":
                 return None
             far = min(1.0, shape.window / (shape.seq_len / cp)) if hops == 1 else 1.0
             moved = [x * far for x in moved]
         if strategy == "bidirectional":
-            if queries * 2 <= keys:  # heads for heads: queries travel, parts come back, the last one when all is done
+            if travel:  # heads for heads, parts come back, the last one when all is done
                 moved, rate = [hops * queries, hops * 2 * queries], wide / 2
                 exposed += (queries + queries / shape.itemsize * 4) / rate
             else:
                 rate = wide
-            hops = (places - 1) if queries * 2 <= keys else places // 2
+            hops = (places - 1) if travel else places // 2
         for bytes_, work in zip(moved, (forward, backward)):
             exposed += max(bytes_ / rate - rates.hidden * work, 0.0) + (1 - rates.hidden) * min(bytes_ / rate, work)
         starts += 2 * hops * 2
         merges = hops / PARTS if few else hops
+        if hops:  # the own block comes in two halves, but where queries or little of the keys travel
+            blocks = ([queries_of] if few or travel else [queries_of / 2] * 2) + [queries_of] * hops
     # Bytes of a block beyond the own one, its queries and parts read and written: 1.6 times merging's, as measured.
     merging = merges * tokens * N * H * 45 / rates.memory
-    attention = forward + backward
-    overhead = merging + starts * rates.latency
+    attention = forward + backward + _waiting(shape, blocks, mean, rates)
+    overhead = merging + starts * rates.latency + (1 + hops + 2 * len(blocks)) * rates.call
     return Cost(attention, attention - mean * (FORWARD + BACKWARD), exposed, overhead)
+
+
+def _waiting(shape: Shape, blocks: list[float], mean: float, rates: Rates) -> float:
+    """Seconds that cores wait for the last one in the kernels of dK and dV, beyond the work that all share.
+
+    A tile sums over the queries that see its keys, of all heads that share them: with few kv heads there are fewer
+    tiles than cores. blocks: queries of each kernel.
+    """
+    reach = TILE + (shape.span if shape.window is None else min(shape.span, shape.window))
+    pairs = TILE * sum(min(queries, reach) for queries in blocks) * shape.num_heads / shape.num_kv_heads
+    work = DKV * BACKWARD * shape.head_dim / rates.flops
+    return max(0.0, pairs * work * rates.cores - DKV * BACKWARD * mean)
 
 
 class Context(NamedTuple):

@@ -26,9 +26,8 @@ from jaxscale.parallel.context_blocks import (
     place_of,
     shift,
 )
-from jaxscale.parallel.context_cost import PARTS
 from jaxscale.parallel.context_heads import Heads
-from jaxscale.parallel.context_rows import AllRows, PairOfRows, cut_rows, put_rows
+from jaxscale.parallel.context_rows import PARTS, AllRows, PairOfRows, cut_rows, put_rows
 
 _UNROLLED = 3  # steps of a ring that are written out; more become a scan
 
@@ -101,18 +100,18 @@ def _run(step: Callable, s, carry, lanes: list[_Lane]):
 
 
 def ring(call: Call, q, k, v, rows: PairOfRows):
-    own, keys = rows.queries(call, q, call.group), rows.keys(call, k, call.group)
+    own, keys = rows.own(call, q, k, call.group), rows.keys(call, k, call.group)
     heads = Heads(call, q.shape[2], k.shape[2])
     q, k, v = heads.split_q(q), heads.split_kv(k), heads.split_kv(v)
-    out, lse = _by_part(call, keys, functools.partial(_forward, call, q, k, v, own, keys))
+    out, lse = _by_part(call, rows, keys, (k, v), functools.partial(_forward, call, q, k, v, own, keys))
     return heads.join_q(out), heads.join_q(lse)
 
 
-def _forward(call: Call, q, k, v, own: Rows, keys: AllRows, part: "_Part | None" = None):
-    """out in q's dtype and the logsumexp."""
+def _forward(call: Call, q, k, v, own: tuple[Rows, Rows], keys: AllRows, part: "_Part | None" = None):
+    """out in q's dtype and the logsumexp. own: rows of this place's queries and keys."""
     cut, others = (part.cut, part.keys) if part else (lambda tree: tree, keys)
     lanes = _lanes(call, others.length)
-    queries, query_rows = cut((q, own))
+    queries, query_rows = cut((q, own[0]))
 
     def step(s, carry, sending):
         held, acc = carry
@@ -121,8 +120,10 @@ def _forward(call: Call, q, k, v, own: Rows, keys: AllRows, part: "_Part | None"
             acc = add_block(call, acc, queries, kv, query_rows, _rows_of(call, others, lane, s, kv[0]))
         return coming, acc
 
-    coming = _send(call, dict.fromkeys(lanes, cut((k, v))), 1)
-    out, lse = block(call, q, k, v, own, keys.at(place_of(call)))
+    coming = part.coming if part else _send(call, dict.fromkeys(lanes, (k, v)), 1)
+    out, lse = block(call, q, k, v, *own)
+    if part:  # its tables of blocks wait: nothing keeps the host from starting the long kernel
+        coming, query_rows, lse = lax.optimization_barrier((coming, query_rows, lse))
     carry = coming, cut((out, lse))
     for s in _phases(lanes, 1):
         carry = _run(step, s, carry, lanes)
@@ -131,7 +132,7 @@ def _forward(call: Call, q, k, v, own: Rows, keys: AllRows, part: "_Part | None"
 
 
 def ring_bwd(call: Call, q, k, v, rows: PairOfRows, cotangent: Cotangent):
-    own, keys = rows.queries(call, q, call.group), rows.keys(call, k, call.group)
+    own, keys = rows.own(call, q, k, call.group), rows.keys(call, k, call.group)
     heads = Heads(call, q.shape[2], k.shape[2])
     q, k, v = heads.split_q(q), heads.split_kv(k), heads.split_kv(v)
     cotangent = heads.split_cotangent(cotangent)
@@ -141,19 +142,19 @@ def ring_bwd(call: Call, q, k, v, rows: PairOfRows, cotangent: Cotangent):
         dk, dv = (heads.join_kv(x, k.dtype).astype(k.dtype) for x in dkv)
         return heads.join_q(dq.astype(q.dtype)), dk, dv
 
-    return _by_part(call, keys, backward)
+    return _by_part(call, rows, keys, (k, v), backward)
 
 
-def _backward(call: Call, q, k, v, own: Rows, keys: AllRows, cotangent: Cotangent, part: "_Part | None"):
+def _backward(call: Call, q, k, v, own: tuple[Rows, Rows], keys: AllRows, cotangent: Cotangent, part: "_Part | None"):
     """dq, dk, dv: float32, or where only a part travels in the dtype of what they belong to."""
     T = q.shape[1]
     cut, others = (part.cut, part.keys) if part else (lambda tree: tree, keys)
     lanes = _lanes(call, others.length)
-    queries, query_rows, query_cotangent = cut((q, own, cotangent))
+    queries, query_rows, query_cotangent = cut((q, own[0], cotangent))
 
     def own_block(half: slice):
-        rows, cot = (jax.tree.map(lambda x: x[:, half], x) for x in (own, cotangent))
-        return block_bwd(call, q[:, half], k, v, rows, keys.at(place_of(call)), cot)
+        rows, cot = (jax.tree.map(lambda x: x[:, half], x) for x in (own[0], cotangent))
+        return block_bwd(call, q[:, half], k, v, rows, own[1], cot)
 
     def step(s, carry, sending):
         held, sums, dq = carry
@@ -168,12 +169,14 @@ def _backward(call: Call, q, k, v, own: Rows, keys: AllRows, cotangent: Cotangen
                 moved[lane] = dkv if lane.steps == 1 else float32(dkv)
         return coming, sums | moved, dq
 
-    coming = _send(call, dict.fromkeys(lanes, cut((k, v))), 1)
+    coming = part.coming if part else _send(call, dict.fromkeys(lanes, (k, v)), 1)
     hidden = bool(lanes) and part is None and T > 1  # long transfers, each to be hidden behind half of the own block
     halves = [slice(0, T // 2), slice(T // 2, T)] if hidden else [slice(0, T)]
-    first = own_block(halves[0])
+    first = list(own_block(halves[0]))
     if hidden:  # the barriers keep the scheduler from doing both halves beside one of the two transfers
         coming, first = lax.optimization_barrier((coming, first))
+    elif part:  # dQ first, home behind dK and dV
+        coming, first[0] = lax.optimization_barrier((coming, first[0]))
     carry = coming, {}, jnp.zeros_like(queries, dtype=jnp.float32)
     for s in [1, *_phases(lanes, 2)] if lanes else []:
         carry = _run(step, s, carry, lanes)
@@ -194,11 +197,13 @@ def _backward(call: Call, q, k, v, own: Rows, keys: AllRows, cotangent: Cotangen
 
 class _Part:
     """A few tokens of each place that hold all those of documents which several places hold. Only they travel, and see
-    what comes."""
+    what comes. The first transfer is issued here: before the branch, at which a GPU waits for its host."""
 
-    def __init__(self, call: Call, keys: AllRows, starts: jax.Array, length: int):
-        self.keys, self.length = keys.cut(starts, length), length
+    def __init__(self, call: Call, keys: AllRows, starts: jax.Array, kv):
+        self.length = keys.length // PARTS
+        self.keys = keys.cut(starts, self.length)
         self.starts = lax.dynamic_index_in_dim(starts, place_of(call), keepdims=False)
+        self.coming = _send(call, dict.fromkeys(_lanes(call, self.length), self.cut(kv)), 1)
 
     def cut(self, tree):
         return jax.tree.map(lambda x: cut_rows(x, self.starts, self.length), tree)
@@ -207,18 +212,16 @@ class _Part:
         return jax.tree.map(lambda x, part: put_rows(x, part, self.starts), tuple(whole), tuple(parts))
 
 
-def _by_part(call: Call, keys: AllRows, run: Callable):
+def _by_part(call: Call, rows: PairOfRows, keys: AllRows, kv, run: Callable):
     """`run`, with a small part of the tokens as its `part` where these are all that has to travel.
 
     A packed layout leaves most documents whole (`context_layout`). All devices know the rows of all, so they take the
     same way.
     """
-    length = keys.length // PARTS
-    if call.layout != "packed" or call.group > 1 or call.size == 1 or length == 0:
+    if rows.part is None:
         return run()
-    first, last = keys.shared()
-    starts = jnp.minimum(first, keys.length - length)
-    return lax.cond((last - first < length).all(), lambda: run(_Part(call, keys, starts, length)), run)
+    part = _Part(call, keys, rows.part.starts, kv)
+    return lax.cond(rows.part.enough, lambda: run(part), run)
 
 
 def _rows_of(call: Call, keys: AllRows, lane: _Lane, step, k) -> Rows:

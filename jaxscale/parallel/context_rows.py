@@ -1,4 +1,4 @@
-"""Positions and segments of every device's tokens: a few bytes a token, gathered once instead of once a step."""
+"""Positions and segments of every device's tokens: a few bytes a token, gathered once for both passes."""
 
 import copy
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxscale.config import CPLayout
 from jaxscale.parallel.context_blocks import Call, Rows, place_of
+from jaxscale.parallel.context_cost import PARTS
 
 _BUCKETS = 4096
 
@@ -17,15 +18,14 @@ class AllRows:
     """The rows of every place, a group of devices, in the order in which `in_order` puts their tokens."""
 
     def __init__(self, call: Call, rows: Rows, shape: tuple[int, ...], group: int):
+        """rows: [cp, B, T] each; shape: of a device's queries or keys."""
         self.call, self.group, self.batch, self.length = call, group, shape[0], shape[1] * group
-        given = {name: x for name, x in rows._asdict().items() if x is not None}
-        self.gathered = {}
-        if given:
-            x = lax.all_gather(jnp.stack(list(given.values())), call.axis_name)  # [cp, n, B, T]
-            x = x.reshape(-1, group, *x.shape[1:])
-            x = jnp.moveaxis(x, 1, 3)  # [places, n, B, group, T]
-            x = in_order(x.reshape(-1, self.length), call.layout, group).reshape(*x.shape[:3], self.length)
-            self.gathered = {name: x[:, i] for i, name in enumerate(given)}
+
+        def grouped(x):
+            x = x.reshape(-1, group, *x.shape[1:]).swapaxes(1, 2)  # [places, B, group, T]
+            return in_order(x.reshape(-1, self.length), call.layout, group).reshape(*x.shape[:2], self.length)
+
+        self.gathered = {name: grouped(x) for name, x in rows._asdict().items() if x is not None}
 
     def at(self, place) -> Rows:
         found = {name: lax.dynamic_index_in_dim(x, place, keepdims=False) for name, x in self.gathered.items()}
@@ -51,7 +51,10 @@ class AllRows:
         bucket = ids % _BUCKETS  # documents that meet in one count as one document
         place, row = jnp.ogrid[: ids.shape[0], : ids.shape[1]]
         held = jnp.zeros((*ids.shape[:2], _BUCKETS), jnp.int32)
-        held = held.at[place[..., None], row[..., None], bucket].max((ids > 0).astype(jnp.int32))
+        # Of neighbours that are alike one suffices: thousands that write to one place are slow.
+        alike = jnp.pad(ids[..., 1:] == ids[..., :-1], [(0, 0), (0, 0), (1, 0)])
+        first = jnp.where(alike | (ids <= 0), _BUCKETS, bucket)
+        held = held.at[place[..., None], row[..., None], first].set(1, mode="drop")
         shared = jnp.take_along_axis(held.sum(axis=0)[None] > 1, bucket, axis=2) & (ids > 0)
         t = jnp.arange(self.length, dtype=jnp.int32)[None, None]
         last = jnp.where(shared, t, -1).max(axis=2)
@@ -73,26 +76,64 @@ def put_rows(x: jax.Array, part: jax.Array, starts: jax.Array) -> jax.Array:
     return x
 
 
+class Part(NamedTuple):
+    """Where the tokens begin on each place that hold all those of documents which several places hold, [places, B], and
+    whether a small part of the tokens holds them on all places."""
+
+    starts: jax.Array
+    enough: jax.Array
+
+
 class PairOfRows(NamedTuple):
-    """This device's rows; kv is None where keys have those of the queries."""
+    """This device's rows and those of all devices, [cp, B, T]; None for keys where they have those of the queries."""
 
     q: Rows
     kv: Rows | None
+    all_q: Rows
+    all_kv: Rows | None
+    part: Part | None  # of packed rows
 
     def keys(self, call: Call, x: jax.Array, group: int) -> AllRows:
-        return AllRows(call, self.q if self.kv is None else self.kv, x.shape[:2], group)
+        return AllRows(call, self.all_q if self.all_kv is None else self.all_kv, x.shape, group)
 
     def all_queries(self, call: Call, x: jax.Array) -> AllRows:
-        return AllRows(call, self.q, x.shape[:2], 1)
+        return AllRows(call, self.all_q, x.shape, 1)
 
     def queries(self, call: Call, x: jax.Array, group: int) -> Rows:
         """Those of this device's queries, or of its group's."""
         if group > 1:
-            return AllRows(call, self.q, x.shape[:2], group).at(place_of(call))
+            return AllRows(call, self.all_q, x.shape, group).at(place_of(call))
         if self.q.positions is not None or not call.compares_positions:
             return self.q
         index = positions(call.layout, lax.axis_index(call.axis_name), x.shape[1], call.size, 1)
         return self.q._replace(positions=jnp.broadcast_to(index[None], x.shape[:2]))
+
+    def own(self, call: Call, q: jax.Array, k: jax.Array, group: int) -> tuple[Rows, Rows]:
+        """Those of this device's queries and keys, or of its group's. Where they have the same ones the compiler should
+        know: tables of blocks are made of them."""
+        queries = self.queries(call, q, group)
+        return queries, queries if self.kv is None else self.keys(call, k, group).at(place_of(call))
+
+
+def gather_rows(call: Call, q: Rows, kv: Rows | None) -> PairOfRows:
+    """What both passes know of the rows of all. kv: None where keys have those of the queries."""
+
+    def everyones(rows: Rows) -> Rows:
+        given = {name: x for name, x in rows._asdict().items() if x is not None}
+        if not given:
+            return rows
+        x = lax.all_gather(jnp.stack(list(given.values())), call.axis_name)  # [cp, n, B, T]
+        return rows._replace(**{name: x[:, i] for i, name in enumerate(given)})
+
+    all_kv = None if kv is None else everyones(kv)
+    all_q = everyones(q) if kv is None or call.group > 1 or call.strategy == "bidirectional" else Rows(None, None)
+    rows = PairOfRows(q, kv, all_q, all_kv, None)
+    ids = q.segment_ids
+    if call.layout != "packed" or call.group > 1 or call.size == 1 or ids is None or ids.shape[1] < PARTS:
+        return rows
+    length = ids.shape[1] // PARTS
+    first, last = rows.keys(call, ids, 1).shared()
+    return rows._replace(part=Part(jnp.minimum(first, ids.shape[1] - length), (last - first < length).all()))
 
 
 def positions(layout: CPLayout, place, T: int, size: int, group: int) -> jax.Array:

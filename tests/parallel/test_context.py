@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from jaxscale.parallel import context, context_blocks, context_queries, context_ring
+from jaxscale.parallel import context, context_blocks, context_queries, context_ring, context_rows
 from jaxscale.parallel.context_layout import layout_order, permute, restore
 from jaxscale.plan.hlo import census
 
@@ -154,7 +154,8 @@ def test_each_strategy(rng, strategy):
 def test_whole_documents_stay(rng, cp, monkeypatch):
     """Of packed rows only what several devices hold travels: a part where that is enough, or else all, by what the rows
     hold."""
-    monkeypatch.setattr(context_ring, "PARTS", 8)
+    for module in (context_ring, context_rows):
+        monkeypatch.setattr(module, "PARTS", 8)
     taken = []
     for name in ("_forward", "_backward"):
         body = getattr(context_ring, name)
@@ -250,11 +251,14 @@ def test_census_ring(cp):
 
 
 def test_census_packed_rows():
-    """Positions and segment ids of all devices come in one gather a pass. Of the two ways to go on the census counts
-    the heavier one: all tokens travel."""
+    """Positions and segment ids of all devices come in one gather, which both passes use. Of the two ways to go on the
+    census counts the heavier one: all tokens travel."""
     counts, bytes_ = program(4, "ring", "packed", packed=True, causal=True, backward=False)
     assert counts == {"collective-permute": 6, "all-gather": 1}
     assert bytes_.wire_bytes("cp") == 3 * (T // 4) * B * (2 * 2 * H * 4 + 2 * 4)
+    counts, _ = program(4, "ring", "packed", packed=True, causal=True)
+    counts.pop("all-reduce", None)
+    assert counts == {"collective-permute": 6 * 3, "all-gather": 1}
 
 
 def test_census_bidirectional():
@@ -411,3 +415,32 @@ def test_keys_split_otherwise_than_queries():
 def test_two_sides_of_a_window_on_two_devices(rng):
     """Both devices need what the other holds, and each has one neighbour: keys go around though the window ends."""
     compare(rng, 2, [("ring", "contiguous", "sides"), ("ring", "contiguous", "window")], 2, 1)
+
+
+def test_rows_of_keys_on_their_own(rng):
+    """Positions and segments as pairs for queries and keys: keys stand three tokens later, and some are padding."""
+    strategy = str(rng.choice(["ring", "bidirectional", "ulysses", "all_gather"]))
+    (positions, ids), mesh = documents(rng), make_mesh(2)
+    hidden = np.where(rng.random(ids.shape) < 0.2, 0, ids).astype(np.int32)
+    pairs = {"positions": (positions, positions + 3), "segment_ids": (ids, hidden)}
+    q, k, v = (rng.normal(size=(B, T, n, H)).astype("f") for n in (4, 4, 4))
+
+    def loss(attend, q, k, v):
+        return (attend(q, k, v) ** 2).sum()
+
+    def split(q, k, v):
+        def body(q, k, v, *rows):
+            pairs = {"positions": rows[:2], "segment_ids": rows[2:]}
+            return context.attention(q, k, v, strategy=strategy, causal=True, **pairs)
+
+        rows = [put(x) for pair in pairs.values() for x in pair]
+        return jax.shard_map(body, out_specs=P(None, "cp"))(q, k, v, *rows)
+
+    expected = jax.grad(
+        functools.partial(loss, functools.partial(pallas_kernels.attention, causal=True, **pairs)), (0, 1, 2)
+    )(q, k, v)
+    with jax.set_mesh(mesh):
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "cp")))
+        found = jax.jit(jax.grad(functools.partial(loss, split), (0, 1, 2)))(put(q), put(k), put(v))
+    for a, b in zip(expected, found):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max(), err_msg=strategy)

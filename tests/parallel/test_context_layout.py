@@ -168,32 +168,96 @@ def test_choices():
         context_cost.choose(long, 2, strategies=("halo",), rates=FAST)
 
 
-# T, heads, kv heads, window -> ms on two H100s, forward and backward (benchmarks/context, 2026-11-26, jax 0.11.2).
+# T, heads, kv heads, window -> ms on two H100s, forward and backward (benchmarks/context, 2026-11-27, jax 0.11.2), of a
+# strategy and the first letter of the layout.
 MEASURED = {
-    (8192, 16, 16, None): {"ring": 1.94, "bidirectional": 1.89, "ulysses": 2.24, "all_gather": 2.30},
-    (8192, 16, 16, 1024): {"ring": 1.51, "bidirectional": 1.57, "ulysses": 1.67, "all_gather": 1.70, "halo": 1.34},
-    (8192, 32, 8, None): {"ring": 3.03, "ulysses": 3.42, "all_gather": 3.71},
-    (8192, 32, 8, 1024): {"ring": 1.76, "ulysses": 2.34, "all_gather": 1.57, "halo": 1.71},
-    (8192, 32, 2, None): {"ring": 5.13, "ulysses": 5.54, "all_gather": 3.37},
-    (8192, 32, 2, 1024): {"ring": 2.68, "ulysses": 2.10, "all_gather": 1.51, "halo": 2.77},
-    (32768, 16, 16, None): {"ring": 16.39, "bidirectional": 17.40, "ulysses": 18.19, "all_gather": 17.63},
-    (32768, 16, 16, 1024): {"ring": 3.53, "bidirectional": 4.05, "ulysses": 4.62, "all_gather": 4.80, "halo": 3.04},
-    (32768, 32, 8, None): {"ring": 33.53, "ulysses": 34.71, "all_gather": 33.63},
-    (32768, 32, 8, 1024): {"ring": 4.67, "ulysses": 6.33, "all_gather": 4.30, "halo": 4.51},
-    (32768, 32, 2, None): {"ring": 36.10, "ulysses": 35.41, "all_gather": 32.56},
-    (32768, 32, 2, 1024): {"ring": 4.84, "ulysses": 5.81, "all_gather": 3.27, "halo": 4.59},
+    (8192, 16, 16, None): {"bidirectional z": 1.91, "ring z": 1.94, "ulysses c": 2.27, "all_gather z": 2.32},
+    (8192, 16, 16, 1024): {
+        "halo c": 1.35,
+        "ring c": 1.36,
+        "ring z": 1.52,
+        "all_gather c": 1.69,
+        "ulysses c": 1.73,
+        "all_gather z": 1.73,
+    },
+    (8192, 32, 8, None): {"all_gather z": 2.98, "ring z": 3.00, "ulysses c": 4.16},
+    (8192, 32, 8, 1024): {
+        "all_gather c": 1.61,
+        "all_gather z": 1.70,
+        "halo c": 1.81,
+        "ring c": 1.83,
+        "ring z": 1.84,
+        "ulysses c": 2.71,
+    },
+    (8192, 32, 2, None): {"all_gather z": 3.55, "ring z": 5.12, "ulysses c": 5.61},
+    (8192, 32, 2, 1024): {
+        "all_gather c": 1.54,
+        "all_gather z": 1.56,
+        "ulysses c": 1.99,
+        "ring c": 2.75,
+        "ring z": 2.76,
+        "halo c": 2.77,
+    },
+    (32768, 16, 16, None): {"ring z": 17.49, "bidirectional z": 17.59, "all_gather z": 18.43, "ulysses c": 18.51},
+    (32768, 16, 16, 1024): {
+        "halo c": 3.07,
+        "ring c": 3.46,
+        "ring z": 3.56,
+        "ulysses c": 4.31,
+        "all_gather c": 4.64,
+        "all_gather z": 4.82,
+    },
+    (32768, 32, 8, None): {"all_gather z": 32.96, "ring z": 34.00, "ulysses c": 35.64},
+    (32768, 32, 8, 1024): {
+        "all_gather c": 4.45,
+        "all_gather z": 4.47,
+        "halo c": 4.57,
+        "ring z": 4.86,
+        "ring c": 4.95,
+        "ulysses c": 5.91,
+    },
+    (32768, 32, 2, None): {"all_gather z": 32.55, "ulysses c": 36.24, "ring z": 36.70},
+    (32768, 32, 2, 1024): {
+        "all_gather z": 3.46,
+        "all_gather c": 3.47,
+        "halo c": 4.90,
+        "ring c": 4.95,
+        "ring z": 4.96,
+        "ulysses c": 5.38,
+    },
+    (16384, 32, 4, None): {"all_gather z": 8.94, "ring z": 9.59, "ulysses c": 9.88},
+    (16384, 32, 8, 4096): {
+        "all_gather c": 5.15,
+        "all_gather z": 5.31,
+        "ulysses c": 5.73,
+        "ring c": 5.75,
+        "ring z": 5.84,
+        "halo c": 5.93,
+    },
 }
 
 
 def test_choices_against_measurements():
-    """Within 5 % of the fastest on eleven of twelve shapes, and never far from it."""
-    lost = []
-    for (T, N, K, window), seconds in MEASURED.items():
+    """Within 5 % of the fastest on every shape, whether or not the layout is free. What is measured is longer than the
+    estimate by what a call costs, which is about the same for all strategies where calls are short."""
+    rates = context_cost.device_rates("NVIDIA H100 80GB HBM3")
+    for (T, N, K, window), measured in MEASURED.items():
         before = None if window is None else window - 1
         shape = Shape(batch=1, seq_len=T, num_heads=N, num_kv_heads=K, head_dim=128, window=before)
-        choice = context_cost.choose(shape, 2, rates=context_cost.device_rates("NVIDIA H100 80GB HBM3"))
-        lost.append(seconds[choice.strategy] / min(seconds.values()))
-    assert sum(x <= 1.05 for x in lost) >= 11 and max(lost) < 1.13, lost
+        for layouts in (("zigzag", "contiguous"), ("zigzag",), *[("contiguous",)] * (window is not None)):
+            choice = context_cost.choose(shape, 2, layouts=layouts, rates=rates)
+            # ulysses does the same on any layout; it was timed on contiguous rows
+            seconds = {x: y for x, y in measured.items() if x[-1] in [a[0] for a in layouts] or "ulysses" in x}
+            chosen = f"{choice.strategy} {choice.layout[0]}"
+            assert seconds[chosen] <= 1.05 * min(seconds.values()), (shape, layouts, choice.why)
+        if T == 8192:
+            above = []
+            for name, ms in measured.items():
+                strategy, _, layout = name.partition(" ")
+                layout = {"z": "zigzag", "c": "contiguous"}[layout]
+                cost = context_cost.estimate(shape, 2, strategy, layout, rates)
+                above += [ms - cost.seconds * 1e3] * (strategy != "ulysses" or K != 8)
+            assert max(above) - min(above) < 0.6, (shape, above)
 
 
 def test_memory_grows_as_the_tokens_of_a_device():
