@@ -49,7 +49,7 @@ def run(
 
     from jaxscale.checkpoint import open_levels
 
-    console = console or Console(quiet=jax.process_index() > 0)
+    console = console or Console(quiet=jax.process_index() > 0, soft_wrap=True)  # a log has no width
     out = Path(cfg.out)
     mesh = make_mesh(cfg.mesh)
     check_config(cfg, mesh.size)

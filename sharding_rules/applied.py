@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules import segments
@@ -97,7 +97,15 @@ def applied(plan: "Plan", fn: Callable, mesh: Mesh) -> Callable:
     Args:
       plan: what is stored how.
       mesh: of Auto axes.
+
+    Raises:
+      ValueError: the mesh has Explicit axes.
     """
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            "a plan is applied on a mesh of Auto axes and this one's are Explicit; "
+            "use jax.sharding.Mesh(mesh.devices, mesh.axis_names)"
+        )
     reads = [Read(leaf.cut, leaf, mesh) if leaf.spec != leaf.computed or leaf.cut else None for leaf in plan.leaves]
     return _rewritten(fn, reads, mesh)
 

@@ -105,6 +105,8 @@ def test_a_page_runs(page, rng, tmp_path, monkeypatch):
                 block = block.replace(old, new)
             exec(compile(block, f"docs/{page}.md", "exec"), names)
     if page == "rules":
+        with pytest.raises(ValueError, match="mesh of Auto axes and this one's are Explicit"):
+            names["plan"].apply(names["loss_fn"], jaxscale.make_mesh(fsdp=8))
         want = names["small_loss_fn"](names["small_params"], names["small_batch"])
         assert float(names["metrics"]["loss"]) == pytest.approx(float(want), rel=1e-5)
     if page == "data":  # 2 nats for each label, and a byte is a token

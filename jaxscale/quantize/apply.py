@@ -37,7 +37,10 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     if recipe.method != "rtn":
-        raise ValueError(f"{recipe.method} needs a calibration set: jaxscale.quantize.calibrate.quantize_calibrated")
+        raise ValueError(
+            f"{recipe.method} needs a calibration set: jaxscale convert --text FILE, or "
+            "jaxscale.quantize.calibrate.quantize_calibrated"
+        )
     chosen = select(params, recipe, specs)
 
     def round_one(path, spec, w):
