@@ -482,7 +482,7 @@ class TrainConfig:
     accum_steps: int = 1  # micro-batches in a step
     remat: Literal["none", "dots", "full"] = "none"
     precision: str = ""
-    """of matmuls: fp8, fp8-delayed, int8; a recipe such as w4a16-g64 to train for it; empty: model.dtype"""
+    """of matmuls: fp8, fp8-current, int8; a recipe such as w4a16-g64 to train for it; empty: model.dtype"""
     precision_skip: str = ""
     """a regular expression: weights whose path holds it stay in model.dtype"""
     z_loss: float = 0.0  # weight of mean(logsumexp(logits) ** 2)

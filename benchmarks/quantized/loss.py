@@ -52,7 +52,7 @@ def validation_loss(precision: str, seed: int, steps: int, seq_len: int, rows: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precisions", nargs="*", default=["fp8", "fp8-delayed", "int8"])
+    parser.add_argument("--precisions", nargs="*", default=["fp8", "fp8-current", "int8"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seq-len", type=int, default=128)

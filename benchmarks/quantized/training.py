@@ -102,7 +102,7 @@ def kernels(run: Any, most: int = 30) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-1-7b")
-    parser.add_argument("--precisions", nargs="*", default=["bf16", "fp8", "fp8-delayed"])
+    parser.add_argument("--precisions", nargs="*", default=["bf16", "fp8", "fp8-current"])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--remat", default="dots")

@@ -100,7 +100,7 @@ FEATURES: Mapping[str, Feature] = {
     "head_dim=256": _model("head_dim", head_dim=256),
     "latent attention": _model("attention", num_kv_heads=16, mla=_LATENT),
     "precision=fp8": Feature("precision", {"precision": "fp8"}, use="train"),
-    "precision=fp8-delayed": Feature("precision", {"precision": "fp8-delayed"}, use="train"),
+    "precision=fp8-current": Feature("precision", {"precision": "fp8-current"}, use="train"),
     "precision=int8": Feature("precision", {"precision": "int8"}, use="train"),
     "trained for 4 bits": Feature("precision", {"precision": "w4a16-g32"}, use="train"),
     "weights=w8a8": Feature("weights", {"weights": "w8a8"}, use="decode"),

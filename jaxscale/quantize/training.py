@@ -1,7 +1,9 @@
 """Training in fp8 and int8, and quantization-aware training: matmuls whose operands are rounded on the way in.
 
-    loss_fn = rounded(lambda params, batch: decoder.loss_fn(params, batch, cfg), specs, parse_precision("fp8"))
+    precision = parse_precision("fp8")
+    loss_fn = rounded(lambda params, batch: decoder.loss_fn(params, batch, cfg), specs, precision)
     step = make_train_step(loss_fn, optimizer)  # parameters and optimizer stay as they are
+    state = make_train_state(params, optimizer, key, init_scales(specs, precision))
 
 Each weight that the precision names is wrapped, inside of the loss, in a node with a matmul of its own. Rounding passes
 gradients straight through (arXiv 1308.3432): the backward matmuls meet the rounded operands. What meets the vocabulary
@@ -69,16 +71,14 @@ class Precision:
 
 
 PRECISIONS = {
-    "fp8": Precision(weights="float8_e4m3fn", activations="float8_e4m3fn", gradients="float8_e5m2"),
-    "fp8-delayed": Precision(
-        weights="float8_e4m3fn", activations="float8_e4m3fn", gradients="float8_e5m2", delayed=True
-    ),
+    "fp8": Precision(weights="float8_e4m3fn", activations="float8_e4m3fn", gradients="float8_e5m2", delayed=True),
+    "fp8-current": Precision(weights="float8_e4m3fn", activations="float8_e4m3fn", gradients="float8_e5m2"),
     "int8": Precision(weights="int8", activations="int8", gradients="int8", rows=True, stochastic=True),
 }
 
 
 def parse_precision(name: str, skip: str = "") -> Precision | Recipe:
-    """`fp8`, `fp8-delayed`, `int8`; or a recipe, such as w4a16-g64, to train for.
+    """`fp8` (delayed scaling), `fp8-current`, `int8`; or a recipe, such as w4a16-g64, to train for.
 
     Args:
       skip: a regular expression; weights whose path holds it are left as they are.
@@ -273,7 +273,7 @@ def _largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
 
 
 def _delayed(history: jax.Array, kind: int) -> jax.Array:
-    top = history.max()
+    top = jnp.where(jnp.isfinite(history), history, 0).max()  # a step that was not finite spoils no later one
     return jnp.where(top > 0, top, START[kind])
 
 

@@ -129,7 +129,7 @@ def test_a_run_goes_on_as_something_else_or_is_refused(config):
     assert (_path(config) / "config.json").read_text() == written
 
     halves = of(batch_size=4)
-    state = run(dataclasses.replace(halves, steps=4, precision="fp8-delayed"), console=quiet())
+    state = run(dataclasses.replace(halves, steps=4, precision="fp8"), console=quiet())
     assert state.scales and max(float(x.max()) for x in jax.tree.leaves(state.scales)) > 0
     console = Console(record=True, width=200, file=io.StringIO())
     state = run(dataclasses.replace(halves, steps=5), console=console)
