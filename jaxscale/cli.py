@@ -177,8 +177,9 @@ def _generate(args: list[str]) -> int:
         on_token=stream_text(model.tokenizer, write),
         cache_format=options.cache or model.cache_format,  # pyright: ignore[reportArgumentType]
     )
-    print()
-    if not single:
+    if single:
+        print()
+    else:
         for prompt, ids in zip(options.prompt, new):
             print(f"> {prompt}\n{model.tokenizer.decode(ids)}\n")
     return 0
@@ -260,7 +261,8 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
             raise ValueError(f"{name} is no .gguf file to keep packed; name a recipe, as in w8a16")
         first = jax.devices()[0]
         run = load_run(name, mesh or make_mesh(devices=[first]))
-        params = run.params if mesh else jax.device_put(run.params, first)
+        # On a device alone: put on `first` itself, arrays would keep the mesh in their types.
+        params = run.params if mesh else jax.device_put(run.params, jax.sharding.SingleDeviceSharding(first))
         model = LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
         if quantize:
             recipe = parse_recipe(quantize)

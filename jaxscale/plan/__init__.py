@@ -1,4 +1,7 @@
-"""The planner. Calling the module plans any pure function: `jaxscale.plan(loss_fn, params, batch, topology=...)`."""
+"""The planner. Calling the module plans any pure function: `jaxscale.plan(loss_fn, params, batch, topology=...)`.
+
+help(jaxscale.plan.function.plan) says what the call takes, returns and raises.
+"""
 
 import sys
 import types

@@ -132,8 +132,8 @@ def plan(
       quick: with compile, XLA's lowest optimisation level, as in `jaxscale.plan.aot.compile_step`.
 
     Raises:
-      ValueError: no such topology; the batch divides over no mesh; the state fits no mesh, with what would hold it; the
-        compiler finds no room.
+      ValueError: no such topology; the function returns no scalar; the batch divides over no mesh; the state fits no
+        mesh, with what would hold it; the compiler finds no room.
       ImportError: with compile, the compiler is not installed; with the command that installs it.
     """
     if not isinstance(topology, Pod | str):
@@ -143,7 +143,11 @@ def plan(
     if not rows:
         raise ValueError("the batch holds no array with rows; pass it after params, as in plan(loss_fn, params, batch)")
     model = sharding_rules.infer(loss_fn, params, *batch)
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     with on_one_device():
+        [loss, *_] = jax.tree.leaves(jax.eval_shape(loss_fn, *_shapes((params, *batch))))
+        if loss.ndim:
+            raise ValueError(f"{name} returns {loss.dtype}{list(loss.shape)}, not a loss; plan its mean, for one")
         activations = _activation_bytes(loss_fn, params, batch)
     wanted = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
     shapes = [wanted.fill(pod.num_devices)] if wanted else list(_meshes(pod, math.gcd(*rows)))
@@ -163,7 +167,6 @@ def plan(
         assert found.prediction is not None
         split = math.prod(sizes.values())
         options.append(Option(shape, found, found.prediction.seconds, found.prediction.bytes, activations / split))
-    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     if not options:
         raise ValueError(f"{name} fits no mesh of {pod.name}: {refused[-1][0]}: {refused[-1][1]}")
     order = lambda o: (bool(o.no_room) or o.bytes > pod.hardware.memory, o.seconds, o.bytes)
@@ -247,6 +250,11 @@ def _most_tp(pod: Pod) -> int:
     return max(d for d in range(1, min(MOST_TP, pod.hardware.node) + 1) if pod.num_devices % d == 0)
 
 
+def _shapes(tree: Any) -> Any:
+    """Without the shardings that arrays have where a mesh is set."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def _activation_bytes(fn: Callable, params: Any, batch: Any) -> float:
     """Bytes of what the whole batch's forward pass keeps for the gradient, beside parameters and batch."""
 
@@ -257,7 +265,7 @@ def _activation_bytes(fn: Callable, params: Any, batch: Any) -> float:
 
         return jax.vjp(loss, params)[1]
 
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, *batch))
+    abstract = _shapes((params, *batch))
     kept = jax.tree.leaves(jax.eval_shape(residuals, *abstract))
     own = [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)]
     size = 0

@@ -225,7 +225,8 @@ def _split(inputs: Inputs) -> tuple[_QueryChunk, _KeyChunk]:
     queries = _QueryChunk(_cut(x.q, 3, t), _cut(q_pos, 1, t), None if q_ids is None else _cut(q_ids, 1, t), bias)
     ids = None if kv_ids is None else _cut(kv_ids, 1, s)
     keys = _KeyChunk(_cut(x.k, 2, s), _cut(x.v, 2, s), _cut(kv_pos, 1, s), ids)
-    return queries, keys
+    # Masks depend on no layer: of layers in a scan JAX would compute those of all chunks ahead and keep them, O(T^2).
+    return jax.lax.optimization_barrier((queries, keys))
 
 
 def _cut(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -622,13 +622,20 @@ def test_blocks_merge_by_logsumexp(rng):
         close("merged", x, np.asarray(y, np.float64), 1e-5)
 
 
-def test_memory_is_linear_in_length(rng):
-    """No buffer of the compiled forward and backward is near T x T, and twice the length takes twice the memory."""
+@pytest.mark.parametrize("layers", [1, 3])
+def test_memory_is_linear_in_length(layers):
+    """No buffer of the compiled forward and backward is near T x T, and twice the length takes twice the memory; of
+    layers in a scan as well, outside of which masks that are the same for all of them could be kept."""
 
     def temporary(T):
         q = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
-        f = jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, causal=True, implementation="xla")), argnums=(0, 1, 2))
-        return jax.jit(f).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
+
+        def loss(q, k, v):
+            layer = lambda q, _: (attention(q, k, v, causal=True, implementation="xla"), None)
+            return jnp.sum(layer(q, None)[0] if layers == 1 else jax.lax.scan(layer, q, None, length=layers)[0])
+
+        f = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        return f.lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
 
     small, large = temporary(4096), temporary(8192)
     assert large < 0.25 * 4 * 8192**2

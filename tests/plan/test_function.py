@@ -137,6 +137,8 @@ def test_a_mesh_without_room_is_behind_those_that_the_compiler_takes(rng, monkey
 def test_what_cannot_be_planned_is_said_in_one_line(rng):
     params, _, (_, D, _) = sizes(rng)
     odd = (shape(7, D), shape(7, D))
+    with pytest.raises(ValueError, match=r"<lambda> returns float32\[64, \d+\], not a loss; plan its mean"):
+        plan(lambda params, x, y: x, params, shape(64, D), shape(64, D), topology="h200:1x8")
     with pytest.raises(ValueError, match="7 rows divide over no mesh of 64 devices"):
         plan(loss_fn, params, *odd, topology="h200:8x8")
     with pytest.raises(ValueError, match="nearest are v5p"):

@@ -132,7 +132,8 @@ def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
 
     run = tmp_path / "run"
     tokenizer = train_bpe(["ab abc cab bac " * 60], 300)
-    train = TrainConfig(model=dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size, max_seq_len=512))
+    moe = MoEConfig(num_experts=4, top_k=2, mlp_dim=32)
+    train = TrainConfig(model=dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size, max_seq_len=512, moe=moe))
     mesh = make_mesh(devices=jax.devices()[:1])
     params = init_params(jax.random.key(0), decoder.param_specs(train.model), mesh, jaxscale.MEGATRON_FSDP)
     with jax.set_mesh(mesh), Checkpointer(run / "checkpoints") as ckpt:
