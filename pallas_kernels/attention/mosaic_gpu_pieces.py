@@ -30,7 +30,7 @@ class Config:
     block_q_dkv: int = 64
     stages_dkv: int = 2
     warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
-    split_dkv: bool = False  # one kernel each for dk and dv, where registers do not hold both
+    split_dkv: bool = False  # dk and dv are made apart, since registers do not hold both
 
 
 class Mask:

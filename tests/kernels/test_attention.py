@@ -35,6 +35,7 @@ xla = importlib.import_module("pallas_kernels.attention.xla")
 mosaic_tpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_tpu")
 mosaic_gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
 schedule = importlib.import_module("pallas_kernels.attention.schedule")
+stored = importlib.import_module("pallas_kernels.attention.mosaic_gpu_stored")
 
 
 def oracle(q, k, v, *, do, dlse, causal=False, segment_ids=None, positions=None, window=None, soft_cap=None, scale=None,
@@ -269,6 +270,24 @@ def test_mosaic_gpu_window_positions(rng, monkeypatch):
     positions = jnp.arange(100, dtype=jnp.int32)[None] + 30, jnp.arange(260, dtype=jnp.int32)[None]
     kwargs = {"causal": True, "window": jnp.int32(50), "positions": positions, "soft_cap": 3.0}
     check(rng, "mosaic_gpu", 1, 100, 260, 1, 1, 64, 64, jnp.float16, **kwargs)
+
+
+def test_mosaic_gpu_stored_gradient_of_logits(rng, monkeypatch):
+    """dq and dk from what the kernel of dv stores: blocks on and off the diagonal, ragged, groups of heads; too large
+    to be stored, all is made again."""
+    wgs, block = int(rng.integers(1, 3)), int(rng.choice([64, 128]))
+    small_blocks(monkeypatch, warpgroups_bwd=wgs, block_q_dkv=block, split_dkv=True)
+    hidden = [{"causal": True}, {"causal": True, "window": 90}, {"window": (30, 60)}, {}][rng.integers(4)]
+    window = hidden.get("window", (None, None))
+    options = Options("causal" in hidden, window if isinstance(window, tuple) else (window - 1,) * 2, 0.1, None)
+    inputs = Inputs(*(jnp.zeros((1, n, h, 64), jnp.bfloat16) for n, h in ((200, 2), (290, 1), (290, 1))))
+    found = stored.Stored.of(inputs, options)
+    assert found is not None
+    _, blocks, *_ = found.shape(inputs)
+    assert blocks == (3 if hidden.get("causal") else 5 if hidden else 6)  # of 2 x 3 blocks, counted on paper
+    check(rng, "mosaic_gpu", 1, 200, 290, 2, 1, 64, 64, jnp.bfloat16, soft_cap=5.0, **hidden)
+    monkeypatch.setattr(stored, "_MOST_BYTES", 2 * 2 * blocks * 128 * 128 - 1)
+    assert stored.Stored.of(inputs, options) is None
 
 
 def test_mosaic_gpu_several_tiles_in_a_block(rng, monkeypatch):
