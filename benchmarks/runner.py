@@ -168,22 +168,23 @@ def measure(run, *args, rounds: int = 9) -> tuple[float, float]:
     return float(np.median(times)) * 1e3, seconds
 
 
-def measure_torch(f, rounds: int = 9, calls: int = 16) -> float:
-    """Median milliseconds of a call, by the device's clock."""
+def measure_torch(f, rounds: int = 9) -> float:
+    """Median milliseconds of a call, by the device's clock; as many calls a round as `measure` issues, for under load a
+    GPU soon meets its power limit and lowers its clock, which shorter rounds would not see."""
     import torch
 
-    for _ in range(3):
-        f()
-    times = []
-    for _ in range(rounds):
+    def elapsed(calls):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(calls):
             f()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
-    return sorted(times)[rounds // 2]
+        return begin.elapsed_time(end) / calls
+
+    elapsed(3)
+    calls = min(max(int(50 / elapsed(1)), 2), 64)
+    return sorted(elapsed(calls) for _ in range(rounds))[rounds // 2]
 
 
 def profile(run, *args, iterations: int = 5) -> tuple[float, dict[str, list[float]]]:

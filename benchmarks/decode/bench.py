@@ -225,7 +225,7 @@ def torch_timing(work: Work) -> dict:
     q, k, v = new(work.N, work.T), new(work.K, work.S), new(work.K, work.S)
     attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     with torch.no_grad():
-        return {"ms": runner.measure_torch(attend, rounds=5, calls=4), "compile": 0.0}
+        return {"ms": runner.measure_torch(attend, rounds=5), "compile": 0.0}
 
 
 def do(job) -> dict:

@@ -30,8 +30,7 @@ class Config:
     block_q_dkv: int = 64
     stages_dkv: int = 2
     warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
-    split_dkv: bool = False  # one kernel each for dk and dv, where registers do not hold both
-    deal_traced: bool = False  # forward: tiles are dealt out also where the table is traced; not run on a device yet
+    split_dkv: bool = False  # dk and dv are made apart, since registers do not hold both
 
 
 class Mask:
@@ -77,6 +76,8 @@ class Mask:
             return lax.broadcast_in_dim(values, shape, [dim])
 
         def index(start, dim):
+            if dim == 1 and not _dispatch.interpreted("gpu"):
+                return _columns(shape, start)
             return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) + start
 
         conditions = []
@@ -105,6 +106,51 @@ class Mask:
         if not conditions:  # a block that is not full, with nothing to hide: only when the last one is ragged
             return index(kv_start, kv_dim) >= 0
         return functools.reduce(lambda x, y: x & y, conditions)
+
+
+def _columns(shape: tuple[int, int], start) -> jax.Array:
+    """start + the column of each number of an accumulator, made anew in each step.
+
+    As an iota they are 32 and more values that no loop changes: LLVM computes them once before all loops, ptxas has no
+    registers for them and spills them, and each masked step waits for them one by one.
+    """
+    import jax.experimental.mosaic.gpu as mgpu
+    import numpy as np
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    rows = plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(rows,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=plgpu.Layout.WGMMA)
+    )
+    def columns(ctx, starts):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        # Volatile, and made from what a step changes: neither compiler may move it out of a loop.
+        first = llvm.inline_asm(i32, [starts.registers.flat[0]], _FIRST_COLUMN, "=r,r", has_side_effects=True)
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        for at in np.ndindex(registers.shape):
+            pair = [arith.addi(first, arith.constant(i32, ir.IntegerAttr.get(i32, column(at, i)))) for i in (0, 1)]
+            registers[at] = vector.from_elements(ir.VectorType.get((2,), i32), pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=True)
+
+    starts = plgpu.layout_cast(jnp.full((shape[0],), start, jnp.int32), rows)
+    return columns(starts)  # pyright: ignore[reportCallIssue]  # its signature is that of the decorated function
+
+
+def column(register, i: int) -> int:
+    """Of number i of a register of an accumulator, from the first column of its lane."""
+    return 8 * register[1] + i
+
+
+_FIRST_COLUMN = """{
+    .reg .b32 lane;
+    mov.u32 lane, %laneid;
+    and.b32 lane, lane, 3;
+    shl.b32 lane, lane, 1;
+    add.s32 $0, lane, $1;
+}"""
 
 
 def read_bounds(ranges_ref, b, t):

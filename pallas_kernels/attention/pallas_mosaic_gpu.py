@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -141,7 +142,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     tiles = padded.q.shape[1] // tile
     ranges = key_ranges(inputs, options, tile, bkv)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * 2 * K // N), config.deal_traced)
+    schedule = deal(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
     c = options.scale * LOG2E
     buffers = 2 if max(H, Hv) <= 128 else 1  # of q: the next tile's arrives under this tile's work
 
@@ -311,6 +312,6 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     return o[:, :T], lse[:, :, :T]
 
 
-def _sinks(inputs: Inputs) -> jax.Array:
+def _sinks(inputs: Inputs) -> Any:
     N = inputs.q.shape[2]
-    return jnp.zeros(N, jnp.float32) if inputs.sinks is None else inputs.sinks.astype(jnp.float32)
+    return np.zeros(N, np.float32) if inputs.sinks is None else inputs.sinks.astype(jnp.float32)

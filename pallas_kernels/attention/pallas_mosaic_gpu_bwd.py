@@ -1,4 +1,5 @@
 """The backward of attention for Hopper GPUs: one kernel for dq, one for dk and dv, both in the shape of the forward.
+Above head_dim 128 one for dv, and dq and dk from the gradient of the logits that it stores (mosaic_gpu_stored.py).
 
 Each output has one writer and one order of summation, so gradients repeat bit by bit. Together they do seven matmuls
 where five would do. One kernel of five, with dq summed in global memory by TMA in the order of the key blocks, was
@@ -9,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -34,10 +36,14 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     three_loops,
     tiled,
 )
+from pallas_kernels.attention.mosaic_gpu_stored import BLOCK, Stored, multiply
 
 
 def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
     """dq, dk, dv; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
+    if config.split_dkv and (stored := Stored.of(inputs, options)):
+        dv, dlogits = _dkv(inputs, options, config, do, lse, delta, False, True, stored)
+        return *(multiply(inputs, options, stored, dlogits, x) for x in ("dq", "dk")), dv
     dq = _backward_dq(inputs, options, config, do, lse, delta)
     return dq, *_backward_dkv(inputs, options, config, do, lse, delta)
 
@@ -153,28 +159,46 @@ def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, del
     return dk, dv
 
 
-def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_dk: bool, want_dv: bool):
-    """The wanted ones of dk and dv."""
+def _dkv(
+    inputs: Inputs,
+    options: Options,
+    config: Config,
+    do,
+    lse,
+    delta,
+    want_dk: bool,
+    want_dv: bool,
+    stored: Stored | None = None,
+) -> list[jax.Array]:
+    """The wanted ones of dk and dv; then the gradient of the logits, where it is to be stored."""
     B, S, K, H = inputs.k.shape
     N, Hv = inputs.q.shape[2], inputs.v.shape[3]
     G = N // K
     dtype = inputs.q.dtype
     wgs, bq, stages = config.warpgroups_bwd, config.block_q_dkv, config.stages_dkv
     tile = wgs * ROWS
-    padded = pad_inputs(inputs, bq, tile)
-    do, lse, delta = pad_to(do, 1, bq), pad_to(lse, 2, bq), pad_to(delta, 2, bq)
+    places = ()
+    if stored is None:
+        padded, rows = pad_inputs(inputs, bq, tile), bq
+        ranges = query_ranges(inputs, options, bq, tile)
+    else:
+        padded, rows = pad_inputs(inputs, BLOCK, BLOCK), BLOCK
+        per_tile = functools.partial(np.repeat, repeats=BLOCK // tile, axis=0)
+        ranges, places = per_tile(stored.ranges)[None] * (BLOCK // bq), (per_tile(stored.places),)
+    do, lse, delta = pad_to(do, 1, rows), pad_to(lse, 2, rows), pad_to(delta, 2, rows)
     T = padded.q.shape[1]
     tiles = padded.k.shape[1] // tile
-    ranges = query_ranges(inputs, options, bq, tile)
     mask = Mask(padded, options, S, padded.k.shape[1], keys_down=True)
     grid, locate = make_grid(B, K, tiles, T * (H + Hv) * 2 * G)
     c = options.scale * LOG2E
     widths = {x: width for x, width, want in (("dv", Hv, want_dv), ("dk", H, want_dk)) if want}
+    want_dp = want_dk or stored is not None
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
+        places_ref, refs = refs[: len(places)], refs[len(places) :]
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         *out_refs, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free = refs
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *ds_smem = smem
         wg = lax.axis_index("wg")
         b, k_head, t = locate()
         lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
@@ -188,8 +212,21 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, k_head], k, kv_barriers.at[wg])
             plgpu.copy_gmem_to_smem(v_ref.at[b, rows, k_head], v, kv_barriers.at[wg])
             across = plgpu.Layout.WGMMA.reduce(0)
+            first_place = places_ref[0][t] + 0 if stored else 0
 
-            def step(j, sums, masked, first):
+            def store(ds, i, j, n):
+                """The block before the last has left its buffer by now; this one leaves under the next step."""
+                start = j * bq
+                buffer = ds_smem[0].at[wg, slot_of(i, 2)]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                buffer[...] = ds
+                plgpu.commit_smem()
+                keys = pl.ds(pl.multiple_of(lax.rem(kv_start, jnp.int32(BLOCK)), ROWS), ROWS)
+                queries = pl.ds(pl.multiple_of(lax.rem(start, jnp.int32(BLOCK)), bq), bq)
+                place = first_place + lax.div(start, jnp.int32(BLOCK))
+                plgpu.copy_smem_to_gmem(buffer, out_refs[-1].at[b * N + n, place, keys, queries])
+
+            def step(j, sums, masked, first, n):
                 i = first + j - lo
                 slot = slot_of(i, stages)
                 plgpu.barrier_wait(do_barriers.at[slot])
@@ -197,10 +234,10 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
                 def products(s_ref, dp_ref, *sum_refs):  # s, dp: keys down, queries across
                     in_flight = dict(zip(widths, sum_refs))
                     plgpu.wgmma(s_ref, k, q_smem.at[slot].transpose((1, 0)))
-                    if want_dk:
+                    if want_dp:
                         plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
-                    s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=int(want_dk)), options)
-                    s = mask.add_bias(aux, s, b, k_head * G + lax.div(i, hi - lo), 1, j * bq, kv_start)
+                    s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=int(want_dp)), options)
+                    s = mask.add_bias(aux, s, b, n, 1, j * bq, kv_start)
                     lse = plgpu.load(lse_smem.at[slot], layout=across)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
                     if masked:
@@ -209,12 +246,15 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
                     new = {}
                     if want_dv:
                         new["dv"] = mma(sums["dv"], p.astype(dtype), do_smem.at[slot], in_flight.get("dv"))
-                    if want_dk:
+                    if want_dp:
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=int("dv" in in_flight))
                         delta = plgpu.load(delta_smem.at[slot], layout=across)
                         ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
                         ds = (ds if slope is None else ds * slope).astype(dtype)
-                        new["dk"] = mma(sums["dk"], ds, q_smem.at[slot], in_flight.get("dk"))
+                        if want_dk:
+                            new["dk"] = mma(sums["dk"], ds, q_smem.at[slot], in_flight.get("dk"))
+                        if stored:
+                            store(ds, i, j, n)
                     return {x: in_flight[x][...] if in_flight else new[x] for x in widths}
 
                 block = accumulator(bq)
@@ -229,14 +269,15 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
             zero = lambda width: plgpu.layout_cast(jnp.full((ROWS, width), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
             def head(g, sums):
-                return three_loops(functools.partial(step, first=g * (hi - lo)), (lo, full_lo, full_hi, hi), sums)
+                of_head = functools.partial(step, first=g * (hi - lo), n=k_head * G + g)
+                return three_loops(of_head, (lo, full_lo, full_hi, hi), sums)
 
             sums = lax.fori_loop(0, G, head, {x: zero(width) for x, width in widths.items()})
             leaving = {"dk": k, "dv": v}
             for x in widths:
                 leaving[x][...] = (sums[x] * (options.scale if x == "dk" else 1.0)).astype(dtype)
             plgpu.commit_smem()
-            for x, out_ref in zip(widths, out_refs, strict=True):
+            for x, out_ref in zip(widths, out_refs):
                 plgpu.copy_smem_to_gmem(leaving[x], out_ref.at[b, rows, k_head])
             plgpu.wait_smem_to_gmem(0)
 
@@ -261,16 +302,18 @@ def _dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta, want_
         tiled((stages, bq, Hv), dtype),
         plgpu.SMEM((stages, bq), jnp.float32),
         plgpu.SMEM((stages, bq), jnp.float32),
+        *([tiled((wgs, 2, ROWS, bq), dtype)] if stored else []),
     )
     full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
+    shapes = [(*padded.k.shape[:3], width) for width in widths.values()]
     out = launch(
         kernel,
         "attention_" + "_".join(widths),
-        [jax.ShapeDtypeStruct((*padded.k.shape[:3], width), dtype) for width in widths.values()],
+        [jax.ShapeDtypeStruct(x, dtype) for x in shapes + ([stored.shape(inputs)] if stored else [])],
         grid,
         (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
-        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *places, *mask.arrays),
         wgs + 1,
     )
-    return [x[:, :S] for x in reversed(out)]
+    return [x[:, :S] for x in reversed(out[: len(widths)])] + out[len(widths) :]

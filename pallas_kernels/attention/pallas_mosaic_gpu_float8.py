@@ -77,7 +77,7 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
     tiles = padded.q.shape[1] // tile
     ranges = key_ranges(inputs, options, tile, bkv)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * K // N), traced=True)
+    schedule = deal(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * K // N))
     c = options.scale * LOG2E
 
     def kernel(q_ref, k_ref, v_ref, factors_ref, v_scale_ref, ranges_ref, schedule_ref, sinks_ref, *refs):
