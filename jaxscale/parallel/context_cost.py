@@ -39,9 +39,10 @@ class Shape:
     @property
     def pairs(self) -> float:
         """Queries and keys that see each other, for a head."""
-        before = self.span if self.window is None else min(self.span, self.window + 1)
-        keys = before * (1 - before / self.span / 2)  # of a token and those before it: fewer at the start
-        return self.batch * self.seq_len * (keys if self.causal else 2 * keys)
+        keys = self.span / 2 if self.causal else self.span
+        if self.window is not None:
+            keys = min(keys, self.window + 1 if self.causal else 2 * self.window + 1)
+        return self.batch * self.seq_len * keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +168,9 @@ def estimate(shape: Shape, cp: int, strategy: CPStrategy, layout: CPLayout, rate
     uneven = 0.0
     if shape.packed and layout in ("contiguous", "zigzag"):
         uneven = 0.5 * (1 - 1 / split)  # documents of any length: one that dominates a device is common
-    elif shape.causal and layout == "contiguous":
-        uneven = (1 - 1 / split) * (1.0 if shape.window is None else min(1.0, shape.window / shape.seq_len))
+    elif shape.causal and layout == "contiguous":  # under a short window the first tokens alone see less
+        part = 1.0 if shape.window is None else min(1.0, max(0.0, 2 * shape.window / shape.seq_len - 1))
+        uneven = (1 - 1 / split) * part
     forward, backward = (mean * f * (1 + uneven) for f in (FORWARD, BACKWARD))
 
     exposed, starts, merges, hops = 0.0, 0, 0.0, 0
