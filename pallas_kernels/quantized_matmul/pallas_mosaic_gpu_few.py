@@ -22,7 +22,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _dispatch
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import mma, order, tiled, values_layout, varying_as, widen
 
@@ -36,8 +35,8 @@ _MOST_CHANNELS = 16  # for 8 bits with scales of channels, which XLA widens on t
 @dataclasses.dataclass(frozen=True)
 class Config:
     rows: int = 1  # warpgroups along N
-    depth: int = 4  # warpgroups along K
-    stages: int = 4  # steps in flight, of each of `depth`
+    depth: int = 3  # warpgroups along K
+    stages: int = 3  # steps in flight, of each of `depth`
     width: int = 128  # bytes of a row of w in a step
     blocks: int = _SM_COUNT  # at most
 
@@ -68,15 +67,11 @@ def step_of(K: int, dtype, width: int = 128) -> int:
     return step
 
 
-def tuned(tokens: int, N: int, K: int) -> Config:
-    """For `tokens` rows of x, a multiple of 8."""
+def tuned(tokens: int, bits: int) -> Config:
+    """For `tokens` rows of x, a multiple of 8. More bytes in flight than these are slower: the first come later."""
     if tokens <= 16:
-        rows, depth, stages, width = 1, 4, 3, 128
-    else:
-        rows, depth, stages, width = 4, 1, 6, 64
-    while rows * _UNIT > N:
-        rows, depth = rows // 2, depth * 2
-    return Config(rows, depth, stages, width)
+        return Config(depth=3, stages=3) if bits == 4 else Config(depth=4, stages=2)
+    return Config(depth=3 if tokens <= 32 else 2, stages=2)
 
 
 def share_of(tiles: int, steps: int, c: Config) -> int:
@@ -95,7 +90,7 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
         return jnp.concatenate([matmul_few(part, w, dtype, config) for part in parts])
     (M, K), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     T = max(8, 1 << (M - 1).bit_length())
-    c = config or tuned(T, N, K)
+    c = config or tuned(T, jax.dtypes.itemsize_bits(w.values.dtype))
     step = step_of(K, w.values.dtype, c.width)
     width = step * jax.dtypes.itemsize_bits(w.values.dtype) // 8
     group = K // G
@@ -119,8 +114,6 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
     ahead = G > 1 and G <= 256 and G * scales.dtype.itemsize % 16 == 0
 
     def kernel(x_ref, w_ref, scales_ref, out_ref, w_smem, x_smem, sum_smem, out_smem, full, free, done, read):
-        if not _dispatch.interpreted("gpu"):  # the block may start while the kernel before ends
-            plgpu.griddepcontrol_wait()
         wg = lax.axis_index("wg")
         start = lax.axis_index("block") * share
         end = jnp.minimum(start + share, total)
