@@ -96,6 +96,8 @@ def write(cache: Array, new: Array, index: Array, positions: Array, rules: Rules
     def write_local(cache, new, index, starts):
         # A scatter of one [T, K, H] window for each row, its dims in the cache's order: vmap would move the batch to
         # the front, and XLA then transposes the whole cache.
+        if starts.shape[0] == new.shape[1] == 1:  # XLA makes two kernels of a scatter of one token: another, to nowhere
+            starts, new = jnp.pad(starts, (0, 1), constant_values=-1), jnp.pad(new, ((0, 1), (0, 0), (0, 0), (0, 0)))
         rows = jnp.arange(starts.shape[0], dtype=jnp.int32)
         where = jnp.stack([jnp.full_like(rows, index), rows, starts], axis=1)
         dims = jax.lax.ScatterDimensionNumbers(

@@ -9,8 +9,9 @@ register are 8 neighbours along K, of which bits i and i + 16 make a pair, where
 the order of summation is free, x is permuted instead (`order`), in the XLA fusion that pads it.
 
 The warpgroups of a block take 64 rows of w each (`rows` of them), or each a share of K (`depth`), and sum at the end;
-one more feeds them through TMA. Where there are too few tiles for all multiprocessors, blocks share K too (`split`),
-and XLA adds their parts. One writer and one order of summation: results repeat bit by bit.
+one more feeds them through TMA, from one tile into the next: a block stays on its multiprocessor. Where tiles are too
+few, blocks share them, and XLA adds their parts. One writer and one order of summation: results
+repeat bit by bit.
 """
 
 import dataclasses
@@ -34,10 +35,10 @@ _MOST_CHANNELS = 16  # for 8 bits with scales of channels, which XLA widens on t
 @dataclasses.dataclass(frozen=True)
 class Config:
     rows: int = 1  # warpgroups along N
-    depth: int = 4  # warpgroups along K
-    split: int = 1  # blocks along K
-    stages: int = 4  # steps in flight, of each of `depth`
+    depth: int = 3  # warpgroups along K
+    stages: int = 3  # steps in flight, of each of `depth`
     width: int = 128  # bytes of a row of w in a step
+    blocks: int = _SM_COUNT  # at most
 
 
 def unfit_few(x, w: QuantizedArray) -> str | None:
@@ -66,19 +67,20 @@ def step_of(K: int, dtype, width: int = 128) -> int:
     return step
 
 
-def tuned(tokens: int, N: int, K: int) -> Config:
-    """For `tokens` rows of x, a multiple of 8."""
-    if tokens <= 8:
-        rows, depth, stages, width = 1, 4, 4, 128
-    elif tokens <= 16:
-        rows, depth, stages, width = 2, 2, 4, 128
-    else:
-        rows, depth, stages, width = 4, 1, 6, 64
-    while rows * _UNIT > N:
-        rows, depth = rows // 2, depth * 2
-    tiles = -(-N // (rows * _UNIT))
-    split = max(1, min(_SM_COUNT // tiles, K // (1024 * depth)))
-    return Config(rows, depth, split, stages, width)
+def tuned(tokens: int, bits: int) -> Config:
+    """For `tokens` rows of x, a multiple of 8. More bytes in flight than these are slower: the first come later."""
+    if tokens <= 16:
+        return Config(depth=3, stages=3) if bits == 4 else Config(depth=4, stages=2)
+    return Config(depth=3 if tokens <= 32 else 2, stages=2)
+
+
+def share_of(tiles: int, steps: int, c: Config) -> int:
+    """How many steps a block takes, of tiles of `steps` each: whole tiles, whose sums need no addition, where most
+    multiprocessors have some; memory is as fast to three quarters of them."""
+    whole = -(-tiles // c.blocks) * steps
+    if 4 * -(-tiles * steps // whole) >= 3 * c.blocks:
+        return whole
+    return max(-(-tiles * steps // c.blocks), min(2 * c.depth, whole))
 
 
 def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = None) -> jax.Array:
@@ -88,43 +90,51 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
         return jnp.concatenate([matmul_few(part, w, dtype, config) for part in parts])
     (M, K), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     T = max(8, 1 << (M - 1).bit_length())
-    c = config or tuned(T, N, K)
+    c = config or tuned(T, jax.dtypes.itemsize_bits(w.values.dtype))
     step = step_of(K, w.values.dtype, c.width)
     width = step * jax.dtypes.itemsize_bits(w.values.dtype) // 8
     group = K // G
     piece = min(group, step)  # of K: one accumulator's, with one scale
     pieces = step // piece
-    steps = -(-K // step)
-    share = -(-steps // c.split)  # steps of a block
+    steps = -(-K // step)  # of a tile
     tile = c.rows * _UNIT
+    tiles = -(-N // tile)
+    total = tiles * steps
+    share = share_of(tiles, steps, c)
+    blocks = -(-total // share)
+    # A tile's steps may be those of several blocks, each with a sum of its own.
+    parts = max((t * steps + steps - 1) // share - t * steps // share + 1 for t in range(tiles))
     x_order = order(x.astype(jnp.bfloat16), w.values.dtype)
     x_order = jnp.pad(x_order, ((0, T - M), (0, 0)))
     # One scale for each row of all tiles: loads are not clipped.
     scales = jnp.pad(repeat_to(w.scales, (N, G)), ((0, -N % tile), (0, 0)))
-    parts = c.split > 1
     wide = min(T, 16)  # rows of x whose results are stored at a time
-    out_dtype = jnp.dtype(jnp.float32 if parts or w.offsets is not None else dtype)
+    out_dtype = jnp.dtype(jnp.float32 if parts > 1 or w.offsets is not None else dtype)
 
-    def kernel(x_ref, w_ref, scales_ref, out_ref, w_smem, x_smem, sum_smem, out_smem, full, free, done):
+    ahead = G > 1 and G <= 256 and G * scales.dtype.itemsize % 16 == 0
+
+    def kernel(x_ref, w_ref, scales_ref, out_ref, w_smem, x_smem, sum_smem, out_smem, full, free, done, read):
         wg = lax.axis_index("wg")
-        row = lax.axis_index("rows") * tile
-        first = lax.axis_index("split") * share
-        last = jnp.minimum(first + share, steps)
+        start = lax.axis_index("block") * share
+        end = jnp.minimum(start + share, total)
+        tile_of = lambda step: lax.div(step, jnp.int32(steps))
 
-        def turns(d):
-            """How many steps first + d, first + d + depth, ... there are below last."""
-            return lax.div(jnp.maximum(last - first - d, 0) + c.depth - 1, jnp.int32(c.depth))
+        def turns(d, upto):
+            """How many of the steps d, d + depth, d + 2 depth, ... of the block there are below upto."""
+            return lax.div(upto - start - d + c.depth - 1, jnp.int32(c.depth))
 
         @pl.when(wg < c.rows * c.depth)
         def _compute():
             _set_registers(c, True)
             d, r = lax.div(wg, jnp.int32(c.rows)), lax.rem(wg, jnp.int32(c.rows))
-            own = pl.ds(pl.multiple_of(row + r * _UNIT, _UNIT), _UNIT)
+            own = lambda t: pl.ds(pl.multiple_of(t * tile + r * _UNIT, _UNIT), _UNIT)
 
-            def factors(k):
-                """The scales of step k, read a step ahead: nothing waits for them."""
-                places = [lax.div(k * step + p * piece, jnp.int32(group)) for p in range(pieces)]
-                refs = [scales_ref.at[own, jnp.minimum(g, G - 1)] for g in places]
+            def factors(at):
+                """The scales of a step, read a turn ahead: nothing waits for them."""
+                at = jnp.minimum(at, total - 1)
+                k = lax.rem(at, jnp.int32(steps)) * step
+                places = [lax.div(k + p * piece, jnp.int32(group)) for p in range(pieces)]
+                refs = [scales_ref.at[own(tile_of(at)), jnp.minimum(g, G - 1)] for g in places]
                 return tuple(plgpu.load(r, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) for r in refs)
 
             def scaled(acc, scale):
@@ -132,8 +142,7 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
 
             def body(i, carry):
                 total, now = carry
-                k = first + d + i * c.depth
-                following = factors(k + c.depth) if G > 1 else now
+                following = factors(start + d + (i + 1) * c.depth) if G > 1 else now
                 slot = _slot(i, c)
                 plgpu.barrier_wait(full.at[d, slot])
                 narrow = plgpu.load(w_smem.at[d, slot, pl.ds(r * _UNIT, _UNIT)], layout=values_layout(w.values.dtype))
@@ -149,63 +158,86 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
                     total += scaled(acc, now[p])
                 return total, following
 
-            zero = plgpu.layout_cast(jnp.zeros((_UNIT, T), jnp.float32), plgpu.Layout.WGMMA)
-            total, now = lax.fori_loop(0, turns(d), body, (zero, factors(first + d)))
-            if G == 1:
-                total = scaled(total, now[0])
-
-            if c.depth > 1:
-
-                @pl.when(d > 0)
-                def _():
-                    sum_smem[d - 1, r] = total
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(done.at[r])
-
-            @pl.when(d == 0)
-            def _():
-                out = total
+            def finish(t, total):
+                """Stores the sums of all warpgroups: of the whole tile, or a part."""
                 if c.depth > 1:
-                    plgpu.barrier_wait(done.at[r])
-                    for other in range(c.depth - 1):
-                        out += plgpu.load(sum_smem.at[other, r], layout=plgpu.Layout.WGMMA, optimized=False)
-                target = out_ref.at[lax.axis_index("split")] if parts else out_ref
-                for t in range(0, M, wide):
-                    columns = out[:, t : t + wide].astype(out_dtype)
-                    out_smem.at[r].transpose((1, 0))[...] = plgpu.layout_cast(columns, plgpu.Layout.WGMMA_TRANSPOSED)
-                    plgpu.commit_smem()
-                    size = min(wide, M - t)
-                    plgpu.copy_smem_to_gmem(out_smem.at[r, pl.ds(0, size)], target.at[pl.ds(t, size), own])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                    @pl.when(d > 0)
+                    def _():
+                        pl.when(t > tile_of(start))(lambda: plgpu.barrier_wait(read.at[r]))
+                        sum_smem[d - 1, r] = total
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(done.at[r])
+
+                @pl.when(d == 0)
+                def _():
+                    out = total
+                    if c.depth > 1:
+                        plgpu.barrier_wait(done.at[r])
+                        for other in range(c.depth - 1):
+                            out += plgpu.load(sum_smem.at[other, r], layout=plgpu.Layout.WGMMA, optimized=False)
+                        pl.when(t < tile_of(end - 1))(lambda: plgpu.barrier_arrive(read.at[r]))
+                    part = lax.axis_index("block") - lax.div(t * steps, jnp.int32(share))
+                    # The tile's last block fills the parts that other tiles have and this one has not.
+                    beyond = jnp.where((t + 1) * steps <= end, parts, part + 1)
+
+                    def store(p, out):
+                        for m in range(0, M, wide):
+                            columns = out[:, m : m + wide].astype(out_dtype)
+                            columns = plgpu.layout_cast(columns, plgpu.Layout.WGMMA_TRANSPOSED)
+                            out_smem.at[r].transpose((1, 0))[...] = columns
+                            plgpu.commit_smem()
+                            size = min(wide, M - m)
+                            target = out_ref.at[p, pl.ds(m, size), own(t)]
+                            plgpu.copy_smem_to_gmem(out_smem.at[r, pl.ds(0, size)], target)
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                    store(part, out)
+                    if parts > 1:
+                        pl.loop(part + 1, beyond)(lambda p: store(p, jnp.zeros_like(out)))
+
+            def of_tile(t, now):
+                zero = plgpu.layout_cast(jnp.zeros((_UNIT, T), jnp.float32), plgpu.Layout.WGMMA)
+                if G == 1:
+                    now = factors(t * steps)
+                upto = jnp.minimum((t + 1) * steps, end)
+                total, now = lax.fori_loop(turns(d, jnp.maximum(t * steps, start)), turns(d, upto), body, (zero, now))
+                finish(t, scaled(total, now[0]) if G == 1 else total)
+                return now
+
+            lax.fori_loop(tile_of(start), tile_of(end - 1) + 1, of_tile, factors(start + d))
 
         @pl.when(wg == c.rows * c.depth)
         def _feed():
             _set_registers(c, False)
 
-            @pl.loop(0, turns(0))
+            @pl.loop(0, turns(0, end))
             def _(i):
                 slot = _slot(i, c)
                 for d in range(c.depth):
 
-                    @pl.when(i < turns(d))
+                    @pl.when(i < turns(d, end))
                     def _(d=d):
                         pl.when(i >= c.stages)(lambda: plgpu.barrier_wait(free.at[d, slot]))
-                        at = pl.ds(pl.multiple_of((first + d + i * c.depth) * step, step), step)
-                        here = pl.ds(pl.multiple_of(row, tile), tile)
-                        plgpu.copy_gmem_to_smem(w_ref.at[here, at], w_smem.at[d, slot], full.at[d, slot])
+                        here = start + d + i * c.depth
+                        k = lax.rem(here, jnp.int32(steps))
+                        own = pl.ds(pl.multiple_of(tile_of(here) * tile, tile), tile)
+                        if ahead:
+                            pl.when((k == 0) | (here == start))(lambda: plgpu.async_prefetch(scales_ref.at[own]))
+                        at = pl.ds(pl.multiple_of(k * step, step), step)
+                        plgpu.copy_gmem_to_smem(w_ref.at[own, at], w_smem.at[d, slot], full.at[d, slot])
                         plgpu.copy_gmem_to_smem(x_ref.at[:, at], x_smem.at[d, slot], full.at[d, slot])
 
             for d in range(c.depth):  # all slots are free before the block ends
 
                 @pl.loop(0, c.stages)
                 def _(i, d=d):
-                    end = turns(d) + i
-                    pl.when(end >= c.stages)(lambda: plgpu.barrier_wait(free.at[d, _slot(end, c)]))
+                    last = turns(d, end) + i
+                    pl.when(last >= c.stages)(lambda: plgpu.barrier_wait(free.at[d, _slot(last, c)]))
 
-    out_shape = (c.split, M, N) if parts else (M, N)
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        out_type=jax.ShapeDtypeStruct((parts, M, N), out_dtype),
         scratch_types=(
             tiled((c.depth, c.stages, tile, step), w.values.dtype, width),
             tiled((c.depth, c.stages, T, step), jnp.bfloat16, min(2 * piece, 128)),
@@ -214,15 +246,16 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
             plgpu.Barrier(num_arrivals=2, num_barriers=(c.depth, c.stages)),
             plgpu.Barrier(num_arrivals=c.rows, num_barriers=(c.depth, c.stages)),
             plgpu.Barrier(num_arrivals=max(c.depth - 1, 1), num_barriers=c.rows),
+            plgpu.Barrier(num_barriers=c.rows),
         ),
-        grid=(-(-N // tile), c.split),
-        grid_names=("rows", "split"),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=c.rows * c.depth + 1,
         thread_name="wg",
         kernel_name="quantized_few",
     )(x_order, w.values, scales)
     out = varying_as(x, out)
-    out = out.sum(axis=0) if parts else out
+    out = sum(out[1:], start=out[0])  # and not a reduction: XLA fuses additions with what follows
     if w.offsets is not None:
         sums = x.astype(jnp.float32).reshape(M, G, group).sum(axis=2)
         out += jnp.dot(sums, repeat_to(w.offsets, (N, G)).T, precision="highest")

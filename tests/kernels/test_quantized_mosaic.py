@@ -82,10 +82,18 @@ def test_few_rows(rng, M, N, K, format, group, options):
     check(x, w, run(x, w))
 
 
-@pytest.mark.parametrize("config", [few.Config(2, 2, 2, 2), few.Config(1, 3, 1, 2, 64)], ids=str)
-def test_few_rows_shared_by_warpgroups_and_blocks(rng, config):
-    """Shares of K that differ in length, one of them empty; more steps than stages."""
-    w, x = weight(rng, 128, 1280, "int4", 128), rows(rng, 17, 1280)
+@pytest.mark.parametrize(
+    ("config", "N", "K"),
+    [
+        (few.Config(2, 2, 2, blocks=3), 128, 2816),  # a tile of three blocks, the last with fewer steps
+        (few.Config(1, 3, 2, 64, blocks=5), 72, 1280),  # two blocks that meet in a tile
+        (few.Config(1, 2, 2, blocks=3), 200, 1024),  # a block that begins within a tile and ends within another
+        (few.Config(1, 2, 2, blocks=2), 256, 1024),  # whole tiles, two of each block
+    ],
+)
+def test_few_rows_shared_by_warpgroups_and_blocks(rng, config, N, K):
+    M = int(rng.choice([1, 7, 17]))
+    w, x = weight(rng, N, K, "int4", 128, scale_dtype=jnp.bfloat16), rows(rng, M, K)
     with configured(few, config):
         check(x, w, run(x, w))
 

@@ -15,6 +15,7 @@ from jaxscale.mesh import make_mesh
 from jaxscale.models import cache, decoder
 from jaxscale.models.unstacked import unstack
 from jaxscale.params import init_params
+from jaxscale.quantize.recipe import Recipe, Rounding
 from jaxscale.sharding import compute_spec
 from sharding_rules.rules import MEGATRON_FSDP
 
@@ -67,9 +68,23 @@ def test_layers_apart_are_the_same_model(rng, params):
     assert set(unstack(params, join=False)["layers"][0]["mlp"]) == {"w_gate", "w_up", "w_down"}
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_are_written_where_they_belong(rng, rows):
+    before = rng.normal(size=(2, rows, 6, 2, 4)).astype(np.float32)
+    new = rng.normal(size=(rows, 1, 2, 4)).astype(np.float32)
+    for at in (rng.integers(6, size=rows), np.full(rows, 5), np.full(rows, -1), np.full(rows, 6)):  # the last: nowhere
+        positions = jnp.asarray(at, jnp.int32)[:, None]
+        got = cache.write(jnp.asarray(before), jnp.asarray(new), jnp.int32(1), positions, MEGATRON_FSDP)
+        want = before.copy()
+        for row, slot in enumerate(at):
+            if 0 <= slot < 6:
+                want[1, row, slot] = new[row, 0]
+        np.testing.assert_array_equal(got, want)
+
+
 def test_weights_that_are_not_alike_stay_apart(params):
-    rules = (("wk|w_up", jaxscale.quantize.recipe.Rounding(format="int8")), ("wq|wv|w_gate", None))
-    mixed = jaxscale.quantize(params, jaxscale.quantize.recipe.Recipe(rules=rules), SPECS)
+    rules = (("wk|w_up", Rounding(format="int8")), ("wq|wv|w_gate", None))
+    mixed = jaxscale.quantize(params, Recipe(rules=rules), SPECS)
     assert "wq" in unstack(mixed)["layers"][0]["attn"] and "w_up" in unstack(mixed)["layers"][0]["mlp"]
 
 
