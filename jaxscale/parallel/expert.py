@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxscale.parallel.expert_local import Call, among, experts_local
+from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local, pairs_here
 from jaxscale.parallel.permute import Places, Sorted, collect, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, gather_weight, partitions
 from sharding_rules.hlo import SELDOM
@@ -211,27 +211,24 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
     """pairs: of token and expert, that an even load gives each device."""
     n, K = experts.shape
     mine = call.num_experts // level.size
-    to = among(experts, call.num_experts) // mine  # level.size: nobody
     if way == "all_gather":
+        x = level.all_gather(x)
+        # After x: the scheduler has one transfer at a time, and the long one may run beside the router.
+        experts, _ = lax.optimization_barrier((experts, lax.stop_gradient(x)))
+        experts, weights = map(level.all_gather, (experts, weights))
         most = level.size * n * min(K, mine)
         room = min(most, math.ceil(_SLACK * pairs))
-        held = lambda: level.all_gather(
-            (to[..., None] == jnp.arange(level.size)[None, None]).sum(axis=(0, 1))[None]
-        ).sum(axis=0)
-        rounds = None if room == most else _rounds(held(), room)
-        return _in_rounds(functools.partial(_gathered, call, level, room), rounds, experts, x, weights, p)
+        here = pairs_here(experts, p, level.index() * mine)
+        # Its own number of rounds for each device: they send nothing.
+        rounds = None if room == most else -(-here[1].starts[-1] // room)
+        one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values)
+        return level.psum_scatter(_in_rounds(one_round, rounds, here, x, weights, p))
     most = n * min(K, mine)
     room = min(most, math.ceil(_SLACK * pairs / level.size))
+    to = among(experts, call.num_experts) // mine  # level.size: nobody
     boxes = sort_pairs(to.reshape(-1), level.size)
     rounds = None if room == most else _rounds(jnp.diff(boxes.starts), room)
     return _in_rounds(functools.partial(_exchanged, call, level, room), rounds, (experts, boxes), x, weights, p)
-
-
-def _gathered(call: Call, level: _Level, room: int, turn, experts, x, weights, p):
-    """Of each device's pairs those that have room in this turn."""
-    first = level.index() * (call.num_experts // level.size)
-    x, experts, weights = map(level.all_gather, (x, experts, weights))
-    return level.psum_scatter(experts_local(call, x, experts, weights, p, first=first, rows=room, start=turn * room))
 
 
 def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, p):
@@ -300,44 +297,46 @@ def _in_rounds(one_round, rounds, indices, x, weights, p):
     """
     if rounds is None:
         return one_round(0, indices, x, weights, p)
-    *values, rest = _later_rounds(one_round, rounds, indices, x, weights, p)  # pyright: ignore[reportGeneralTypeIssues]
-    return one_round(0, indices, *values) + rest
+    return _all_rounds(one_round, rounds, indices, x, weights, p)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _later_rounds(one_round, rounds, indices, x, weights, p):
-    """x, weights, p as they are, for the first round, and the sum of the later ones. So that the gradients of the first
-    come by here, and the loop adds to them in place."""
+def _all_rounds(one_round, rounds, indices, *values):
+    return _later_rounds(one_round, rounds, indices, one_round(0, indices, *values), *values)
+
+
+def _later_rounds(one_round, rounds, indices, y, *values):
+    """y and what further rounds add to it, in place."""
 
     def body(carry):
         turn, y = carry
-        return turn + 1, y + one_round(turn, indices, x, weights, p)
+        return turn + 1, y + one_round(turn, indices, *values)
 
-    nothing = _vary(jnp.zeros_like(x), jax.typeof(x).mat.varying)
     with jax.named_scope(SELDOM):
-        return x, weights, p, lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), nothing))[1]
+        return lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), y))[1]
 
 
-def _later_rounds_fwd(one_round, *args):
-    """Residuals: the inputs."""
-    return _later_rounds(one_round, *args), args
+def _all_rounds_fwd(one_round, rounds, indices, *values):
+    """Residuals: those of the first round, and the inputs."""
+    y, first = jax.vjp(functools.partial(one_round, 0, indices), *values)
+    return _later_rounds(one_round, rounds, indices, y, *values), (first, rounds, indices, values)
 
 
-def _later_rounds_bwd(one_round, args, grads):
-    rounds, indices, *values = args
-    *first, out = grads
+def _all_rounds_bwd(one_round, residuals, grad):
+    first, rounds, indices, values = residuals
 
     def body(carry):
         turn, *sums = carry
-        more = jax.vjp(lambda *values: one_round(turn, indices, *values), *values)[1](out)
+        more = jax.vjp(functools.partial(one_round, turn, indices), *values)[1](grad)
         return turn + 1, *jax.tree.map(jnp.add, sums, list(more))
 
+    grads = first(grad)
     with jax.named_scope(SELDOM):
-        _, *sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), *first))
+        _, *sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), *grads))
     return None, None, *sums
 
 
-_later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
+_all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)
 
 
 def _max_everywhere(x):

@@ -20,7 +20,7 @@ class Experts(NamedTuple):
     shared: int  # of the shared experts' hidden layer
     hosts: int = 1  # that tokens travel to first; arriving: rows that a device then has of others, or room for them
     arriving: int = 0
-    overflows: tuple[int, ...] = ()  # tokens of each level whose buffers some routing does not fit into
+    overflows: tuple[int, ...] = ()  # tokens at each level whose buffers some routing overflows
 
     @property
     def collected(self) -> int:
@@ -30,9 +30,9 @@ class Experts(NamedTuple):
             return max(self.rows, n * places)
         return n * (self.ep // self.hosts) * places
 
-    def kept_for_rounds(self, row: int, weights: float) -> float:
-        """Bytes kept for further rounds: the tokens, of `row` bytes, and the experts' weights, of each such level."""
-        return sum(tokens * row + weights for tokens in self.overflows)
+    def kept_for_rounds(self, row: int) -> float:
+        """Bytes kept for further rounds: the tokens, of `row` bytes, of each such level."""
+        return float(sum(self.overflows) * row)
 
     def transfers(self, row: int, remat: str) -> list[tuple[str, str, int, float]]:
         """(kind, axis, count, payload) of a layer, forward and backward, for rows of `row` bytes. A layer that is
@@ -76,5 +76,6 @@ def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int, hosts: int = 1,
     n = arriving or tokens
     most, even = size * n * here, expert._SLACK * tokens * K
     rows = min(most, math.ceil(even / size) * size if way == "all_to_all" else math.ceil(even))
-    overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((n,) if rows < most else ())
+    visitors = size * n if way == "all_gather" else n
+    overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((visitors,) if rows < most else ())
     return Experts(way, tokens, K, ep, rows, width, shared, hosts, arriving, overflows if ep > 1 else ())
