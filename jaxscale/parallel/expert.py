@@ -26,8 +26,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local, pairs_here
-from jaxscale.parallel.permute import Places, Sorted, collect, sort_pairs, spread
+from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local
+from jaxscale.parallel.permute import Places, Sorted, collect, merge_sorted, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, gather_weight, partitions
 from sharding_rules.hlo import SELDOM
 from sharding_rules.resolve import resolve_spec
@@ -213,12 +213,10 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
     mine = call.num_experts // level.size
     if way == "all_gather":
         x = level.all_gather(x)
-        # After x: the scheduler has one transfer at a time, and the long one may run beside the router.
-        experts, _ = lax.optimization_barrier((experts, lax.stop_gradient(x)))
-        experts, weights = map(level.all_gather, (experts, weights))
+        here = _gathered_pairs(level, mine, among(experts, call.num_experts).reshape(-1), x)
+        weights = level.all_gather(weights)
         most = level.size * n * min(K, mine)
         room = min(most, math.ceil(_SLACK * pairs))
-        here = pairs_here(experts, p, level.index() * mine)
         # Its own number of rounds for each device: they send nothing.
         rounds = None if room == most else -(-here[1].starts[-1] // room)
         one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values)
@@ -229,6 +227,22 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
     boxes = sort_pairs(to.reshape(-1), level.size)
     rounds = None if room == most else _rounds(jnp.diff(boxes.starts), room)
     return _in_rounds(functools.partial(_exchanged, call, level, room), rounds, (experts, boxes), x, weights, p)
+
+
+def _gathered_pairs(level: _Level, mine: int, key, x):
+    """`pairs_here` of all devices' pairs. Each sorts its own, while tokens (x) travel.
+
+    Numbers wait for x: the scheduler has one transfer at a time, and the long one may run beside the router and the
+    sort (in the program compiled for two H200s it does).
+    """
+    ordered = sort_pairs(key, mine * level.size)
+    numbers = jnp.concatenate([key, ordered.place, ordered.starts])
+    numbers, _ = lax.optimization_barrier((numbers, lax.stop_gradient(x)))
+    m, first = len(key), level.index() * mine
+    key, place, starts = jnp.split(level.all_gather(numbers[None]), [m, 2 * m], axis=1)
+    local = among(key - first, mine)
+    here = merge_sorted(local, place, lax.dynamic_slice_in_dim(starts, first, mine + 1, axis=1))
+    return local.reshape(-1), here
 
 
 def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, p):

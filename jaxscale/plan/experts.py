@@ -15,6 +15,7 @@ class Experts(NamedTuple):
     tokens: int  # before any travels
     top_k: int
     ep: int
+    experts: int  # of the devices that exchange: all, or those of a host
     rows: int  # pairs of token and expert that fit into its buffers
     width: int  # of an expert's hidden layer
     shared: int  # of the shared experts' hidden layer
@@ -48,8 +49,9 @@ class Experts(NamedTuple):
             axis, tokens, size = "ep inside", self.arriving, self.ep // self.hosts
             found.append(exchange("ep hosts", self.arriving, choices))
         if size > 1 and self.way == "all_gather":
-            pairs = size * tokens * self.top_k * 4  # expert numbers, weights
-            gathered = (2 + again) * size * tokens * row + (2 + 2 * again) * pairs
+            pairs = size * tokens * self.top_k * 4  # weights; expert numbers and where each device sorted its own to
+            orders = 2 * pairs + size * (self.experts + 1) * 4
+            gathered = (2 + again) * size * tokens * row + (1 + again) * (pairs + orders)
             found.append(("all-gather", axis, 4 + 3 * again, gathered))
             found.append(("reduce-scatter", axis, 3, 2 * size * tokens * row + pairs))
         if size > 1 and self.way == "all_to_all":
@@ -78,4 +80,5 @@ def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int, hosts: int = 1,
     rows = min(most, math.ceil(even / size) * size if way == "all_to_all" else math.ceil(even))
     visitors = size * n if way == "all_gather" else n
     overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((visitors,) if rows < most else ())
-    return Experts(way, tokens, K, ep, rows, width, shared, hosts, arriving, overflows if ep > 1 else ())
+    overflows = overflows if ep > 1 else ()
+    return Experts(way, tokens, K, ep, moe.num_experts // hosts, rows, width, shared, hosts, arriving, overflows)
