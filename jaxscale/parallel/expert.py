@@ -196,6 +196,12 @@ def share_of_a_host(hosts: int, top_k: int) -> float:
     return min(1.0, _SLACK * (1 - (1 - 1 / hosts) ** top_k))
 
 
+def room_for(pairs: int, experts: int) -> int:
+    """How many pairs a device of so many experts has room for where an even load gives it `pairs`: experts whose loads
+    differ by a third, each by itself, stay within three standard deviations. In eights, as kernels like."""
+    return math.ceil(min(_SLACK, 1 + experts**-0.5) * pairs / 8) * 8
+
+
 def choose_inside(size: int, rows: int, pairs: int) -> str:
     """The dispatch among the `size` devices of a host, for so many rows with so many pairs on each."""
     gather, exchange = _rows(size, rows, pairs)
@@ -216,7 +222,7 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
         here = _gathered_pairs(level, mine, among(experts, call.num_experts).reshape(-1), x)
         weights = level.all_gather(weights)
         most = level.size * n * min(K, mine)
-        room = min(most, math.ceil(_SLACK * pairs))
+        room = min(most, room_for(pairs, mine))
         # Its own number of rounds for each device: they send nothing.
         rounds = None if room == most else -(-here[1].starts[-1] // room)
         one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values)

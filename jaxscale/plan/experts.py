@@ -76,8 +76,9 @@ def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int, hosts: int = 1,
         arriving, size = hosts * math.ceil(tokens * expert.share_of_a_host(hosts, K)), ep // hosts
         way = expert.choose_inside(size, arriving, tokens * K)
     n = arriving or tokens
-    most, even = size * n * here, expert._SLACK * tokens * K
-    rows = min(most, math.ceil(even / size) * size if way == "all_to_all" else math.ceil(even))
+    most, even = size * n * here, tokens * K
+    exchanged = math.ceil(expert._SLACK * even / size) * size
+    rows = min(most, exchanged if way == "all_to_all" else expert.room_for(even, moe.num_experts // ep))
     visitors = size * n if way == "all_gather" else n
     overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((visitors,) if rows < most else ())
     overflows = overflows if ep > 1 else ()
