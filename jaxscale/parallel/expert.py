@@ -140,6 +140,16 @@ def apply_experts(
     return constrain(out, ("batch", "norm_seq", "embed"), rules)
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """For `jax.jit(step, compiler_options=...)`: what a step with experts over ep needs so that its GPUs run on.
+
+    The host reads a loop's condition, which further rounds are: until they are done with what came before, it prepares
+    nothing. In a CUDA graph the device decides. WHILE, beside what XLA records into graphs by itself.
+    """
+    recorded = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
+    return {"xla_gpu_enable_command_buffer": recorded} if platform in ("gpu", "cuda") else {}
+
+
 def gather_experts(params: Any, specs: Any, dtype: Any, rows: tuple[int, ...], rules: Rules = MEGATRON_FSDP) -> Any:
     """`jaxscale.sharding.gather_params` for what has a dim of experts, which stays split over ep as its rows are."""
     mesh = active_mesh()
