@@ -55,7 +55,7 @@ def compare(cfg, mesh, place, rows: int, length: int) -> float:
     assert cfg.moe is not None
     params, specs = parameters(cfg)
     first = jnp.arange(cfg.moe.num_experts) < cfg.moe.num_experts // mesh.shape[EP]
-    params["router"]["w"] += (first * 40.0 / cfg.embed_dim).astype(cfg.param_dtype)[None]
+    params["router"]["w"] += jnp.where(first, 40.0 / cfg.embed_dim, 0.0).astype(cfg.param_dtype)[None]
     x, grad = inputs(cfg, rows, length)
     x = x + jnp.ones((), x.dtype)
     run = layer(cfg, specs, "dots")
