@@ -11,8 +11,8 @@ Each device holds E/ep experts and the tokens of its rows. Three ways bring them
   they return is added up inside the host first. So the slow links between hosts carry each token once for a host, not
   once for an expert, in few large messages (as in 2DH of Tutel, arXiv 2206.03382, and DeepSeek-V3, arXiv 2412.19437).
 
-Routing that does not fit into the buffers is dealt with in several rounds: all devices see how many, memory stays that
-of an even load.
+Routing that does not fit into the buffers is dealt with in several rounds, and memory stays that of an even load. Those
+of all_gather send nothing, so each device has its own number; of the others all devices see how many.
 Without a mesh each function is its single-device twin.
 """
 
@@ -35,7 +35,7 @@ from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 EP, TP = "ep", "tp"
 Dispatch = Literal["auto", "all_gather", "all_to_all", "two_level"]
-_SLACK = 1.25  # buffers, in even shares: routing that a balance loss holds fits
+_SLACK = 1.25  # buffers, in even shares, at most: routing that a balance loss holds fits
 _FAR = 9.0  # how much longer a byte takes between hosts than inside one: NVLink 450 GB/s, network 50 GB/s
 
 
