@@ -16,6 +16,7 @@ from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
 from jaxscale.parallel import context as over_cp
+from jaxscale.parallel import expert as over_ep
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import fallback_notes, init_params, num_params
@@ -96,6 +97,8 @@ def run(
 
     platform = mesh.devices.flat[0].platform
     options = over_cp.compiler_options(platform) if split.cp > 1 else {}
+    if split.ep > 1:
+        options |= over_ep.compiler_options(platform)
     if precision is not None:
         loss_fn = quantized.rounded(loss_fn, specs, precision)
         options |= quantized.compiler_options(precision, platform)

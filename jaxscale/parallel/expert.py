@@ -11,8 +11,8 @@ Each device holds E/ep experts and the tokens of its rows. Three ways bring them
   they return is added up inside the host first. So the slow links between hosts carry each token once for a host, not
   once for an expert, in few large messages (as in 2DH of Tutel, arXiv 2206.03382, and DeepSeek-V3, arXiv 2412.19437).
 
-Routing that does not fit into the buffers is dealt with in several rounds: all devices see how many, memory stays that
-of an even load.
+Routing that does not fit into the buffers is dealt with in several rounds, and memory stays that of an even load. Those
+of all_gather send nothing, so each device has its own number; of the others all devices see how many.
 Without a mesh each function is its single-device twin.
 """
 
@@ -26,8 +26,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxscale.parallel.expert_local import Call, among, experts_local
-from jaxscale.parallel.permute import Places, Sorted, collect, sort_pairs, spread
+from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local
+from jaxscale.parallel.permute import Places, Sorted, collect, merge_sorted, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, gather_weight, partitions
 from sharding_rules.hlo import SELDOM
 from sharding_rules.resolve import resolve_spec
@@ -35,7 +35,7 @@ from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 EP, TP = "ep", "tp"
 Dispatch = Literal["auto", "all_gather", "all_to_all", "two_level"]
-_SLACK = 1.25  # buffers, in even shares: routing that a balance loss holds fits
+_SLACK = 1.25  # buffers, in even shares, at most: routing that a balance loss holds fits
 _FAR = 9.0  # how much longer a byte takes between hosts than inside one: NVLink 450 GB/s, network 50 GB/s
 
 
@@ -140,6 +140,16 @@ def apply_experts(
     return constrain(out, ("batch", "norm_seq", "embed"), rules)
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """For `jax.jit(step, compiler_options=...)`: what a step with experts over ep needs so that its GPUs run on.
+
+    The host reads a loop's condition, which further rounds are: until they are done with what came before, it prepares
+    nothing. In a CUDA graph the device decides. WHILE, beside what XLA records into graphs by itself.
+    """
+    recorded = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
+    return {"xla_gpu_enable_command_buffer": recorded} if platform in ("gpu", "cuda") else {}
+
+
 def gather_experts(params: Any, specs: Any, dtype: Any, rows: tuple[int, ...], rules: Rules = MEGATRON_FSDP) -> Any:
     """`jaxscale.sharding.gather_params` for what has a dim of experts, which stays split over ep as its rows are."""
     mesh = active_mesh()
@@ -196,6 +206,12 @@ def share_of_a_host(hosts: int, top_k: int) -> float:
     return min(1.0, _SLACK * (1 - (1 - 1 / hosts) ** top_k))
 
 
+def room_for(pairs: int, experts: int) -> int:
+    """How many pairs a device of so many experts has room for where an even load gives it `pairs`: experts whose loads
+    differ by a third, each by itself, stay within three standard deviations. In eights, as kernels like."""
+    return math.ceil(min(_SLACK, 1 + experts**-0.5) * pairs / 8) * 8
+
+
 def choose_inside(size: int, rows: int, pairs: int) -> str:
     """The dispatch among the `size` devices of a host, for so many rows with so many pairs on each."""
     gather, exchange = _rows(size, rows, pairs)
@@ -211,27 +227,38 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
     """pairs: of token and expert, that an even load gives each device."""
     n, K = experts.shape
     mine = call.num_experts // level.size
-    to = among(experts, call.num_experts) // mine  # level.size: nobody
     if way == "all_gather":
+        x = level.all_gather(x)
+        here = _gathered_pairs(level, mine, among(experts, call.num_experts).reshape(-1), x)
+        weights = level.all_gather(weights)
         most = level.size * n * min(K, mine)
-        room = min(most, math.ceil(_SLACK * pairs))
-        held = lambda: level.all_gather(
-            (to[..., None] == jnp.arange(level.size)[None, None]).sum(axis=(0, 1))[None]
-        ).sum(axis=0)
-        rounds = None if room == most else _rounds(held(), room)
-        return _in_rounds(functools.partial(_gathered, call, level, room), rounds, experts, x, weights, p)
+        room = min(most, room_for(pairs, mine))
+        # Its own number of rounds for each device: they send nothing.
+        rounds = None if room == most else -(-here[1].starts[-1] // room)
+        one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values)
+        return level.psum_scatter(_in_rounds(one_round, rounds, here, x, weights, p))
     most = n * min(K, mine)
     room = min(most, math.ceil(_SLACK * pairs / level.size))
+    to = among(experts, call.num_experts) // mine  # level.size: nobody
     boxes = sort_pairs(to.reshape(-1), level.size)
     rounds = None if room == most else _rounds(jnp.diff(boxes.starts), room)
     return _in_rounds(functools.partial(_exchanged, call, level, room), rounds, (experts, boxes), x, weights, p)
 
 
-def _gathered(call: Call, level: _Level, room: int, turn, experts, x, weights, p):
-    """Of each device's pairs those that have room in this turn."""
-    first = level.index() * (call.num_experts // level.size)
-    x, experts, weights = map(level.all_gather, (x, experts, weights))
-    return level.psum_scatter(experts_local(call, x, experts, weights, p, first=first, rows=room, start=turn * room))
+def _gathered_pairs(level: _Level, mine: int, key, x):
+    """`pairs_here` of all devices' pairs. Each sorts its own, while tokens (x) travel.
+
+    Numbers wait for x: the scheduler has one transfer at a time, and the long one may run beside the router and the
+    sort (in the program compiled for two H200s it does).
+    """
+    ordered = sort_pairs(key, mine * level.size)
+    numbers = jnp.concatenate([key, ordered.place, ordered.starts])
+    numbers, _ = lax.optimization_barrier((numbers, lax.stop_gradient(x)))
+    m, first = len(key), level.index() * mine
+    key, place, starts = jnp.split(level.all_gather(numbers[None]), [m, 2 * m], axis=1)
+    local = among(key - first, mine)
+    here = merge_sorted(local, place, lax.dynamic_slice_in_dim(starts, first, mine + 1, axis=1))
+    return local.reshape(-1), here
 
 
 def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, p):
@@ -300,44 +327,46 @@ def _in_rounds(one_round, rounds, indices, x, weights, p):
     """
     if rounds is None:
         return one_round(0, indices, x, weights, p)
-    *values, rest = _later_rounds(one_round, rounds, indices, x, weights, p)  # pyright: ignore[reportGeneralTypeIssues]
-    return one_round(0, indices, *values) + rest
+    return _all_rounds(one_round, rounds, indices, x, weights, p)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _later_rounds(one_round, rounds, indices, x, weights, p):
-    """x, weights, p as they are, for the first round, and the sum of the later ones. So that the gradients of the first
-    come by here, and the loop adds to them in place."""
+def _all_rounds(one_round, rounds, indices, *values):
+    return _later_rounds(one_round, rounds, indices, one_round(0, indices, *values), *values)
+
+
+def _later_rounds(one_round, rounds, indices, y, *values):
+    """y and what further rounds add to it, in place."""
 
     def body(carry):
         turn, y = carry
-        return turn + 1, y + one_round(turn, indices, x, weights, p)
+        return turn + 1, y + one_round(turn, indices, *values)
 
-    nothing = _vary(jnp.zeros_like(x), jax.typeof(x).mat.varying)
     with jax.named_scope(SELDOM):
-        return x, weights, p, lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), nothing))[1]
+        return lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), y))[1]
 
 
-def _later_rounds_fwd(one_round, *args):
-    """Residuals: the inputs."""
-    return _later_rounds(one_round, *args), args
+def _all_rounds_fwd(one_round, rounds, indices, *values):
+    """Residuals: those of the first round, and the inputs."""
+    y, first = jax.vjp(functools.partial(one_round, 0, indices), *values)
+    return _later_rounds(one_round, rounds, indices, y, *values), (first, rounds, indices, values)
 
 
-def _later_rounds_bwd(one_round, args, grads):
-    rounds, indices, *values = args
-    *first, out = grads
+def _all_rounds_bwd(one_round, residuals, grad):
+    first, rounds, indices, values = residuals
 
     def body(carry):
         turn, *sums = carry
-        more = jax.vjp(lambda *values: one_round(turn, indices, *values), *values)[1](out)
+        more = jax.vjp(functools.partial(one_round, turn, indices), *values)[1](grad)
         return turn + 1, *jax.tree.map(jnp.add, sums, list(more))
 
+    grads = first(grad)
     with jax.named_scope(SELDOM):
-        _, *sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), *first))
+        _, *sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), *grads))
     return None, None, *sums
 
 
-_later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
+_all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)
 
 
 def _max_everywhere(x):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale.layers import act
-from jaxscale.parallel.permute import collect, sort_pairs, spread
+from jaxscale.parallel.permute import Sorted, collect, sort_pairs, spread
 from pallas_kernels import ragged_dot, ragged_dots
 from pallas_kernels.ragged_dot import gated
 
@@ -25,22 +25,35 @@ def among(experts, num_experts: int):
     return jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
 
 
-def experts_local(call: Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None, start: Any = 0):
+def experts_local(call: Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None):
     """The weighted sum over those experts that are here: numbers first..first + len(w_up) - 1.
 
-    Pairs are sorted by expert, so that each expert's rows lie together for a grouped matmul. Of that order `rows` pairs
-    from `start` on count (default: each token with each of its choices that can be here).
+    rows: that the pairs of tokens with experts here take at most (default: each token with each choice that can be).
     """
     n, K = experts.shape
+    rows = n * min(K, p["w_up"].shape[0]) if rows is None else rows
+    return apply_pairs(call, rows, 0, pairs_here(experts, p, first), x, weights, p)
+
+
+def pairs_here(experts, p, first: Any) -> tuple[Any, Sorted]:
+    """(the expert's place here of each pair of a token and a choice of its, the pairs in the order of these places)."""
     here = p["w_up"].shape[0]
-    rows = n * min(K, here) if rows is None else rows
     local = among(experts - first, here).reshape(-1)
-    pairs = sort_pairs(local, here)
+    return local, sort_pairs(local, here)
+
+
+def apply_pairs(call: Call, rows: int, start: Any, here: tuple[Any, Sorted], x, weights, p):
+    """`experts_local` of those pairs that are number start..start + rows - 1 in the order of `pairs_here`.
+
+    Each expert's rows lie together in that order, for a grouped matmul.
+    """
+    local, pairs = here
+    K = weights.shape[1]
     tokens, single = pairs.expand(rows, K, start)
-    group = local[jnp.minimum(single.token, n * K - 1)]
+    group = local[jnp.minimum(single.token, len(local) - 1)]
     h, w = spread(x, tokens), spread(weights.reshape(-1, 1), single)
     sizes = jnp.diff(jnp.clip(pairs.starts - start, 0, rows))
-    y = _expert_mlp(call, h, w, sizes, jnp.minimum(group, here - 1), p)
+    y = _expert_mlp(call, h, w, sizes, jnp.minimum(group, p["w_up"].shape[0] - 1), p)
     return collect(y, tokens).astype(x.dtype)
 
 

@@ -63,6 +63,25 @@ def sort_pairs(key: Int[Array, " m"], keys: int) -> Sorted:
     return Sorted(*(checkpoint_name(x, ROUTED) for x in (pair, place, starts)))
 
 
+def merge_sorted(key: Int[Array, "S m"], place: Int[Array, "S m"], starts: Int[Array, "S G+1"]) -> Sorted:
+    """`sort_pairs` of S lists, one after the other, each of which was sorted before.
+
+    Args:
+      key: 0..G-1; G is nobody's.
+      place: of each pair in its own list's order, and `starts` that of the first pair of each key there, and of G.
+    """
+    counts = jnp.diff(starts, axis=1)
+    ends = jnp.cumsum(counts.sum(axis=0), dtype=jnp.int32)
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    moved = first[None, :-1] + jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts - starts[:, :-1]
+    keys, m = counts.shape[1], key.size
+    index = jnp.arange(m, dtype=jnp.int32)
+    place = place + jnp.take_along_axis(moved, jnp.minimum(key, keys - 1), axis=1, mode="clip")
+    place = jnp.where(key.reshape(-1) < keys, place.reshape(-1), m + index)
+    pair = jnp.zeros_like(index).at[place].set(index, mode="drop", unique_indices=True)
+    return Sorted(*(checkpoint_name(x, ROUTED) for x in (pair, place, first)))
+
+
 @jax.custom_vjp
 def spread(x: Array, places: Places) -> Array:
     """[n, D] -> [R, D]: each place's token; where there is none, anything."""

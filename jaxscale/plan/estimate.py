@@ -323,7 +323,7 @@ class _Step:
         routed = 4 * t * (D + 5 * self.model.moe.num_routed)
         pairs = self.experts.rows * (D + 3 * self.experts.width) * self.item
         weights = self.expert_weights()
-        rounds = self.experts.kept_for_rounds(D * self.item, weights)
+        rounds = self.experts.kept_for_rounds(D * self.item)
         return kept + weights + routed + pairs + rounds + 6 * t * self.experts.shared * self.item
 
     def expert_weights(self) -> float:

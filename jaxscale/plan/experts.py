@@ -15,12 +15,13 @@ class Experts(NamedTuple):
     tokens: int  # before any travels
     top_k: int
     ep: int
+    experts: int  # of the devices that exchange: all, or those of a host
     rows: int  # pairs of token and expert that fit into its buffers
     width: int  # of an expert's hidden layer
     shared: int  # of the shared experts' hidden layer
     hosts: int = 1  # that tokens travel to first; arriving: rows that a device then has of others, or room for them
     arriving: int = 0
-    overflows: tuple[int, ...] = ()  # tokens of each level whose buffers some routing does not fit into
+    overflows: tuple[int, ...] = ()  # tokens at each level whose buffers some routing overflows
 
     @property
     def collected(self) -> int:
@@ -30,9 +31,9 @@ class Experts(NamedTuple):
             return max(self.rows, n * places)
         return n * (self.ep // self.hosts) * places
 
-    def kept_for_rounds(self, row: int, weights: float) -> float:
-        """Bytes kept for further rounds: the tokens, of `row` bytes, and the experts' weights, of each such level."""
-        return sum(tokens * row + weights for tokens in self.overflows)
+    def kept_for_rounds(self, row: int) -> float:
+        """Bytes kept for further rounds: the tokens, of `row` bytes, of each such level."""
+        return float(sum(self.overflows) * row)
 
     def transfers(self, row: int, remat: str) -> list[tuple[str, str, int, float]]:
         """(kind, axis, count, payload) of a layer, forward and backward, for rows of `row` bytes. A layer that is
@@ -48,8 +49,9 @@ class Experts(NamedTuple):
             axis, tokens, size = "ep inside", self.arriving, self.ep // self.hosts
             found.append(exchange("ep hosts", self.arriving, choices))
         if size > 1 and self.way == "all_gather":
-            pairs = size * tokens * self.top_k * 4  # expert numbers, weights
-            gathered = (2 + again) * size * tokens * row + (2 + 2 * again) * pairs
+            pairs = size * tokens * self.top_k * 4  # weights; expert numbers and where each device sorted its own to
+            orders = 2 * pairs + size * (self.experts + 1) * 4
+            gathered = (2 + again) * size * tokens * row + (1 + again) * (pairs + orders)
             found.append(("all-gather", axis, 4 + 3 * again, gathered))
             found.append(("reduce-scatter", axis, 3, 2 * size * tokens * row + pairs))
         if size > 1 and self.way == "all_to_all":
@@ -74,7 +76,10 @@ def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int, hosts: int = 1,
         arriving, size = hosts * math.ceil(tokens * expert.share_of_a_host(hosts, K)), ep // hosts
         way = expert.choose_inside(size, arriving, tokens * K)
     n = arriving or tokens
-    most, even = size * n * here, expert._SLACK * tokens * K
-    rows = min(most, math.ceil(even / size) * size if way == "all_to_all" else math.ceil(even))
-    overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((n,) if rows < most else ())
-    return Experts(way, tokens, K, ep, rows, width, shared, hosts, arriving, overflows if ep > 1 else ())
+    most, even = size * n * here, tokens * K
+    exchanged = math.ceil(expert._SLACK * even / size) * size
+    rows = min(most, exchanged if way == "all_to_all" else expert.room_for(even, moe.num_experts // ep))
+    visitors = size * n if way == "all_gather" else n
+    overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((visitors,) if rows < most else ())
+    overflows = overflows if ep > 1 else ()
+    return Experts(way, tokens, K, ep, moe.num_experts // hosts, rows, width, shared, hosts, arriving, overflows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxscale.parallel import permute
-from jaxscale.parallel.permute import Places, collect, sort_pairs, spread
+from jaxscale.parallel.permute import Places, collect, merge_sorted, sort_pairs, spread
 
 
 def some_places(rng, n, K, R):
@@ -60,6 +60,23 @@ def test_sort_pairs(rng, monkeypatch, m, keys, limit):
     np.testing.assert_array_equal(pairs.pair, order)
     np.testing.assert_array_equal(np.asarray(pairs.place)[order], np.arange(m))
     np.testing.assert_array_equal(pairs.starts, np.searchsorted(key[order], np.arange(keys + 1)))
+
+
+def test_merge_sorted(rng):
+    """Lists that were sorted apart, by keys of which the merged order has some: as if they were sorted as one."""
+    lists, m, first, keys = rng.integers(1, 4), rng.integers(1, 30), 2, 3
+    key = jnp.asarray(rng.integers(0, 8, size=(lists, m)), jnp.int32)
+    each = [sort_pairs(k, 7) for k in key]
+    place, starts = (jnp.stack([getattr(pairs, name) for pairs in each]) for name in ("place", "starts"))
+    local = jnp.where((key >= first) & (key < first + keys), key - first, keys)
+    got = jax.jit(merge_sorted)(local, place, starts[:, first : first + keys + 1])
+    want = sort_pairs(local.reshape(-1), keys)
+    used = int(want.starts[-1])
+    np.testing.assert_array_equal(got.starts, want.starts)
+    np.testing.assert_array_equal(got.pair[:used], want.pair[:used])
+    here = np.asarray(want.place) < used
+    np.testing.assert_array_equal(np.asarray(got.place)[here], np.asarray(want.place)[here])
+    assert (np.asarray(got.place)[~here] >= used).all()
 
 
 def test_expand(rng):
