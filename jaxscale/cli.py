@@ -370,8 +370,20 @@ def _parse(cls: type, args: list[str], prog: str, **kwargs: Any) -> Any:
             raise
         raise ValueError(f"{_words(said.getvalue())}; {prog} --help lists the options") from None
     if unknown:
-        raise ValueError(f"no option {unknown[0]!r}{_nearest(unknown[0], _options(cls))}; {prog} --help lists them")
+        why = _absent(unknown[0], kwargs.get("default")) or _nearest(unknown[0], _options(cls))
+        raise ValueError(f"no option {unknown[0]!r}{why}; {prog} --help lists them")
     return cfg
+
+
+def _absent(option: str, cfg: Any) -> str:
+    """Why a field of a part that this configuration does not have, such as its experts, is no option."""
+    names = option.lstrip("-").replace("-", "_").split(".")
+    for i, name in enumerate(names[:-1], 1):
+        cfg = getattr(cfg, name, ...)
+        if cfg is None:
+            part = ".".join(names[:i])
+            return f": {part} is None in this run; name one that has it, as file.py:function (tiny_moe has model.moe)"
+    return ""
 
 
 def _words(framed: str) -> str:

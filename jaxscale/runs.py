@@ -5,7 +5,7 @@ Your own: write such a function in any file and say `jaxscale train my_runs.py:n
 
 import dataclasses
 
-from jaxscale.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxscale.config import CheckpointConfig, DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
 from jaxscale.models import presets
 
 
@@ -21,6 +21,15 @@ def tiny() -> TrainConfig:
         checkpoint=CheckpointConfig(every=100),
         eval_every=100,
         log_every=10,
+    )
+
+
+def tiny_moe() -> TrainConfig:
+    """The same with a mixture of eight experts in each layer, of which a token meets two and a shared one."""
+    cfg = tiny()
+    experts = MoEConfig(num_experts=8, top_k=2, mlp_dim=96, shared_dim=96, router_z_weight=1e-3)
+    return dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, name="tiny-moe", moe=experts), out="runs/tiny-moe"
     )
 
 

@@ -29,6 +29,11 @@ def call(capsys, *args):
             "no option '--model.num-layerz' (did you mean '--model.num-layers'?)",
         ),
         (
+            ["train", "tiny", "--model.moe.num-experts", "8"],
+            "no option '--model.moe.num-experts': model.moe is None in this run; name one that has it",
+        ),
+        (["train", "tiny_moe", "--model.moe.num-experts", "1"], "top_k=2 must lie between 1 and the 1 experts"),
+        (
             ["train", "tiny", "--model.num-kv-heads", "3"],
             "num_heads=4 is not divisible by num_kv_heads=3; use num_kv_heads",
         ),
