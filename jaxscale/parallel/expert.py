@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -95,7 +96,8 @@ def apply_experts(
       row_pairs: how many pairs of token and expert a row has at most, where that is less than T K.
 
     Raises:
-      ValueError: ep does not divide the experts, hosts do not divide ep; an unknown dispatch.
+      ValueError: ep does not divide the experts, hosts do not divide ep; an unknown dispatch; arrays lie on a mesh that
+        is not set.
     """
     num_experts = p["w_up"].shape[0]
     call = Call(num_experts, activation, dispatch, chunks, hosts)
@@ -103,6 +105,8 @@ def apply_experts(
         raise ValueError(f"dispatch={dispatch!r} is not one of {', '.join(get_args(Dispatch))}")
     mesh = active_mesh()
     if mesh is None:  # no ep: one device
+        if jax.sharding.get_abstract_mesh().empty and AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+            raise ValueError("arrays lie on a mesh but none is set; call this under `with jax.set_mesh(mesh):`")
         rows = None if row_pairs is None else x.shape[0] * row_pairs
         return _flat(functools.partial(experts_local, call, rows=rows), x, experts, weights, p)
     ep = mesh.shape[EP]

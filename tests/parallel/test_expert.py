@@ -230,6 +230,10 @@ def test_the_way_is_chosen_by_bytes():
 def test_without_a_mesh(routing, rng):
     x, experts, weights, p = make(rng, 3, 7, 2, routing)
     np.testing.assert_allclose(apply_experts(x, experts, weights, p), loop(x, experts, weights, p), atol=1e-5)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        x = jax.device_put(x, P())
+    with pytest.raises(ValueError, match=r"lie on a mesh but none is set; call this under `with jax.set_mesh"):
+        apply_experts(x, experts, weights, p)
 
 
 def test_ep_that_does_not_divide(rng):
