@@ -32,7 +32,7 @@ test: setup lint ## the whole suite, slow tests included
 	$(PY) -m pytest -q -n 2 --dist loadfile --durations=25
 
 quick: setup ## what one runs while editing
-	$(PY) -m pytest -q -m "not slow" -x
+	$(PY) -m pytest -q -m "not slow" -x -n auto --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .
