@@ -123,7 +123,7 @@ class MoEConfig:
     balance_rows: int | None = None  # rows whose load is balanced: None: the whole batch; 1: each sequence
     router_z_weight: float = 0.0
     num_replicas: int = 0  # places for further copies of busy experts (jaxscale.plan.placement); not to be trained
-    dispatch: Literal["auto", "all_gather", "all_to_all", "two_level"] = "auto"  # over ep: jaxscale.parallel.expert
+    dispatch: Literal["auto", "all_gather", "all_to_all", "remote_copy", "two_level"] = "auto"  # over ep
     ep_hosts: int | None = None  # hosts that ep spans, slow links between them; None: as the run's devices lie
     dispatch_chunks: int = 1  # parts of a device's tokens, one travels while another is computed
 
@@ -172,6 +172,11 @@ class MoEConfig:
             raise ValueError(
                 "dispatch='two_level' sends tokens to hosts first, but ep_hosts=1; set it to the hosts that ep spans, "
                 "or use dispatch='auto'"
+            )
+        if self.dispatch == "remote_copy" and (self.ep_hosts or 1) > 1:
+            raise ValueError(
+                f"dispatch='remote_copy' reaches the devices of one host or slice, but ep_hosts={self.ep_hosts}; use "
+                "dispatch='two_level', which copies inside of each"
             )
 
     @property

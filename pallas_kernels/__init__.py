@@ -6,6 +6,7 @@ from pallas_kernels.decode_attention.api import decode_attention, decode_attenti
 from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
+from pallas_kernels.ragged_all_to_all.api import ragged_all_to_all, ragged_all_to_all_implementation
 from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation, ragged_dots
 from pallas_kernels.spread_rows.api import spread_rows, spread_rows_implementation
 
@@ -22,6 +23,8 @@ __all__ = [
     "quantize_array",
     "quantized_matmul",
     "quantized_matmul_implementation",
+    "ragged_all_to_all",
+    "ragged_all_to_all_implementation",
     "ragged_dot",
     "ragged_dot_implementation",
     "ragged_dots",

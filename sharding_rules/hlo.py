@@ -7,6 +7,7 @@ the one form that every backend gives, for devices that are here and for topolog
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -113,6 +114,10 @@ _CALLEES = re.compile(
 )
 _SELDOM = re.compile(rf'\bop_name="[^"]*\b{SELDOM}\b[^"]*"')
 _TRIPS = re.compile(r'"known_trip_count"\s*:\s*\{\s*"n"\s*:\s*"?(\d+)')
+_KERNEL_METADATA = re.compile(
+    r"kernel_metadata=\{\n[^}]*\}"
+)  # what a kernel says of itself, printed over several lines
+_KERNEL_SAYS = re.compile(r"kernel_metadata=(\{[^}]*\})")
 _LINE = re.compile(r'stack_frame_id=\d+|source_file="[^"]*" source_line=\d+')
 _FLOAT8 = re.compile(r"f8e\w+")
 
@@ -127,7 +132,7 @@ class _Module:
         self.sent: dict[str, dict[int, float]] = {}  # by the line that wrote a conditional: bytes of each branch
         self.taken: dict[str, int] = {}
         body: dict[str, str] | None = None
-        for line in text.splitlines():
+        for line in _KERNEL_METADATA.sub(lambda match: match[0].replace("\n", ""), text).splitlines():
             if line.startswith("HloModule"):
                 sizes = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", line)]
                 self.num_devices = math.prod(sizes)
@@ -149,13 +154,15 @@ class _Module:
         for name, rest in self.computations.get(computation, {}).items():
             opcode, operands, attributes = _split(rest)
             kind = opcode.removesuffix("-start")
-            if (kind in KINDS or opcode == "while") and _SELDOM.search(attributes):
+            if (kind in KINDS or opcode in ("while", "custom-call")) and _SELDOM.search(attributes):
                 continue
             if kind in KINDS:
                 # TPU writes a reduce-scatter as a fusion around an all-reduce and the slice of this device's part.
                 if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 found.append(self._collective(computation, name, kind, operands, attributes, count, known))
+            elif opcode == "custom-call" and (said := _kernel_metadata(attributes)):
+                found.append(_of_kernel(name, said, attributes, count, known))
             elif opcode in ("async-update", "async-done"):
                 continue  # the start has been counted
             elif opcode == "while":
@@ -183,7 +190,6 @@ class _Module:
         size = max(map(len, groups), default=1)
         operand_bytes = sum(self._bytes(computation, operand) for operand in operands)
         result_bytes = {"all-gather": operand_bytes * size, "reduce-scatter": operand_bytes // size}
-        op_name = re.search(r'op_name="([^"]*)"', attributes)
         return Collective(
             kind=kind,
             name=name,
@@ -193,7 +199,7 @@ class _Module:
             groups=groups,
             count=count,
             trips_known=known,
-            op_name=op_name[1] if op_name else "",
+            op_name=_op_name(attributes),
         )
 
     def _bytes(self, computation: str, operand: str) -> int:
@@ -229,6 +235,32 @@ class _Module:
         if text.startswith("["):
             return _iota_groups(text)
         return _explicit(_braced(attributes, "replica_groups=")) or (tuple(range(self.num_devices)),)
+
+
+def _op_name(attributes: str) -> str:
+    match = re.search(r'op_name="([^"]*)"', attributes)
+    return match[1] if match else ""
+
+
+def _kernel_metadata(attributes: str) -> dict[str, str]:
+    """What a kernel that moves data between devices says of it: collective (one of KINDS), replica_groups, bytes."""
+    match = _KERNEL_SAYS.search(attributes)
+    said = json.loads(match[1]) if match else {}
+    return said if said.get("collective") in KINDS else {}
+
+
+def _of_kernel(name: str, said: dict[str, str], attributes: str, count: int, known: bool) -> Collective:
+    size, groups = int(said["bytes"]), tuple(map(tuple, json.loads(said["replica_groups"])))
+    return Collective(
+        kind=said["collective"],
+        name=name,
+        operand_bytes=size,
+        result_bytes=size,
+        groups=groups,
+        count=count,
+        trips_known=known,
+        op_name=_op_name(attributes),
+    )
 
 
 def _number(definition: str) -> int | None:

@@ -1,11 +1,13 @@
 """Experts over the mesh axis ep (expert parallelism). Nothing is dropped, whatever the routing.
 
-Each device holds E/ep experts and the tokens of its rows. Three ways bring them together:
+Each device holds E/ep experts and the tokens of its rows. Four ways bring them together:
 
 - all_gather: every token visits every device of ep; what its experts there return is summed as it is scattered back.
   Best for few devices, or where most tokens have an expert on most of them.
 - all_to_all: each (token, expert) pair travels to the expert's device and back, in buffers of `_SLACK` times an even
   share.
+- remote_copy, on TPUs: each pair's row is copied right into its expert's rows on the other device and back, nothing is
+  padded on the way (`jaxscale.parallel.expert_remote`).
 - two_level, where ep spans several hosts: a token travels once to each host that has an expert of its, to the device
   that stands there where its own stands here, and on to its experts inside the host by one of the other ways. What
   they return is added up inside the host first. So the slow links between hosts carry each token once for a host, not
@@ -18,6 +20,7 @@ Without a mesh each function is its single-device twin.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -27,6 +30,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxscale.parallel import expert_remote
 from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local
 from jaxscale.parallel.permute import Places, Sorted, collect, merge_sorted, sort_pairs, spread
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, gather_weight, partitions
@@ -35,7 +39,7 @@ from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 EP, TP = "ep", "tp"
-Dispatch = Literal["auto", "all_gather", "all_to_all", "two_level"]
+Dispatch = Literal["auto", "all_gather", "all_to_all", "remote_copy", "two_level"]
 _SLACK = 1.25  # buffers, in even shares, at most: routing that a balance loss holds fits
 _FAR = 9.0  # how much longer a byte takes between hosts than inside one: NVLink 450 GB/s, network 50 GB/s
 
@@ -98,6 +102,7 @@ def apply_experts(
     Raises:
       ValueError: ep does not divide the experts, hosts do not divide ep; an unknown dispatch; arrays lie on a mesh that
         is not set.
+      NotImplementedError: remote_copy where devices are no TPUs.
     """
     num_experts = p["w_up"].shape[0]
     call = Call(num_experts, activation, dispatch, chunks, hosts)
@@ -115,6 +120,11 @@ def apply_experts(
         raise ValueError(f"num_experts={num_experts} is not divisible by ep={ep}; use ep in {divisors}")
     if dispatch == "two_level" and hosts == 1:
         raise ValueError("dispatch='two_level' needs hosts=2 or more; use dispatch='auto' within one host")
+    if dispatch == "remote_copy" and hosts > 1:
+        raise ValueError(
+            f"dispatch='remote_copy' reaches the devices of one host or slice, but ep={ep} lies over hosts={hosts}; "
+            "use dispatch='two_level', which copies inside of each"
+        )
     if ep % hosts:
         raise ValueError(
             f"ep={ep} does not lie evenly over hosts={hosts}; use ep in {[hosts * i for i in (1, 2, 4, 8)]}"
@@ -172,36 +182,52 @@ def _flat(fn, x, experts, weights, p):
 
 def _dispatched(call: Call, x, experts, weights, p, *, split: bool):
     ep = lax.axis_size(EP)
+    reason = expert_remote.unless_remote(x)
+    if call.dispatch == "remote_copy" and reason:
+        raise NotImplementedError(f"dispatch='remote_copy' cannot run here: {reason}; use dispatch='auto'")
     if not split:  # every device of ep has these tokens (a batch that does not divide): each adds what is its own
         first = lax.axis_index(EP) * (call.num_experts // ep)
         return experts_local(call, x, experts, weights, p, first=first)
     n, K = experts.shape
-    way = call.dispatch if call.dispatch != "auto" else choose(ep, K, call.hosts)
     parts = min(call.chunks, n)
     size = -(-n // parts)
+    remote = None if reason else remote_cost(size, call.num_experts, x.shape[1] * x.dtype.itemsize)
+    way = call.dispatch if call.dispatch != "auto" else choose(ep, K, call.hosts, remote=remote)
     out, whole = [], (x, experts, weights)
     for start in range(0, n, size):  # written out: the scheduler may start a transfer before the part before is done
         x, experts, weights = (a[start : start + size] for a in whole)
         if way == "two_level":
-            out.append(_two_level(call, x, experts, weights, p))
+            out.append(_two_level(call, remote, x, experts, weights, p))
         else:
             out.append(_one_level(call, _Level(ep), way, x.shape[0] * K, x, experts, weights, p))
     return jnp.concatenate(out)
 
 
-def choose(ep: int, top_k: int, hosts: int = 1, far: float = _FAR) -> str:
-    """The dispatch whose rows take least time: ep - 1 for each token, its experts' share in padded buffers, or one for
-    each of its hosts and then one of both inside.
+def remote_cost(tokens: int, num_experts: int, row_bytes: int) -> Callable[[int, float], float]:
+    """What remote copies cost for so many tokens of a device, as `choose` takes it."""
+    return functools.partial(expert_remote.rows_leaving, tokens=tokens, num_experts=num_experts, row_bytes=row_bytes)
+
+
+def choose(
+    ep: int,
+    top_k: int,
+    hosts: int = 1,
+    far: float = _FAR,
+    remote: Callable[[int, float], float] | None = None,
+) -> str:
+    """The dispatch whose rows take least time: ep - 1 for each token, its experts' share in padded buffers or by remote
+    copies, or one for each of its hosts and then one of these inside.
 
     Args:
       far: how much longer a row takes between hosts than inside one.
+      remote: (devices, pairs) -> rows for each token by remote copies, where these can run.
     """
-    gather, exchange = _rows(ep, 1.0, top_k)
-    costs = {"all_gather": gather, "all_to_all": exchange}
+    costs = _rows(ep, 1.0, top_k, remote if hosts == 1 else None)
     if hosts > 1:
         arriving = hosts * share_of_a_host(hosts, top_k)
         costs = {way: far * cost for way, cost in costs.items()}
-        costs["two_level"] = far * arriving * (1 - 1 / hosts) + min(_rows(ep // hosts, arriving, top_k))
+        inside = _rows(ep // hosts, arriving, top_k, remote)
+        costs["two_level"] = far * arriving * (1 - 1 / hosts) + min(inside.values())
     return min(costs, key=lambda way: costs[way])
 
 
@@ -216,15 +242,16 @@ def room_for(pairs: int, experts: int) -> int:
     return math.ceil(min(_SLACK, 1 + experts**-0.5) * pairs / 8) * 8
 
 
-def choose_inside(size: int, rows: int, pairs: int) -> str:
-    """The dispatch among the `size` devices of a host, for so many rows with so many pairs on each."""
-    gather, exchange = _rows(size, rows, pairs)
-    return "all_gather" if gather <= exchange else "all_to_all"
+def choose_inside(size: int, rows: float, pairs: float, remote: Callable[[int, float], float] | None = None) -> str:
+    """The dispatch among the `size` devices of a host, where so many rows and pairs on each stem from one token."""
+    costs = _rows(size, rows, pairs, remote)
+    return min(costs, key=lambda way: costs[way])
 
 
-def _rows(size: int, rows: float, pairs: float) -> tuple[float, float]:
-    """How many leave a device: (all gathered, as pairs in padded buffers)."""
-    return rows * (size - 1), _SLACK * pairs * (size - 1) / size
+def _rows(size: int, rows: float, pairs: float, remote: Callable[[int, float], float] | None) -> dict[str, float]:
+    """How many leave a device, by dispatch: all gathered, as pairs in padded buffers, as pairs by remote copies."""
+    costs = {"all_gather": rows * (size - 1), "all_to_all": _SLACK * pairs * (size - 1) / size}
+    return costs if remote is None else costs | {"remote_copy": remote(size, pairs)}
 
 
 def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weights, p):
@@ -241,6 +268,14 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
         rounds = None if room == most else -(-here[1].starts[-1] // room)
         one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values)
         return level.psum_scatter(_in_rounds(one_round, rounds, here, x, weights, p))
+    if way == "remote_copy":
+        most = level.size * n * min(K, mine)
+        room = min(most, room_for(pairs, mine))
+        traffic = expert_remote.make_traffic(call, level, experts)
+        rounds = None if room == most else _rounds(traffic.arriving(), room)
+        route = expert_remote.Route(EP, level.groups)
+        one_turn = functools.partial(expert_remote.one_turn, call, level, room, route)
+        return _in_rounds(one_turn, rounds, traffic, x, weights, p)
     most = n * min(K, mine)
     room = min(most, math.ceil(_SLACK * pairs / level.size))
     to = among(experts, call.num_experts) // mine  # level.size: nobody
@@ -278,7 +313,7 @@ def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, 
     return collect(level.all_to_all(y), tokens).astype(x.dtype)
 
 
-def _two_level(call: Call, x, experts, weights, p):
+def _two_level(call: Call, remote, x, experts, weights, p):
     across, inside = _levels(lax.axis_size(EP), call.hosts)
     n, K = experts.shape
     room = math.ceil(n * share_of_a_host(across.size, K))
@@ -287,11 +322,11 @@ def _two_level(call: Call, x, experts, weights, p):
     to = jnp.where(seen, across.size, host).reshape(-1)
     boxes = sort_pairs(to, across.size)
     rounds = None if room == n else _rounds(jnp.diff(boxes.starts), room)
-    one_round = functools.partial(_by_hosts, call, across, inside, room)
+    one_round = functools.partial(_by_hosts, call, remote, across, inside, room)
     return _in_rounds(one_round, rounds, (experts, to, boxes), x, weights, p)
 
 
-def _by_hosts(call: Call, across: _Level, inside: _Level, room: int, turn, indices, x, weights, p):
+def _by_hosts(call: Call, remote, across: _Level, inside: _Level, room: int, turn, indices, x, weights, p):
     """Of the tokens for each host those that have room in this turn."""
     experts, to, boxes = indices
     n, K = experts.shape
@@ -299,7 +334,7 @@ def _by_hosts(call: Call, across: _Level, inside: _Level, room: int, turn, indic
     tokens, _ = places_in_boxes(boxes, to, room, turn * room, K)
     ids = jnp.where(tokens.token[:, None] < n, experts[jnp.minimum(tokens.token, n - 1)], -1)
     got, ids, w = map(across.all_to_all, (spread(x, tokens), ids, spread(weights, tokens)))
-    way = choose_inside(inside.size, got.shape[0], n * K)
+    way = choose_inside(inside.size, got.shape[0] / n, K, remote)
     local = call._replace(num_experts=held)
     y = _one_level(local, inside, way, n * K, got, ids - across.index() * held, w, p)
     return collect(across.all_to_all(y), tokens).astype(x.dtype)

@@ -53,11 +53,11 @@ def apply_pairs(call: Call, rows: int, start: Any, here: tuple[Any, Sorted], x, 
     group = local[jnp.minimum(single.token, len(local) - 1)]
     h, w = spread(x, tokens), spread(weights.reshape(-1, 1), single)
     sizes = jnp.diff(jnp.clip(pairs.starts - start, 0, rows))
-    y = _expert_mlp(call, h, w, sizes, jnp.minimum(group, p["w_up"].shape[0] - 1), p)
+    y = expert_mlp(call, h, w, sizes, jnp.minimum(group, p["w_up"].shape[0] - 1), p)
     return collect(y, tokens).astype(x.dtype)
 
 
-def _expert_mlp(call: Call, h, w, sizes, group, p):
+def expert_mlp(call: Call, h, w, sizes, group, p):
     """The weights come in before the last matmul: its output is then needed by no gradient."""
     used = jnp.arange(len(h))[:, None] < sizes.sum()  # the others may hold anything, and their gradients
     w = jnp.where(used, w, 0.0)

@@ -131,7 +131,8 @@ def estimate(
     mesh = mesh.fill(pod.num_devices)
     check(model, mesh, batch_size=batch_size, seq_len=seq_len, accum_steps=accum_steps)
     context = context_of(model, mesh, pod, batch_size=batch_size // accum_steps, seq_len=seq_len)
-    part = _Step(model, mesh, batch_size // accum_steps, seq_len, remat, loss_chunk, rules, context, pod.hardware)
+    rows, tpu = batch_size // accum_steps, pod.platform == "tpu"
+    part = _Step(model, mesh, rows, seq_len, remat, loss_chunk, rules, context, pod.hardware, tpu)
     memory = part.memory(pod, accum_steps)
     transfers = tuple(
         Transfer(
@@ -273,7 +274,7 @@ class _OverCp(NamedTuple):
 class _Step:
     """One micro-batch on one device. Sizes are bytes."""
 
-    def __init__(self, model, mesh, batch_size, seq_len, remat, loss_chunk, rules, context=None, hw=None):
+    def __init__(self, model, mesh, batch_size, seq_len, remat, loss_chunk, rules, context=None, hw=None, tpu=False):
         self.model, self.mesh, self.remat, self.rules, self.context = model, mesh, remat, rules, context
         self.sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
         self.item = jnp.dtype(model.dtype).itemsize
@@ -294,7 +295,8 @@ class _Step:
             hosts = model.moe.ep_hosts or (math.ceil(mesh.ep * mesh.cp * mesh.tp / hw.node) if hw else 1)
             hosts = hosts if mesh.ep % hosts == 0 else 1
             far = hw.bandwidth / hw.outer_bandwidth if hw else 1.0
-            self.experts = place_experts(model.moe, mesh, self.tokens, hosts, far)
+            row = model.embed_dim * self.item if tpu else None
+            self.experts = place_experts(model.moe, mesh, self.tokens, hosts, far, row)
             self.sizes |= {"ep hosts": self.experts.hosts, "ep inside": mesh.ep // self.experts.hosts}
 
     def residuals(self, remat: str) -> float:

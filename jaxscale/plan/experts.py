@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from jaxscale.config import MeshConfig, MoEConfig
-from jaxscale.parallel import expert
+from jaxscale.parallel import expert, expert_remote
 from jaxscale.parallel.permute import UNROLLED
 
 
@@ -56,25 +56,39 @@ class Experts(NamedTuple):
             found.append(("reduce-scatter", axis, 3, 2 * size * tokens * row + pairs))
         if size > 1 and self.way == "all_to_all":
             found.append(exchange(axis, self.rows, 1))
+        if size > 1 and self.way == "remote_copy":  # nothing but what routing sends, and a weight with each row
+            sent = self.tokens * self.top_k * ((4 + again) * row + (2 + again) * expert_remote._WEIGHT)
+            found.append(("ragged-all-to-all", axis, 6 + 2 * again, sent))
+            found.append(("all-gather", axis, 1 + again, (1 + again) * size * self.experts * 4))
         return found
 
 
-def place_experts(moe: MoEConfig, mesh: MeshConfig, tokens: int, hosts: int = 1, far: float = 1.0) -> Experts:
+def place_experts(
+    moe: MoEConfig,
+    mesh: MeshConfig,
+    tokens: int,
+    hosts: int = 1,
+    far: float = 1.0,
+    remote_row: int | None = None,
+) -> Experts:
     """As jaxscale.parallel.expert deals with `tokens` of a device.
 
     Args:
       hosts: that ep spans. far: how much longer a byte takes between them than inside one.
+      remote_row: bytes of a token's row on devices that copy into each other's memory; None: they do not.
     """
     K, ep = moe.top_k, mesh.ep
     here = min(K, moe.num_experts // ep)
     width = moe.mlp_dim // mesh.tp if moe.mlp_dim % mesh.tp == 0 else moe.mlp_dim
     shared = moe.shared_dim // mesh.tp if moe.shared_dim % mesh.tp == 0 else moe.shared_dim
-    way = "" if ep == 1 else expert.choose(ep, K, hosts, far) if moe.dispatch == "auto" else moe.dispatch
+    part = -(-tokens // min(moe.dispatch_chunks, tokens))
+    remote = None if remote_row is None else expert.remote_cost(part, moe.num_experts, remote_row)
+    way = "" if ep == 1 else expert.choose(ep, K, hosts, far, remote) if moe.dispatch == "auto" else moe.dispatch
     if way != "two_level":
         hosts, arriving, size = 1, 0, ep
     else:
         arriving, size = hosts * math.ceil(tokens * expert.share_of_a_host(hosts, K)), ep // hosts
-        way = expert.choose_inside(size, arriving, tokens * K)
+        way = expert.choose_inside(size, arriving / tokens, K, remote)
     n = arriving or tokens
     most, even = size * n * here, tokens * K
     exchanged = math.ceil(expert._SLACK * even / size) * size

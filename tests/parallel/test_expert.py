@@ -9,18 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.moe import devices, layer
 from jaxscale.config import MeshConfig, MoEConfig
 from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models.routing import route
-from jaxscale.parallel import chunks
+from jaxscale.parallel import chunks, expert_local, expert_remote
 from jaxscale.parallel.chunks import fastest_chunks
-from jaxscale.parallel.expert import apply_experts, choose, gather_experts
+from jaxscale.parallel.expert import apply_experts, choose, gather_experts, remote_cost
 from jaxscale.params import ParamSpec, constant
 from jaxscale.plan.experts import place_experts
 from jaxscale.plan.hlo import census
+from pallas_kernels import ragged_dot, ragged_dots
 
 E, D, F = 8, 12, 16
 
@@ -136,6 +139,50 @@ def test_in_chunks(rng):
         check(rng, "ep=4", "all_to_all", routing, length=7, chunks=3)
 
 
+@pytest.fixture
+def copies(monkeypatch):
+    """Remote copies as if they ran here: what `ragged_all_to_all` runs on a CPU does the same."""
+    monkeypatch.setattr(expert_remote, "unless_remote", lambda x: None)
+    sharded.cache_clear()
+    yield
+    sharded.cache_clear()
+
+
+REMOTE = ["ep=2", "ep=4", "ep=8", "fsdp=2,ep=2,tp=2", "ep=4,cp=2"]
+
+
+def test_remote_copies_meet_every_routing(copies, rng):
+    """On a layout drawn from many; `test_remote_copies_everywhere` has them all."""
+    _remote(rng, str(rng.choice(REMOTE)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", REMOTE)
+def test_remote_copies_everywhere(mesh, copies, rng):
+    _remote(rng, mesh)
+    check(rng, mesh, "remote_copy", "expert_choice", length=2, top_k=E)
+    check(rng, mesh, "remote_copy", "one device", length=6, chunks=3)
+    check(rng, "ep=8", "two_level", "random", hosts=2)  # and inside of hosts
+
+
+def _remote(rng, mesh):
+    for routing in ROUTINGS + [r for r in ROUTERS if r != "expert_choice"]:
+        check(rng, mesh, "remote_copy", routing, length=6 if "cp" in mesh else 5)
+
+
+def test_remote_copies_in_the_interpreter(rng, monkeypatch):
+    """One mesh and one routing of many, values and gradients, without races; the interpreter knows no remat."""
+    monkeypatch.setattr(jax, "checkpoint", lambda f: f)
+    monkeypatch.setattr(expert_local, "ragged_dot", functools.partial(ragged_dot, implementation="xla"))
+    monkeypatch.setattr(expert_local, "ragged_dots", functools.partial(ragged_dots, implementation="xla"))
+    sharded.cache_clear()
+    pltpu.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        check(rng, str(rng.choice(["ep=2", "ep=4", "ep=2,tp=2"])), "remote_copy", "few", length=2, top_k=E)
+    sharded.cache_clear()
+    assert (found := interpret_pallas_call.races) is not None and not found.races_found
+
+
 TWO_LEVELS = [("ep=8", 2), ("ep=8", 4), ("ep=4,tp=2", 2), ("ep=8", 8)]
 
 
@@ -224,6 +271,12 @@ def test_the_way_is_chosen_by_bytes():
     assert choose(2, 8) == "all_gather" and choose(64, 8) == "all_to_all"
     assert choose(16, 8, hosts=2) == "two_level" and choose(16, 1, hosts=16) == "all_to_all"
     assert choose(16, 1, hosts=2, far=1.0) == "all_to_all"  # links alike: the second hop is for nothing
+    training, step = (remote_cost(tokens, 128, 4096) for tokens in (4096, 8))
+    assert choose(4, 8, remote=training) == "all_gather" and choose(64, 8, remote=training) == "remote_copy"
+    assert choose(64, 8, remote=step) == "all_to_all"  # rows are so few that starting their copies takes longer
+    assert choose(64, 8, hosts=2, remote=training) == "two_level"  # memory of another host is out of reach
+    # 4096 tokens in 8 pairs, 3/4 of which leave with a weight of 512 bytes, and 128 copies to start, 4 rows each.
+    assert training(4, 8) == 8 * (1 + 1 / 8) * 3 / 4 + 128 * 4 / 4096
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -246,8 +299,14 @@ def test_ep_that_does_not_divide(rng):
     with jax.set_mesh(make_mesh(devices=jax.devices()[:4], ep=4)):
         with pytest.raises(ValueError, match="needs hosts=2 or more"):
             apply_experts(x, experts, weights, p, dispatch="two_level")
+        with pytest.raises(NotImplementedError, match="'remote_copy' cannot run here: needs a TPU; this is cpu; use"):
+            apply_experts(x, experts, weights, p, dispatch="remote_copy")
+        with pytest.raises(ValueError, match=r"ep=4 lies over hosts=2; use dispatch='two_level', which copies inside"):
+            apply_experts(x, experts, weights, p, dispatch="remote_copy", hosts=2)
         with pytest.raises(ValueError, match=r"ep=4 does not lie evenly over hosts=3; use ep in \[3, 6, 12, 24\]"):
             apply_experts(x, experts, weights, p, hosts=3)
+    with pytest.raises(ValueError, match="but ep_hosts=2; use dispatch='two_level'"):
+        MoEConfig(num_experts=E, top_k=2, mlp_dim=F, dispatch="remote_copy", ep_hosts=2)
     with pytest.raises(ValueError, match="ep_hosts=1; set it to the hosts that ep spans"):
         MoEConfig(num_experts=E, top_k=2, mlp_dim=F, dispatch="two_level", ep_hosts=1)
 

@@ -276,3 +276,29 @@ def test_text_that_is_not_a_module():
 
 def test_wire_bytes_of_a_group_of_one():
     assert wire_bytes("all-reduce", 100, 1) == 0
+
+
+def test_kernels_that_say_what_they_move():
+    """As a TPU's compiler prints them, in a loop; other kernels, and one in a loop that seldom runs, do not count."""
+    says = 'frontend_attributes={kernel_metadata={\n"bytes":"4096",\n"collective":"ragged-all-to-all",\n%s\n}}'
+    says %= '"replica_groups":"[[0, 1], [2, 3]]"'
+    kernel = 'f32[8,1,128]{2,1,0:T(1,128)} custom-call(%x), custom_call_target="tpu_custom_call"'
+    text = f"""HloModule m, num_partitions=4
+
+%body (p: (s32[], f32[8,1,128])) -> (s32[], f32[8,1,128]) {{
+  %p = (s32[], f32[8,1,128]{{2,1,0}}) parameter(0)
+  %x = f32[8,1,128]{{2,1,0}} get-tuple-element(%p), index=1
+  %ragged.1 = {kernel}, {says}, metadata={{op_name="jit(f)/ragged" stack_frame_id=9}}, backend_config={{"a":{{"b":1}}}}
+  %ragged.2 = {kernel}, {says}, metadata={{op_name="jit(f)/{SELDOM}/ragged" stack_frame_id=9}}
+  %other = {kernel}, frontend_attributes={{kernel_metadata={{\n"mesh_axes":"[]"\n}}}}, metadata={{op_name="o"}}
+  ROOT %t = (s32[], f32[8,1,128]{{2,1,0}}) tuple(%n, %ragged.1)
+}}
+
+ENTRY %main (a: f32[8,1,128]) -> f32[8,1,128] {{
+  %w = (s32[], f32[8,1,128]) while(%t), condition=%c, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+"""
+    (found,) = collectives(text)
+    assert (found.kind, found.name, found.count, found.bytes) == ("ragged-all-to-all", "ragged.1", 3, 4096)
+    assert found.wire_bytes == 3 * 2048 and found.op_name == "jit(f)/ragged"
+    assert found.axes({"d": 2, "ep": 2}) == ("ep",)
