@@ -294,6 +294,7 @@ class MeshConfig:
 
     With cp > 1 the sequence is split: `cp_strategy` says how attention communicates, `cp_layout` how tokens are dealt;
     "auto" estimates what is fastest (jaxscale.parallel.context_cost). A strategy given by name is that of every layer.
+    With pp > 1 layers are split into stages, which micro-batches pass (jaxscale.parallel.pipeline).
     """
 
     pp: int = 1
@@ -304,11 +305,14 @@ class MeshConfig:
     tp: int = 1
     cp_strategy: CPStrategy | Literal["auto"] = "all_gather"
     cp_layout: CPLayout | Literal["auto"] = "contiguous"
+    pp_micro_batches: int | None = None  # None: the most that divide, up to four for each stage
+    pp_interleave: int = 1  # chunks of layers on each stage: more keep stages busier and send more
 
     def __post_init__(self):
         for field, kind in (("cp_strategy", CPStrategy), ("cp_layout", CPLayout)):
             if (value := getattr(self, field)) not in (known := ("auto", *typing.get_args(kind))):
                 raise ValueError(f"{field}={value!r} is not one of {', '.join(known)}")
+        _require(self, _COUNT, "pp_micro_batches", "pp_interleave")
         for axis in MESH_AXES:
             size = getattr(self, axis)
             if size == 0 or size < -1:
@@ -333,7 +337,8 @@ class MeshConfig:
             if axis in ("cp_strategy", "cp_layout"):
                 sizes[axis] = size
                 continue
-            if axis not in MESH_AXES or not size.removeprefix("-").isdecimal():
+            counts = (*MESH_AXES, "pp_micro_batches", "pp_interleave")
+            if axis not in counts or not size.removeprefix("-").isdecimal():
                 raise ValueError(f"mesh {text!r}: {part!r} is not axis=size with an axis of {' '.join(MESH_AXES)}")
             sizes[axis] = int(size)
         return cls(**sizes)
@@ -378,11 +383,11 @@ class MeshConfig:
 
     def check_rows(self, batch_size: int, accum_steps: int = 1) -> None:
         """Refuse a batch that devices cannot share evenly: each of them would compute all of its rows."""
-        parts = self.dp * self.fsdp * self.ep * accum_steps
+        parts = self.pp * self.dp * self.fsdp * self.ep * accum_steps
         if batch_size % parts:
-            below = batch_size // parts * parts
+            below, pp = batch_size // parts * parts, "pp*" if self.pp > 1 else ""
             raise ValueError(
-                f"batch_size={batch_size} rows are not divisible by dp*fsdp*ep*accum_steps={parts}; "
+                f"batch_size={batch_size} rows are not divisible by {pp}dp*fsdp*ep*accum_steps={parts}; "
                 f"use {f'{below} or ' if below else ''}{below + parts} rows, or a larger tp or cp"
             )
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.config import RopeScaling
-from jaxscale.sharding import active_mesh, matmul, partitions
+from jaxscale.sharding import active_mesh, matmul, partitions, shard_map
 from pallas_kernels import norm_rope
 
 
@@ -55,7 +55,7 @@ def rope(
     local = functools.partial(norm_rope, eps=eps, offset=offset)
     if norm is None or active_mesh() is None:
         return local(x, norm, *angles)
-    return jax.shard_map(local, out_specs=P(*partitions(x)))(x, norm, *angles)
+    return shard_map(local, out_specs=P(*partitions(x)))(x, norm, *angles)
 
 
 def gated_mlp(y: Float[Array, "B T D"], p: dict[str, Array], activation: str) -> Float[Array, "B T F"]:

@@ -17,6 +17,7 @@ from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
 from jaxscale.parallel import context as over_cp
 from jaxscale.parallel import expert as over_ep
+from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import fallback_notes, init_params, num_params
@@ -82,6 +83,15 @@ def run(
         context, why = plan(split, cfg.model, cfg.data.batch_size, cfg.data.seq_len)
         console.print(f"sequences over {why}", highlight=False)
 
+    pipeline = over_pp.plan(split, cfg.model, cfg.data.batch_size, cfg.accum_steps)
+    if split.pp > 1:
+        idle = over_pp.bubble(pipeline, split.pp)
+        console.print(
+            f"{pipeline.micro_batches} micro-batches over {split.pp} stages of {pipeline.interleave} chunk(s) of "
+            f"layers: {idle:.0%} of the pipeline's time idle",
+            highlight=False,
+        )
+
     model = cfg.model
     if model.moe and model.moe.ep_hosts is None:
         model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, ep_hosts=hosts_along(mesh, "ep")))
@@ -92,7 +102,8 @@ def run(
         return put_batch(batch, mesh, rules, share)
 
     def loss_fn(params, batch):
-        options = {"remat": cfg.remat, "z_loss": cfg.z_loss, "chunk": cfg.loss_chunk, "context": context}
+        options = {"remat": cfg.remat, "z_loss": cfg.z_loss, "chunk": cfg.loss_chunk}
+        options |= {"context": context, "pipeline": pipeline}
         return decoder.loss_fn(params, batch, model, rules=rules, **options)
 
     platform = mesh.devices.flat[0].platform
@@ -105,7 +116,9 @@ def run(
 
     @jax.jit
     def eval_step(params, batch):
-        _, parts = decoder.loss_fn(params, batch, model, rules=rules, chunk=cfg.loss_chunk, context=context)
+        whole = pipeline._replace(micro_batches=None)  # rows that accum_steps does not split
+        options = {"chunk": cfg.loss_chunk, "context": context, "pipeline": whole}
+        _, parts = decoder.loss_fn(params, batch, model, rules=rules, **options)
         return parts["nll"], parts["weight"]
 
     if first:

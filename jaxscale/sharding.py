@@ -26,20 +26,40 @@ ROUNDED = "rounded_matmul"  # checkpoint name of what a matmul of operands in 8 
 CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
 WIDTHS = frozenset({"embed", "latent"})  # what a matrix is multiplied along or gives, beside heads and hidden layers
 RESTING = MEGATRON_FSDP.spill  # mesh axes that say where a parameter rests, not how it is computed with
+PP = "pp"  # inside a stage it is Manual, and the other axes are as outside (jaxscale.parallel.pipeline)
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh in context when arrays may be sharded on it: None outside of a mesh and inside a shard_map body."""
+    """The mesh in context when arrays may be sharded on it: None outside of a mesh and inside a shard_map body, that of
+    a pipeline's stage apart."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(t == AxisType.Manual for t in mesh.axis_types):
+    if mesh.empty or not {PP}.issuperset(mesh.manual_axes):
         return None
     return mesh
+
+
+def axis_sizes(mesh: AbstractMesh) -> dict[str, int]:
+    """Of the axes that arrays may be split over here: inside a stage pp splits nothing."""
+    return {axis: 1 if axis in mesh.manual_axes else size for axis, size in mesh.shape.items()}
+
+
+def partial_sums(axes: Any) -> frozenset[str]:
+    """Those of `axes` over which an array may be typed `reduced` or `unreduced`: none inside a stage, where jax 0.11.2
+    lowers neither (XLA fails on an unreduced sum beside a Manual axis). Sums are then whole where they are made."""
+    return frozenset() if jax.sharding.get_abstract_mesh().manual_axes else frozenset(axes)
+
+
+def shard_map(fn: Callable[..., Any], *, out_specs: Any, **options: Any) -> Callable[..., Any]:
+    """jax.shard_map over all axes that are not Manual yet, inputs as they lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+    return jax.shard_map(fn, out_specs=out_specs, axis_names=names, **options)
 
 
 def compute_spec(shape: Sequence[int], axes: Sequence[str | None], rules: Rules = MEGATRON_FSDP) -> P | None:
     """The PartitionSpec of an array in computation, or None when there is no mesh."""
     mesh = active_mesh()
-    return None if mesh is None else resolve_spec(shape, axes, rules.compute, dict(mesh.shape)).spec
+    return None if mesh is None else resolve_spec(shape, axes, rules.compute, axis_sizes(mesh)).spec
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = MEGATRON_FSDP) -> jax.Array:
@@ -52,7 +72,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = MEGATRON_
     mesh = active_mesh()
     if mesh is None:
         return x
-    spec = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
+    spec = resolve_spec(x.shape, axes, rules.compute, axis_sizes(mesh)).spec
     if any(t == AxisType.Explicit for t in mesh.axis_types):
         return jax.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
@@ -69,8 +89,8 @@ def enter(
     mesh = active_mesh()
     if mesh is None:
         return [x] * len(weights)
-    spec = resolve_spec(x.shape, axes, rules.compute, dict(mesh.shape)).spec
-    split = [axes_of(partitions(w)[1:]) if isinstance(w, jax.Array) else frozenset() for w in weights]
+    spec = resolve_spec(x.shape, axes, rules.compute, axis_sizes(mesh)).spec
+    split = [partial_sums(axes_of(partitions(w)[1:])) if isinstance(w, jax.Array) else frozenset() for w in weights]
     # Not a set: its order, and the program's with it, would be another in each process of a job.
     made = {s: jax.reshard(x, P(*spec, reduced=s)) for s in dict.fromkeys(split)}
     return [made[s] for s in split]
@@ -91,8 +111,8 @@ def einsum(
     sizes = dict(zip(names, x.shape)) | dict(zip(weight_names, w.shape))
     layout = dict(zip(names, partitions(x)))
     partial = axes_of(layout[n] for n in names if n not in output)
-    kept = P(*(layout.get(n) for n in output), unreduced=partial)
-    spec = resolve_spec([sizes[n] for n in output], axes, rules.compute, dict(mesh.shape)).spec
+    spec = resolve_spec([sizes[n] for n in output], axes, rules.compute, axis_sizes(mesh)).spec
+    kept = P(*(layout.get(n) for n in output), unreduced=partial) if partial_sums(partial) == partial else spec
     return jax.reshard(matmul(subscripts, x, w, out_sharding=kept), spec)
 
 
@@ -193,7 +213,7 @@ def _quantized(subscripts: str, x: jax.Array, w: QuantizedArray, preferred_eleme
             out = quantized_matmul(x, w, preferred_element_type=preferred_element_type)
             return jax.lax.pcast(out, tuple(sorted(split)), to="unreduced") if split else out
 
-        out = jax.shard_map(local, out_specs=spec)(x, w)
+        out = shard_map(local, out_specs=spec)(x, w)
     made = [*rows, *(n for n in w_names if n in output)]
     if "".join(made) != output:
         out = out.transpose([made.index(n) for n in output])
@@ -279,7 +299,7 @@ def gather_params(
     mesh = active_mesh()
     shared = frozenset()
     if mesh is not None and rows:
-        shared = axes_of(resolve_spec(rows, row_axes, rules.compute, dict(mesh.shape)).spec)
+        shared = partial_sums(axes_of(resolve_spec(rows, row_axes, rules.compute, axis_sizes(mesh)).spec))
 
     def reduced(axes, where):
         return shared if len(axes) > 1 and not WIDTHS.isdisjoint(axes) else frozenset()
@@ -293,7 +313,7 @@ def gather_weight(dtype: Any, rules: Rules, reduced: Callable[[Any, P], frozense
     whole = w.astype(dtype) if own is None else own.cast(dtype)
     if mesh is None:
         return whole
-    axes, sizes = spec.axes[len(spec.axes) - w.ndim :], dict(mesh.shape)
+    axes, sizes = spec.axes[len(spec.axes) - w.ndim :], axis_sizes(mesh)
     where = resolve_spec(w.shape, axes, rules.compute, sizes).spec
     where = P(*where, reduced=reduced(axes, where))
     return jax.tree.map(jax.reshard, whole, where if own is None else own.parts(where, sizes))

@@ -36,9 +36,10 @@ class Rules:
 # whole vocabulary of axes, so that any mesh is a special case (an axis of size 1 splits nothing).
 MEGATRON_FSDP = Rules(
     params={
-        # cp and ep too: otherwise weight gradients all-reduce over them instead of scattering. Of experts ep is taken.
-        "embed": ("fsdp", "cp", "ep"),
-        "latent": ("fsdp", "cp", "ep"),  # of low-rank projections
+        # cp and ep too: otherwise weight gradients all-reduce over them instead of scattering. Of experts ep is taken,
+        # of layers pp, which splits by embed what lies outside of the pipeline.
+        "embed": ("pp", "fsdp", "cp", "ep"),
+        "latent": ("pp", "fsdp", "cp", "ep"),  # of low-rank projections
         "mlp": ("tp",),
         "q_heads": ("tp",),
         "kv_heads": ("tp",),
@@ -47,7 +48,7 @@ MEGATRON_FSDP = Rules(
         "layers": ("pp",),
     },
     compute={
-        "batch": ("dp", "fsdp", "ep"),
+        "batch": ("pp", "dp", "fsdp", "ep"),  # over pp outside of the pipeline: embedding, loss
         "seq": ("cp",),
         "norm_seq": ("cp", "tp"),  # between the blocks: norms and residuals are split over tp by sequence
         "mlp": ("tp",),

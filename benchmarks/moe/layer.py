@@ -67,7 +67,7 @@ def layer(cfg: ModelConfig, specs, remat: str):
     def block(params, x):
         p = moe.gather(params, specs, cfg, x.shape[:2], MEGATRON_FSDP)
         out, stats, _ = moe.block(p, x, cfg, MEGATRON_FSDP, None, None)
-        return out, moe.losses(stats, cfg)[0]
+        return out, moe.losses({name: x[None] for name, x in stats.items()}, cfg)[0]  # of one layer
 
     if remat != "none":
         block = jax.checkpoint(block, policy=functools.partial(saveable, remat))

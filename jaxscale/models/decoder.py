@@ -19,8 +19,10 @@ from jaxscale.models.cache import Cache
 from jaxscale.models.cache import CacheFormat as CacheFormat
 from jaxscale.models.cache import init_cache as init_cache
 from jaxscale.models.unstacked import specs_like
+from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
+from jaxscale.parallel.pipeline import Pipeline
 from jaxscale.params import ParamSpec, constant, normal
 from jaxscale.sharding import active_mesh, constrain, einsum, enter, gather_params, matmul, saveable
 from pallas_kernels import attention
@@ -43,9 +45,10 @@ def forward(
     rules: Rules = MEGATRON_FSDP,
     remat: Remat = "none",
     context: Context | None = None,
+    pipeline: Pipeline | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits in float32. Tokens attend causally within their segment (0 is padding); positions default to 0..T-1."""
-    x, _ = hidden(
+    x, _, _ = _hidden(
         params,
         tokens,
         cfg,
@@ -54,6 +57,7 @@ def forward(
         rules=rules,
         remat=remat,
         context=context,
+        pipeline=pipeline,
     )
     return logits(params, x, cfg, rules)
 
@@ -68,12 +72,14 @@ def loss_fn(
     z_loss: float = 0.0,
     chunk: int = 2048,
     context: Context | None = None,
+    pipeline: Pipeline | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Mean next-token loss in nats over the tokens with a label, and its parts.
 
     Args:
       batch: int32 [B, T] each: tokens, labels (-1: none), segment_ids, positions; dealt as context's layout says.
       context: how a sequence that is split over cp attends; by default the partitioner gathers keys and values.
+      pipeline: on a mesh with pp, how the batch passes the stages; the loss is that of the whole batch however it does.
 
     Returns:
       loss: nll, plus z_loss times the mean squared logsumexp (PaLM, arXiv 2204.02311).
@@ -92,6 +98,7 @@ def loss_fn(
         rules=rules,
         remat=remat,
         context=context,
+        pipeline=pipeline,
     )
     labels = batch["labels"]
     with jax.named_scope("loss"):
@@ -170,9 +177,13 @@ def _hidden(
     rules: Rules = MEGATRON_FSDP,
     remat: Remat = "none",
     context: Context | None = None,
+    pipeline: Pipeline | None = None,
     trace: bool = False,
 ):
     """As `hidden`, and what the routers of all layers did."""
+    if (cache is not None or trace) and (mesh := active_mesh()) is not None and mesh.shape["pp"] > 1:
+        what = "a cache" if cache is not None else "a trace of the routers"
+        raise ValueError(f"{what} takes no pipeline, and the mesh has pp={mesh.shape['pp']}; use one with pp=1")
     specs = param_specs(cfg)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
@@ -186,10 +197,9 @@ def _hidden(
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.embed_dim**0.5, x.dtype)
 
-    def layer(name, cfg, carry, stacked):
-        x, cache, before = carry
-        p, index, local = stacked
-        p = gather_layer(p, specs[name], cfg, tokens.shape, rules)
+    def layer(name, cfg, rows, carry, stacked):
+        (positions, segment_ids), (x, cache, before), (p, index, local) = rows, carry, stacked
+        p = gather_layer(p, specs[name], cfg, x.shape[:2], rules)
         x, cache, routing, before = _layer(
             p, x, cfg, local, positions, segment_ids, index, cache, rules, context, before, trace
         )
@@ -197,19 +207,24 @@ def _hidden(
 
     # The whole cache is carried and each layer writes its slots in place; scanned over, it would be copied every step.
     indices, local = jnp.arange(cfg.num_layers, dtype=jnp.int32), jnp.asarray(cfg.local_layers)
+    rows = positions, segment_ids
     carry, routing, start = (x, cache, moe.no_logits(cfg, tokens.shape, rules)), None, 0
     for name, kind, count in stacks(cfg):
         body = functools.partial(layer, name, kind)
         if isinstance(params[name], tuple):  # as `unstacked` lays them out: to generate, nothing else is returned
             body = jax.jit(body)
             for i, p in enumerate(params[name], start):
-                carry, _ = body(carry, (p, indices[i], local[i]))
+                carry, _ = body(rows, carry, (p, indices[i], local[i]))
             start += count
             continue
         if remat != "none" or active_mesh() is not None:
             body = jax.checkpoint(body, policy=functools.partial(saveable, remat), prevent_cse=False)
         part = slice(start, start + count)
-        carry, routing = jax.lax.scan(body, carry, (params[name], indices[part], local[part]))
+        stacked = params[name], indices[part], local[part]
+        if name == "layers":
+            carry, routing = over_pp.scan(body, carry, stacked, rows, pipeline)
+        else:  # too few for a stage each: where there are stages, each computes its share of the batch
+            carry, routing = jax.lax.scan(functools.partial(body, rows), carry, stacked)
         start += count
     x, cache, _ = carry
     with jax.named_scope("final_norm"):

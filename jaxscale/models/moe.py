@@ -12,7 +12,7 @@ from jaxscale.layers import gated_mlp
 from jaxscale.models import routing
 from jaxscale.parallel.expert import apply_experts, gather_experts
 from jaxscale.params import ParamSpec, constant, normal, path_name
-from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params
+from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, shard_map
 from sharding_rules.rules import Rules
 
 RESIDUAL = ("batch", "norm_seq", "embed")
@@ -38,7 +38,8 @@ def block(
       trace: also return the chosen experts.
 
     Returns:
-      out [B, T, D]; what the router did: means over tokens and `load` [E]; logits for the next layer's router.
+      out [B, T, D]; what the router did, as sums over tokens that add up over micro-batches, for `losses`; logits for
+      the next layer's router.
     """
     m = _moe(cfg)
     mask = jnp.ones(y.shape[:2], bool) if segment_ids is None else segment_ids > 0
@@ -60,10 +61,8 @@ def block(
     out = beside(out, p, y, chosen, cfg, rules)
     stats = _stats(logits, chosen, mask, m, rules)
     if "balance_bias" in p["router"]:
-        # Zero, with the gradient of loss-free balancing (arXiv 2408.15664): descent lowers the bias of busy experts.
-        bias, load = p["router"]["balance_bias"], stats["load"]
-        error = jax.lax.stop_gradient(jnp.sign(load - load.mean()))
-        stats["bias_step"] = ((bias - jax.lax.stop_gradient(bias)) * error).sum()
+        bias = p["router"]["balance_bias"]
+        stats["bias"] = bias - jax.lax.stop_gradient(bias)
     if trace:
         stats["experts"] = chosen.experts
     return out, stats, logits if m.gating_residual else None
@@ -98,17 +97,23 @@ def activation(cfg: ModelConfig) -> str:
 
 
 def losses(stats: dict[str, Array], cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
-    """(what is added to the loss, metrics) of the stacked [L, ...] statistics of `block`; means over layers.
+    """(what is added to the loss, metrics) of the stacked [L, ...] statistics of `block`, of the whole batch or their
+    mean over micro-batches; means over layers.
 
     Metrics: router_balance (1 when even), router_z, router_entropy in nats, router_dropped (share of the choices),
     router_load (the busiest expert's share of the choices over an even one).
     """
-    m = _moe(cfg)
-    mean = {name: stats[name].mean() for name in ("balance", "z", "entropy", "dropped")}
+    m, load = _moe(cfg), stats["load"]
+    total = jnp.maximum(stats["tokens"], 1e-9)
+    mean = {name: (stats[name] / total).mean() for name in ("z", "entropy", "dropped")}
+    balance = stats["balance"] if "balance" in stats else _balance(load, stats["prob"], stats["tokens"], m)
+    mean = {"balance": (balance / total).mean()} | mean
     extra = m.balance_weight * mean["balance"] + m.router_z_weight * mean["z"]
-    if "bias_step" in stats:
-        extra = extra + stats["bias_step"].sum()
-    load = stats["load"]
+    if "bias" in stats:
+        # Zero, with the gradient of loss-free balancing (arXiv 2408.15664): descent lowers the bias of busy experts.
+        extra = (
+            extra + (stats["bias"] * jax.lax.stop_gradient(jnp.sign(load - load.mean(axis=-1, keepdims=True)))).sum()
+        )
     busiest = (load.max(axis=-1) / jnp.maximum(load.mean(axis=-1), 1e-9)).mean()
     return extra, {f"router_{name}": x for name, x in mean.items()} | {"router_load": busiest}
 
@@ -222,7 +227,7 @@ def _route(logits, bias, mask, m: MoEConfig, rules: Rules) -> routing.Routing:
     spec = jax.typeof(logits).sharding.spec
     arrays = (logits, mask) if bias is None else (logits, mask, bias)
     route = lambda logits, mask, bias=None: routing.route(logits, bias, mask, m)
-    out = jax.shard_map(route, out_specs=spec)(*arrays)
+    out = shard_map(route, out_specs=spec)(*arrays)
     return routing.Routing(*(constrain(x, ("batch", "seq", None), rules) for x in out))
 
 
@@ -267,34 +272,35 @@ def _cheap(p, y, chosen: routing.Routing, m: MoEConfig, rules: Rules):
 
 def _stats(logits, chosen: routing.Routing, mask, m: MoEConfig, rules: Rules) -> dict[str, Array]:
     B, E = mask.shape[0], m.num_routed
-    rows = m.balance_rows or B
-    if B % rows:
+    rows = m.balance_rows
+    if rows and B % rows:
         raise ValueError(f"balance_rows={rows} does not divide the {B} rows of a batch; use a divisor of it, or None")
     counted = mask.astype(jnp.float32)[..., None]
     per_row = lambda x: constrain((x * counted).sum(axis=1), (None, None), rules)
     hot = jax.nn.one_hot(chosen.experts, E, dtype=jnp.float32).sum(axis=2)
     tokens = per_row(jnp.ones_like(counted))
-    total = jnp.maximum(tokens.sum(), 1.0)
-    mean = lambda x: per_row(x).sum() / total
-
-    grouped = lambda x: x.reshape(B // rows, rows, -1).sum(axis=1)
-    load, prob, size = grouped(per_row(hot)), grouped(per_row(chosen.probs)), grouped(tokens)
-    cost = jnp.where(jnp.arange(E) < m.num_experts, 1.0, m.cheap_balance)
-    f, p = load / jnp.maximum(size * m.top_k, 1.0), prob / jnp.maximum(size, 1.0)
-    balance = E * (cost[None] * f * p).sum(axis=-1, keepdims=True)
+    total = lambda x: per_row(x).sum()
     lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     entropy = -(chosen.probs * jnp.log(chosen.probs + 1e-20)).sum(axis=-1, keepdims=True)
     if m.router == "expert_choice":
         lost = (hot.sum(axis=-1, keepdims=True) == 0).astype(jnp.float32)
     else:
         lost = (chosen.experts < 0).astype(jnp.float32).mean(axis=-1, keepdims=True)
-    return {
-        "balance": (balance * size).sum() / total,
-        "z": mean(lse * lse),
-        "entropy": mean(entropy),
-        "dropped": mean(lost),
-        "load": load.sum(axis=0) / (total * m.top_k),
-    }
+    load, prob = per_row(hot), per_row(chosen.probs)
+    stats = {"tokens": tokens.sum(), "load": load.sum(axis=0)}
+    stats |= {"z": total(lse * lse), "entropy": total(entropy), "dropped": total(lost)}
+    if rows is None:  # of the whole batch, whose load is known when all micro-batches have passed
+        return stats | {"prob": prob.sum(axis=0)}
+    grouped = lambda x: x.reshape(B // rows, rows, -1).sum(axis=1)
+    return stats | {"balance": _balance(grouped(load), grouped(prob), grouped(tokens)[:, 0], m).sum()}
+
+
+def _balance(load: Array, prob: Array, tokens: Array, m: MoEConfig) -> Array:
+    """Of each of [n] groups of rows its number of tokens times E sum f p (1 when even), from sums [n, E] over them."""
+    E = m.num_routed
+    cost = jnp.where(jnp.arange(E) < m.num_experts, 1.0, m.cheap_balance)
+    tokens = jnp.maximum(tokens, 1e-9)[:, None]
+    return E * (cost[None] * load * prob / (tokens * m.top_k)).sum(axis=-1)
 
 
 def _unit(x, axis: int):

@@ -33,7 +33,18 @@ from jaxtyping import Array, Float, Int
 from jaxscale.parallel import expert_remote
 from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local
 from jaxscale.parallel.permute import Places, Sorted, collect, merge_sorted, sort_pairs, spread
-from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, enter, gather_weight, partitions
+from jaxscale.sharding import (
+    active_mesh,
+    axes_of,
+    axis_sizes,
+    compute_spec,
+    constrain,
+    enter,
+    gather_weight,
+    partial_sums,
+    partitions,
+    shard_map,
+)
 from sharding_rules.hlo import SELDOM
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
@@ -150,7 +161,7 @@ def apply_experts(
             out = lax.psum(out, TP)
         return out if split or ep == 1 else lax.psum(out, EP)
 
-    out = jax.shard_map(apply_local, out_specs=out_spec)(x, experts, weights, p)
+    out = shard_map(apply_local, out_specs=out_spec)(x, experts, weights, p)
     return constrain(out, ("batch", "norm_seq", "embed"), rules)
 
 
@@ -169,7 +180,7 @@ def gather_experts(params: Any, specs: Any, dtype: Any, rows: tuple[int, ...], r
     mesh = active_mesh()
     shared = frozenset()
     if mesh is not None:
-        shared = axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, dict(mesh.shape)).spec)
+        shared = partial_sums(axes_of(resolve_spec(rows, ("batch", "seq"), rules.compute, axis_sizes(mesh)).spec))
     reduced = lambda axes, where: shared - axes_of(where)
     return jax.tree.map(functools.partial(gather_weight, dtype, rules, reduced), specs, params)
 

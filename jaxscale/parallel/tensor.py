@@ -15,7 +15,18 @@ from jaxscale.layers import soft_cap
 from jaxscale.parallel.context import attention as context_attention
 from jaxscale.parallel.context import decode as context_decode
 from jaxscale.parallel.context_cost import Context
-from jaxscale.sharding import Weight, active_mesh, axes_of, compute_spec, constrain, enter, matmul, partitions
+from jaxscale.sharding import (
+    Weight,
+    active_mesh,
+    axes_of,
+    compute_spec,
+    constrain,
+    enter,
+    matmul,
+    partial_sums,
+    partitions,
+    shard_map,
+)
 from pallas_kernels.quantized_matmul.array import QuantizedArray
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -55,7 +66,7 @@ def attention(
     # `reduced`: the gradients of gathered keys are partial sums, scattered over the sequence again.
     kv_spec = compute_spec(k.shape, ("batch", None, "kv_heads", None), rules) or P()
     gathered = axes_of(partitions(q)[1:2])
-    k, v = (jax.reshard(x, P(*kv_spec, reduced=gathered)) for x in (k, v))
+    k, v = (jax.reshard(x, P(*kv_spec, reduced=partial_sums(gathered))) for x in (k, v))
     kv_rows = ("batch", None)
     positions = (positions[0], constrain(positions[1], kv_rows, rules))
     if segment_ids is not None:
@@ -70,7 +81,7 @@ def attention(
             k, v = (_own_kv_heads(x, q.shape[2], num_heads // num_kv_heads) for x in (k, v))
         return attend(q, k, v, positions=positions, segment_ids=segment_ids, **_given(sinks))
 
-    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
+    return shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
 
 
 def _given(sinks):
@@ -96,7 +107,7 @@ def _context_attention(attend, q, k, v, positions, segment_ids, rules, context: 
         out, lse = split(q, k, v, positions=positions, segment_ids=segment_ids, return_lse=True)
         return _with_sinks(out, lse, sinks)
 
-    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
+    return shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
 
 
 def _cached_attention(attend, q, k, v, positions, segment_ids, rules, sinks):
@@ -114,7 +125,7 @@ def _cached_attention(attend, q, k, v, positions, segment_ids, rules, sinks):
         out, lse = context_decode(q, k, v, positions=positions, segment_ids=segment_ids, **attend.keywords)
         return out if sinks is None else _with_sinks(out, lse, sinks)
 
-    return jax.shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
+    return shard_map(attention_local, out_specs=P(*partitions(q)))(q, k, v, positions, segment_ids, sinks)
 
 
 def _with_sinks(out, lse, sinks):
@@ -143,7 +154,7 @@ def embed(table: Any, tokens: Int[Array, "B T"], dtype: Any, rules: Rules = MEGA
         rows = jnp.where(mine[..., None], _rows(table, jnp.where(mine, local, 0), dtype, rules), jnp.zeros((), dtype))
         return jax.lax.psum_scatter(rows, TP, scatter_dimension=1, tiled=True) if scatter else jax.lax.psum(rows, TP)
 
-    return jax.shard_map(embed_local, out_specs=out_spec)(table, tokens)
+    return shard_map(embed_local, out_specs=out_spec)(table, tokens)
 
 
 def _rows(table, tokens, dtype, rules) -> Array:
@@ -189,7 +200,7 @@ def token_losses(
         head, x = (head, _vary(x, {TP})) if vocab_axis else (_vary(head, axes_of(rows) & {TP}), x)
         return _token_losses_local(x, head, labels, chunk, logit_soft_cap, vocab_axis)
 
-    nll, lse = jax.shard_map(losses_local, out_specs=(rows, rows))(x, head, labels)
+    nll, lse = shard_map(losses_local, out_specs=(rows, rows))(x, head, labels)
     return constrain(nll, ("batch", "seq"), rules), constrain(lse, ("batch", "seq"), rules)
 
 

@@ -22,8 +22,9 @@ from jaxscale.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
+from jaxscale.parallel import pipeline as over_pp
 from jaxscale.plan.buffers import Held, held_at_peak
-from jaxscale.plan.estimate import Estimate, check_mesh, context_of
+from jaxscale.plan.estimate import Estimate, context_of
 from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.plan.hlo import Census, Finding, census, compile_with_findings
 from jaxscale.table import Table, human_bytes
@@ -117,13 +118,15 @@ def compile_step(
     """
     pod = find_pod(pod) if isinstance(pod, str) else pod
     mesh = mesh.fill(pod.num_devices)
-    check_mesh(model, mesh)
+    mesh.check_model(model)
     devices = make_mesh(mesh, pod_devices(pod))
     start = time.perf_counter()
     tx = make_optimizer(optimizer or OptimizerConfig(), steps)
     state = abstract_train_state(decoder.param_specs(model), tx, devices, rules)
     context = context_of(model, mesh, pod, batch_size=batch_size, seq_len=seq_len)
-    loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, chunk=loss_chunk, rules=rules, context=context)
+    pipeline = over_pp.plan(mesh, model, batch_size, accum_steps)
+    options = {"chunk": loss_chunk, "rules": rules, "context": context, "pipeline": pipeline}
+    loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, **options)
     step = make_train_step(loss_fn, tx, accum_steps=accum_steps)
     with jax.set_mesh(devices):
         traced = step.trace(state, abstract_batch(devices, batch_size, seq_len, rules))

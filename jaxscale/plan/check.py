@@ -25,10 +25,10 @@ from jaxscale.mesh import make_abstract_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
 from jaxscale.parallel import context_cost
+from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import abstract_params
 from jaxscale.plan.aot import abstract_batch
-from jaxscale.plan.estimate import check_mesh
 from jaxscale.plan.features import BASE, FEATURES, Feature
 from jaxscale.quantize import training as quantized
 from jaxscale.quantize.apply import abstract_quantized
@@ -72,9 +72,15 @@ def check_config(cfg: TrainConfig, num_devices: int) -> None:
       NotImplementedError: a part that is not built.
     """
     mesh = cfg.mesh.fill(num_devices)
-    check_mesh(cfg.model, mesh)
+    mesh.check_model(cfg.model)
     rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
     mesh.check_rows(rows, cfg.accum_steps)
+    over_pp.plan(mesh, cfg.model, rows, cfg.accum_steps)
+    if mesh.pp > 1 and cfg.precision:
+        raise NotImplementedError(
+            f"precision={cfg.precision} does not run over pp={mesh.pp}: its scales would be those of micro-batches; "
+            f"use pp=1 or leave precision out"
+        )
     if mesh.cp > 1:
         one_row = {name: np.zeros((1, seq_len), np.int32) for name in ("positions", "segment_ids")}
         if mesh.cp_layout != "auto":  # before a strategy is said not to run on rows of this length
@@ -173,9 +179,9 @@ def trace(case: Case, hardware: str, *, use: str = "train") -> None:
             batch = {name: x for name, x in batch.items() if name in ("tokens", "labels")}
         if context is not None and context.layout != "contiguous":  # dealt rows carry their positions
             batch["positions"] = batch["tokens"]
-        loss_fn = functools.partial(
-            decoder.loss_fn, cfg=cfg.model, remat=cfg.remat, z_loss=cfg.z_loss, chunk=cfg.loss_chunk, context=context
-        )
+        options = {"remat": cfg.remat, "z_loss": cfg.z_loss, "chunk": cfg.loss_chunk, "context": context}
+        options["pipeline"] = over_pp.plan(sizes, cfg.model, rows, cfg.accum_steps)
+        loss_fn = functools.partial(decoder.loss_fn, cfg=cfg.model, **options)
         optimizer, scales = make_optimizer(cfg.optimizer, cfg.steps), None
         if cfg.precision:
             precision = quantized.parse_precision(cfg.precision, cfg.precision_skip)

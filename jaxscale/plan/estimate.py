@@ -16,6 +16,7 @@ from jaxscale.mesh import make_abstract_mesh
 from jaxscale.models import decoder
 from jaxscale.models.cache import CACHE, cache_shapes
 from jaxscale.parallel import context_cost
+from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context
 from jaxscale.params import path_name, resolve_param
 from jaxscale.plan.experts import place_experts
@@ -125,11 +126,13 @@ def estimate(
 
     Raises:
       ValueError: the mesh, the batch or the sequence does not divide, with what would.
-      NotImplementedError: the decoder does not use the axis (ep, pp) or the cp strategy is not estimated.
+      NotImplementedError: the mesh has stages (pp).
     """
     pod = find_pod(pod) if isinstance(pod, str) else pod
     mesh = mesh.fill(pod.num_devices)
     check(model, mesh, batch_size=batch_size, seq_len=seq_len, accum_steps=accum_steps)
+    if mesh.pp > 1:
+        raise NotImplementedError(f"mesh {mesh}: pipelines are not estimated here; use jaxscale.plan.pipeline, or pp=1")
     context = context_of(model, mesh, pod, batch_size=batch_size // accum_steps, seq_len=seq_len)
     rows, tpu = batch_size // accum_steps, pod.platform == "tpu"
     part = _Step(model, mesh, rows, seq_len, remat, loss_chunk, rules, context, pod.hardware, tpu)
@@ -189,19 +192,13 @@ def cache_bytes(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, max_le
 
 def check(model: ModelConfig, mesh: MeshConfig, *, batch_size: int, seq_len: int, accum_steps: int = 1) -> None:
     """Refuses, in one line, what would not divide or what the decoder does not use."""
-    check_mesh(model, mesh)
+    mesh.check_model(model)
     if mesh.tp > 1 and model.num_heads % mesh.tp:
         raise ValueError(f"num_heads={model.num_heads} is not divisible by tp={mesh.tp}: attention would not be split")
     mesh.check_rows(batch_size, accum_steps)
+    over_pp.plan(mesh, model, batch_size, accum_steps)
     if seq_len % (mesh.cp * mesh.tp):
         raise ValueError(f"seq_len={seq_len} is not divisible by cp*tp={mesh.cp * mesh.tp}; pad the rows")
-
-
-def check_mesh(model: ModelConfig, mesh: MeshConfig) -> None:
-    """Refuses axes that no program of the library uses, and what MeshConfig.check_model refuses."""
-    if mesh.pp > 1:
-        raise NotImplementedError(f"mesh {mesh}: pipelines (pp) are not built; set pp=1 and use fsdp or tp")
-    mesh.check_model(model)
 
 
 def context_of(model: ModelConfig, mesh: MeshConfig, pod: Pod, *, batch_size: int, seq_len: int) -> Context | None:

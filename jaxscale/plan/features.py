@@ -57,7 +57,7 @@ FEATURES: Mapping[str, Feature] = {
     "fsdp": Feature("fsdp", {"mesh": {"fsdp": 2}}),
     "tp": Feature("tp", {"mesh": {"tp": 2}}),
     "ep": Feature("ep", {**_experts("").changes, "mesh": {"ep": 2}}),
-    "pp": Feature("pp", {"mesh": {"pp": 2}}),
+    "pp": Feature("pp", {"mesh": {"pp": 2}}, use="train"),
     "cp=all_gather": _split("all_gather"),
     "cp=ring": _split("ring"),
     "cp=bidirectional": _split("bidirectional"),

@@ -1,7 +1,7 @@
 """Pipelines in the estimate: a stage's memory with the micro-batches in flight, the bubble, what passes between stages.
 
-Arithmetic only: the library runs no pipeline yet (`mesh.pp > 1` is refused by every program). It serves to compare
-published set-ups with what the search would choose.
+Arithmetic only, of a schedule that the library does not run (its own is jaxscale.parallel.pipeline). It serves to
+compare published set-ups with what the search would choose.
 """
 
 import dataclasses

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxscale.config import MLAConfig, ModelConfig, RopeScaling
+from jaxscale.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.parallel.context_cost import Context
+from jaxscale.parallel.pipeline import Pipeline
 from jaxscale.params import param_shardings
 from jaxscale.parity import parity
 from jaxscale.train import make_train_state, make_train_step, put_batch
@@ -130,6 +131,40 @@ def test_remat_of_dots_changes_no_gradient(rng):
 
 def test_remat_of_everything_changes_no_gradient(rng):
     check(dataclasses.replace(BASE, **GEMMA), ["fsdp=2,tp=2"], rng, remat="full")
+
+
+def test_stages(rng):
+    """Layers over pp: micro-batches of any number, chunks of layers, every remat. The windows of alternate layers lie
+    with their layers, segments and positions go with their micro-batch."""
+    cfg = dataclasses.replace(BASE, num_layers=4)
+    gemma = dataclasses.replace(cfg, vocab_size=97, **GEMMA)
+    remat = str(rng.choice(["none", "dots", "full"]))
+    pipeline = Pipeline(int(rng.choice([2, 4])), int(rng.choice([1, 2])))
+    case = int(rng.integers(4))
+    print(case, remat, pipeline)
+    if case == 0:
+        check(cfg, ["pp=4"], rng, remat=remat)
+    elif case == 1:
+        check(cfg, ["pp=2,fsdp=2,tp=2"], rng, remat=remat, pipeline=pipeline)
+    elif case == 2:
+        check(gemma, ["pp=2,cp=2,tp=2"], rng, remat=remat, pipeline=pipeline)
+    else:
+        check(gemma, ["pp=2,fsdp=2,cp=2"], rng, remat=remat, context=Context("ring", "contiguous"))
+
+
+def test_stages_with_experts(rng):
+    """Losses that balance experts see the load of the whole batch; layers without experts are outside of the stages."""
+    router = [{"router": "softmax", "gating_residual": True}, {"router": "sigmoid"}, {"balance_rows": 2}][
+        rng.integers(3)
+    ]
+    first = int(rng.integers(2))
+    moe = MoEConfig(num_experts=4, top_k=2, mlp_dim=24, first_dense=first, balance_weight=0.1, **router)
+    print(moe)
+    cfg = dataclasses.replace(BASE, num_layers=2 + first, moe=dataclasses.replace(moe, router_z_weight=0.01))
+    if rng.integers(2):
+        mla = MLAConfig(kv_rank=16, q_rank=None, nope_dim=8, rope_dim=4, value_dim=6)
+        cfg = dataclasses.replace(cfg, mla=mla, num_kv_heads=4, head_dim=12)
+    check(cfg, ["pp=2,ep=2"], rng, seq_len=16, pipeline=Pipeline(2))
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch(rng):

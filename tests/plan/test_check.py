@@ -41,7 +41,13 @@ def config(model=None, seq_len=64, source="stdlib", rows=8, **mesh) -> TrainConf
 @pytest.mark.parametrize(
     ("cfg", "says"),
     [
-        (config(pp=2, fsdp=4), "pipelines .pp. are not built; set pp=1"),
+        (config(pp=2, fsdp=4), "3 layers are not divisible by pp.interleave=2; use pp in .1, 3."),
+        (config({"num_layers": 4}, pp=4, pp_micro_batches=6, fsdp=2), "micro_batches=6 do not share out 4 rows"),
+        (config({"num_layers": 4}, rows=12, pp=4, fsdp=2), "pp.dp.fsdp.ep.accum_steps=8; use 8 or 16 rows"),
+        (
+            dataclasses.replace(config({"num_layers": 4}, pp=2, fsdp=4), precision="int8"),
+            "precision=int8 does not run over pp=2",
+        ),
         (config(cp=8, cp_strategy="halo"), "none of halo runs"),
         (config(cp=2, fsdp=4, cp_strategy="usp"), "none of usp runs"),
         (config(cp=8, cp_strategy="ulysses"), "none of ulysses runs"),
@@ -73,9 +79,11 @@ def test_a_run_is_refused_before_its_corpus_is_read(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"cp": 8, "cp_strategy": "ring", "cp_layout": "zigzag"}, {"tp": 4}])
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 8}, {"pp": 3, "rows": 6}, {"cp": 8, "cp_strategy": "ring", "cp_layout": "zigzag"}, {"tp": 4}]
+)
 def test_what_works_passes(mesh):
-    check_config(config(**mesh), math.prod(v for v in mesh.values() if isinstance(v, int)))
+    check_config(config(**mesh), math.prod(v for k, v in mesh.items() if k != "rows" and isinstance(v, int)))
 
 
 def composition():

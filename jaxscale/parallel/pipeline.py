@@ -1,0 +1,270 @@
+"""Pipelines: consecutive layers on the devices of pp, micro-batches of rows that go from stage to stage.
+
+    carry, out = scan(layer, carry, stacked, rows)      # lax.scan(layer) where pp is 1, which is its twin
+
+One program runs everywhere (shard_map, Manual over pp alone: the other axes stay what they are inside of a stage, so
+that fsdp, tp, cp and ep work as without a pipeline), and its gradient is the pipeline that runs backwards. Devices form
+a ring. With m micro-batches on p stages, each of which holds v chunks of layers (chunk c lies on stage c mod p), p
+micro-batches at a time go around v times, the next p right behind them (arXiv 2104.04473 calls this interleaved): after
+v m + p - 1 ticks of one chunk each all have passed, of which a stage idles p - 1. Between rounds nothing waits, so that
+no buffer holds what went around.
+
+Outside, the rows of the batch are split over pp as over dp: stages embed and score a share each, and hold a share of
+these tables. How rows come to the first stage and back from the last: each device's own go around the other way, one
+step with each tick, and where a micro-batch enters, one that is done takes its place. A device so sends one micro-batch
+each way, over links that work both ways.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxscale.config import MeshConfig, ModelConfig
+from jaxscale.sharding import PP, active_mesh, axes_of, partitions
+
+Layer = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class Pipeline(NamedTuple):
+    """How a batch passes the stages."""
+
+    micro_batches: int | None = None  # None: the most that divide, up to four for each stage
+    interleave: int = 1  # chunks of layers on each stage
+
+
+def scan(layer: Layer, carry: Any, stacked: Any, rows: Any, pipeline: Pipeline | None = None) -> tuple[Any, Any]:
+    """`layer` over stacked layers, which pp splits into stages.
+
+    Args:
+      layer: (rows, carry, one of stacked) -> (carry, out); of the rows of a micro-batch.
+      carry: a tree of arrays [B, ...] with the batch's rows split over pp, and over other axes inside of that.
+      stacked: a tree of arrays [L, ...], split over pp at rest.
+      rows: a tree of integer arrays [B, ...], laid out as the carry is.
+
+    Returns:
+      the carry after all layers; out of each layer [L, ...], the mean over micro-batches (without pp: of the batch).
+
+    Raises:
+      ValueError: layers or rows that do not divide.
+    """
+    mesh = active_mesh()
+    if mesh is None or mesh.shape[PP] == 1:
+        return lax.scan(functools.partial(layer, rows), carry, stacked)
+    size, (first, *_) = mesh.shape[PP], jax.tree.leaves(carry)
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    where = partitions(first)[:1]
+    if PP not in axes_of(where):
+        raise ValueError(f"{first.shape[0]} rows are not split over pp={size}; use a multiple of {mesh.size} rows")
+    held = first.shape[0] // int(np.prod([mesh.shape[a] for a in axes_of(where)]))
+    plan = resolve(pipeline or Pipeline(), size, depth, held)
+    deal = lambda x: _deal(x, _count(plan) // size)
+    with jax.named_scope("deal"):
+        micro = jax.tree.map(deal, carry)
+        everywhere = jax.tree.map(lambda x: _whole(deal(x), 0), rows)
+    run = functools.partial(_stage, layer, plan, size)
+    stages = jax.reshard(jnp.arange(size, dtype=jnp.int32), P(PP))
+    stacked = jax.tree.map(lambda x: jax.reshard(x, P(PP, *partitions(x)[1:])), stacked)
+    # Unchecked: jax 0.11.2 lays what a shard_map inside keeps for its gradient over an axis that is Manual already.
+    # Rows apart, which have no gradient, every input is split over pp, so that no sum over pp can be forgotten.
+    manual = jax.shard_map(run, out_specs=(P(PP), P(None, PP)), axis_names={PP}, check_vma=False)
+    with jax.named_scope("pipeline"):
+        micro, out = manual(stages, micro, everywhere, stacked)
+    carry = jax.tree.map(lambda x, like: _collect(x, partitions(like)), micro, carry)
+    return carry, jax.tree.map(lambda x: _whole(x, 1).reshape(depth, *x.shape[2:]), out)
+
+
+def resolve(pipeline: Pipeline, size: int, depth: int, rows: int) -> Pipeline:
+    """The pipeline with its number of micro-batches.
+
+    Args:
+      size: number of stages. depth: of layers. rows: that one device holds of the batch, split over pp too.
+
+    Raises:
+      ValueError: what does not divide, with what would.
+    """
+    chunks = size * pipeline.interleave
+    if depth % chunks:
+        fits = [n for n in range(1, depth // size + 1) if depth % (size * n) == 0]
+        remedy = f"interleave in {fits}" if fits else f"pp in {[n for n in range(1, depth + 1) if depth % n == 0]}"
+        raise ValueError(f"{depth} layers are not divisible by pp*interleave={chunks}; use {remedy}")
+    count = pipeline.micro_batches
+    if count is None:
+        count = size * max(n for n in range(1, min(rows, 4) + 1) if rows % n == 0)
+    fits = [size * n for n in range(1, rows + 1) if rows % n == 0]
+    if count not in fits:
+        raise ValueError(
+            f"micro_batches={count} do not share out {rows * size} rows of each replica over pp={size}; use one of "
+            f"{fits}"
+        )
+    return Pipeline(count, pipeline.interleave)
+
+
+def plan(mesh: MeshConfig, model: ModelConfig, batch_size: int, accum_steps: int = 1) -> Pipeline:
+    """The pipeline of a step of `batch_size` rows on a mesh of known sizes; raises what `resolve` does."""
+    asked = Pipeline(mesh.pp_micro_batches, mesh.pp_interleave)
+    if mesh.pp == 1:
+        if asked != Pipeline():
+            raise ValueError(
+                f"mesh {mesh}: there is no pipeline with pp=1; leave pp_micro_batches and pp_interleave out"
+            )
+        return Pipeline(1)
+    staged = model.num_layers - (model.moe.first_dense if model.moe else 0)
+    return resolve(asked, mesh.pp, staged, batch_size // (mesh.pp * mesh.dp * mesh.fsdp * mesh.ep * accum_steps))
+
+
+def ticks(pipeline: Pipeline, size: int) -> int:
+    """How often a stage computes a chunk of its layers in a forward pass; size - 1 of them are idle."""
+    return pipeline.interleave * _count(pipeline) + size - 1
+
+
+def bubble(pipeline: Pipeline, size: int) -> float:
+    """Share of the pipeline's time in which a stage idles."""
+    return (size - 1) / ticks(pipeline, size)
+
+
+def _count(pipeline: Pipeline) -> int:
+    assert pipeline.micro_batches is not None, "resolve() says how many"
+    return pipeline.micro_batches
+
+
+def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked):
+    """Manual over pp: this stage's part of all micro-batches.
+
+    micro: [1, K, b, ...], this device's own rows: of the micro-batches i with i mod p = stage, as K = m / p groups.
+    rows: [p, K, b, ...], those of all micro-batches. stacked: [L / p, ...].
+    """
+    v, K, (stage,) = plan.interleave, _count(plan) // size, stage
+    micro = jax.tree.map(lambda x: x[0], micro)
+    chunks = jax.tree.map(lambda x: _chunks(x, stage, size, v), stacked)
+    around = _shift(size, 1)
+    back = _shift(size, -1)
+
+    def trade(t, arrived, own):
+        """On the first stage, while a group enters: the next of it for one that is done."""
+        enters = (stage == 0) & (t % (v * size) < size)
+        return _choose(enters, own, arrived), _choose(enters, arrived, own)
+
+    def compute(t, x):
+        """What this stage has at tick t: micro-batch n in round r. While the pipeline fills and drains: nothing."""
+        q = t - stage
+        busy, r = (q >= 0) & (q < v * K * size), q % (v * size) // size
+        group, place = jnp.clip(q // (v * size), 0, K - 1), q % size
+        mine = jax.tree.map(lambda x: _at(_at(x, place), group), rows)
+        chunk = jax.tree.map(lambda w: _at(w, r) if v > 1 else w[0], chunks)
+        x, out = lax.scan(functools.partial(layer, mine), x, chunk)
+        return x, jax.tree.map(lambda o: jnp.where(busy, o / (K * size), jnp.zeros_like(o)), out), r
+
+    if (
+        v > 1
+    ):  # else each tick would keep the chunk of weights that it met; so it keeps what came in, and computes again
+        compute = jax.checkpoint(compute, prevent_cse=False)
+
+    def tick(state, t):
+        arrived, own, done, total = state
+        group, turn = t // (v * size), t % (v * size)
+        own = _choose(turn == 0, jax.tree.map(lambda x: _at(x, jnp.minimum(group, K - 1)), micro), own)
+        x, own = trade(t, arrived, own)
+        x, out, r = compute(t, x)
+        total = jax.tree.map(lambda a, o: a.at[r].add(o), total, out)
+        own = back(own)
+        done = jax.tree.map(lambda a, x: lax.dynamic_update_index_in_dim(a, x, group, 0), done, own)
+        return (around(x), own, done, total), None
+
+    blank = jax.tree.map(lambda x: _zeros(jax.typeof(x[0])), micro)
+    done = jax.tree.map(lambda x: _zeros(jax.typeof(x), K + 1), blank)
+    out = jax.eval_shape(lambda x: compute(jnp.int32(0), x)[1], blank)
+    state = blank, blank, done, jax.tree.map(lambda x: _zeros(x, v), out)
+    last = ticks(plan, size)
+    (arrived, own, done, total), _ = lax.scan(tick, state, jnp.arange(last, dtype=jnp.int32))
+    own = back(trade(last, arrived, own)[1])
+    # A group is done when the next one has entered.
+    return jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own), total
+
+
+def _chunks(x, stage, size: int, v: int):
+    """This stage's layers [L / p, ...] as [v, L / (p v), ...]: where there are several chunks, those c with c mod p =
+    stage instead of the v consecutive ones that rest here, one from and to each device at a time."""
+    x = x.reshape(v, x.shape[0] // v, *x.shape[1:])
+    if v == 1:
+        return x
+    out = x
+    for sends, receives, perm in _exchanges(size, v):
+        moved = lax.ppermute(_at(x, _at(jnp.asarray(sends), stage)), PP, perm)
+        out = lax.dynamic_update_index_in_dim(out, moved, _at(jnp.asarray(receives), stage), 0)
+    return out
+
+
+@functools.cache
+def _exchanges(size: int, v: int) -> list[tuple[list[int], list[int], list[tuple[int, int]]]]:
+    """Rounds in which every stage sends one of its chunks and receives one: (which it sends, as which it is received,
+    from where to where). Each stage has v to send and v to receive, so v rounds do (König)."""
+    left = {(c // v, c % size): [] for c in range(size * v)}
+    for c in range(size * v):
+        left[c // v, c % size].append(c)
+    rounds = []
+    for _ in range(v):
+        to = _matching(size, {(s, d) for (s, d), chunks in left.items() if chunks})
+        chunk = {s: left[s, d].pop() for d, s in to.items()}
+        received = [chunk[to[d]] // size for d in range(size)]
+        rounds.append(([chunk[s] % v for s in range(size)], received, [(s, d) for d, s in to.items()]))
+    return rounds
+
+
+def _matching(size: int, edges: set[tuple[int, int]]) -> dict[int, int]:
+    """receiver -> sender, each once."""
+    to: dict[int, int] = {}
+
+    def place(s: int, seen: set[int]) -> bool:
+        for d in range(size):
+            if (s, d) in edges and d not in seen:
+                seen.add(d)
+                if d not in to or place(to[d], seen):
+                    to[d] = s
+                    return True
+        return False
+
+    for s in range(size):
+        assert place(s, set())
+    return to
+
+
+def _deal(x, K: int):
+    """[B, ...] -> [p, K, b, ...]: of each device's rows K parts, one for each group of micro-batches. Nothing moves."""
+    first, *rest = partitions(x)
+    others = tuple(a for a in ((first,) if isinstance(first, str) else first) if a != PP)
+    split = lambda x: x.reshape(1, K, x.shape[0] // K, *x.shape[1:])
+    return jax.shard_map(split, out_specs=P(PP, None, others or None, *rest))(x)
+
+
+def _collect(x, layout):
+    """The inverse of `_deal`."""
+    return jax.shard_map(lambda x: x.reshape(-1, *x.shape[3:]), out_specs=P(*layout))(x)
+
+
+def _whole(x, dim: int):
+    """`x` with its dim `dim` on every stage."""
+    return jax.reshard(x, P(*(None if d == dim else e for d, e in enumerate(partitions(x)))))
+
+
+def _shift(size: int, by: int):
+    return lambda tree: jax.tree.map(lambda x: lax.ppermute(x, PP, [(s, (s + by) % size) for s in range(size)]), tree)
+
+
+def _at(x, i):
+    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _choose(take, x, y):
+    return jax.tree.map(functools.partial(jnp.where, take), x, y)
+
+
+def _zeros(like, *lead: int):
+    """[*lead, *like.shape], laid out as `like`."""
+    spec = P(*[None] * len(lead), *like.sharding.spec.partitions) if like.sharding is not None else P()
+    return jnp.zeros((*lead, *like.shape), like.dtype, out_sharding=spec)
