@@ -66,7 +66,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
         aux, (dq_ref, smem, q_barriers, k_barriers, v_barriers, k_free, v_free) = refs[:-7], refs[-7:]
-        q_smem, do_smem, k_smem, v_smem = smem
+        q_smem, do_smem, k_smem, v_smem, mask_smem = smem
         wg = lax.axis_index("wg")
         b, n, t = locate()
         t = tiles - 1 - t
@@ -83,6 +83,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
             reduced = plgpu.Layout.WGMMA.reduce(1)
             lse = plgpu.load(lse_ref.at[b, n, rows], layout=reduced, optimized=False)
             delta = plgpu.load(delta_ref.at[b, n, rows], layout=reduced, optimized=False)
+            down = mask.down(aux, b, rows)
 
             def step(j, dq, masked):
                 slot = slot_of(j - lo, stages)
@@ -92,10 +93,10 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                     plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, do, v_smem.at[slot].transpose((1, 0)))
                     s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
-                    s = mask.add_bias(aux, s, b, n, 0, q_start, j * bkv)
+                    s = mask.add_bias(aux, s, b, n, q_start, j * bkv)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
                     if masked:
-                        p = jnp.where(mask.keep(aux, b, s.shape, 0, q_start, j * bkv), p, 0.0)
+                        p = jnp.where(mask.keep(down, mask_smem, slot, s.shape, q_start, j * bkv), p, 0.0)
                     p = before(p, j + 1 < hi, k_barriers.at[slot_of(j + 1 - lo, stages)])
                     dp = plgpu.wgmma_accumulator_load(dp_ref)
                     ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
@@ -126,7 +127,11 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                 keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
                 plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], barriers.at[slot])
 
-            copy_k = lambda i, slot: copy(i, k_ref, k_smem, slot, k_barriers)
+            def copy_k(i, slot):
+                copy(i, k_ref, k_smem, slot, k_barriers)
+                keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
+                mask.feed(aux, b, keys, mask_smem, slot, k_barriers.at[slot])
+
             copy_v = lambda i, slot: copy(i, v_ref, v_smem, slot, v_barriers)
             feed_ring(hi - lo, stages, (v_free, copy_v), (k_free, copy_k))
 
@@ -135,15 +140,16 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
         tiled((wgs, ROWS, Hv), dtype),
         tiled((stages, bkv, H), dtype),
         tiled((stages, bkv, Hv), dtype),
+        mask.smem(stages, bkv),
     )
-    full = plgpu.Barrier(num_barriers=stages)
+    k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
     free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
     (dq,) = launch(
         kernel,
         "attention_dq",
         [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
         grid,
-        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), k_full, v_full, free, free),
         (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
         wgs + 1,
     )
@@ -198,7 +204,7 @@ def _dkv(
         places_ref, refs = refs[: len(places)], refs[len(places) :]
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         *out_refs, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free = refs
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *ds_smem = smem
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, mask_smem, *ds_smem = smem
         wg = lax.axis_index("wg")
         b, k_head, t = locate()
         lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
@@ -212,6 +218,7 @@ def _dkv(
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, k_head], k, kv_barriers.at[wg])
             plgpu.copy_gmem_to_smem(v_ref.at[b, rows, k_head], v, kv_barriers.at[wg])
             across = plgpu.Layout.WGMMA.reduce(0)
+            down = mask.down(aux, b, rows)
             first_place = places_ref[0][t] + 0 if stored else 0
 
             def store(ds, i, j, n):
@@ -237,11 +244,11 @@ def _dkv(
                     if want_dp:
                         plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
                     s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=int(want_dp)), options)
-                    s = mask.add_bias(aux, s, b, n, 1, j * bq, kv_start)
+                    s = mask.add_bias(aux, s, b, n, j * bq, kv_start)
                     lse = plgpu.load(lse_smem.at[slot], layout=across)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
                     if masked:
-                        p = jnp.where(mask.keep(aux, b, s.shape, 1, j * bq, kv_start), p, 0.0)
+                        p = jnp.where(mask.keep(down, mask_smem, slot, s.shape, j * bq, kv_start), p, 0.0)
                     p = before(p, i + 1 < G * (hi - lo), q_barriers.at[slot_of(i + 1, stages)])
                     new = {}
                     if want_dv:
@@ -291,7 +298,11 @@ def _dkv(
                 plgpu.copy_gmem_to_smem(ref.at[b, queries, n], smem.at[slot], barriers.at[slot])
                 plgpu.copy_gmem_to_smem(row_ref.at[b, n, queries], row_smem.at[slot], barriers.at[slot])
 
-            copy_q = lambda i, slot: copy(i, q_ref, lse_ref, q_smem, lse_smem, slot, q_barriers)
+            def copy_q(i, slot):
+                copy(i, q_ref, lse_ref, q_smem, lse_smem, slot, q_barriers)
+                queries = pl.ds(pl.multiple_of((lo + lax.rem(i, hi - lo)) * bq, bq), bq)
+                mask.feed(aux, b, queries, mask_smem, slot, q_barriers.at[slot])
+
             copy_do = lambda i, slot: copy(i, do_ref, delta_ref, do_smem, delta_smem, slot, do_barriers)
             feed_ring(G * (hi - lo), stages, (q_free, copy_q), (do_free, copy_do))
 
@@ -302,9 +313,10 @@ def _dkv(
         tiled((stages, bq, Hv), dtype),
         plgpu.SMEM((stages, bq), jnp.float32),
         plgpu.SMEM((stages, bq), jnp.float32),
+        mask.smem(stages, bq),
         *([tiled((wgs, 2, ROWS, bq), dtype)] if stored else []),
     )
-    full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    q_full, do_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (2 + len(mask.across), 2))
     free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
     shapes = [(*padded.k.shape[:3], width) for width in widths.values()]
     out = launch(
@@ -312,7 +324,7 @@ def _dkv(
         "attention_" + "_".join(widths),
         [jax.ShapeDtypeStruct(x, dtype) for x in shapes + ([stored.shape(inputs)] if stored else [])],
         grid,
-        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), q_full, do_full, free, free),
         (padded.q, padded.k, padded.v, do, lse, delta, ranges, *places, *mask.arrays),
         wgs + 1,
     )
