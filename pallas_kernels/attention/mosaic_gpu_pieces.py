@@ -295,7 +295,11 @@ def set_registers(wgs: int, count: int) -> None:
 
 
 def launch(kernel, name: str, out_type, grid, scratch, operands, threads: int = 3):
-    """A block of that many warpgroups for each place in the grid."""
+    """A block of that many warpgroups for each place in the grid.
+
+    What calls this is under `jax.jit(inline=True)`, which leaves the program as it is and traces equal calls once, so
+    that Mosaic lowers and compiles one kernel for all of them: each layer's recomputation, each step of a ring.
+    """
     out = plgpu.kernel(
         kernel,
         out_type=out_type,

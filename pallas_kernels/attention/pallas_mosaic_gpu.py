@@ -131,6 +131,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 # Forward.
 
 
+@functools.partial(jax.jit, static_argnames=("options", "config"), inline=True)  # see `launch`
 def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Array, jax.Array]:
     """o [B, T, N, Hv] and the logsumexp [B, N, T]."""
     B, T, N, H = inputs.q.shape

@@ -39,6 +39,7 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
 from pallas_kernels.attention.mosaic_gpu_stored import BLOCK, Stored, multiply
 
 
+@functools.partial(jax.jit, static_argnames=("options", "config"), inline=True)  # see `launch`
 def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
     """dq, dk, dv; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
     if config.split_dkv and (stored := Stored.of(inputs, options)):

@@ -67,6 +67,7 @@ def attention_float8_mosaic_gpu(inputs: Inputs, options: Options) -> tuple[jax.A
     return o[..., :Hv], lse.swapaxes(1, 2)
 
 
+@functools.partial(jax.jit, static_argnames=("options", "dtype"), inline=True)  # see `launch`
 def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple[jax.Array, jax.Array]:
     """o [B, T, N, Hv] and the logsumexp [B, N, T]; factors [B, N, T] of the logits, v_scale [B, N]."""
     B, T, N, H = inputs.q.shape
