@@ -189,6 +189,19 @@ def read_bounds(ranges_ref, b, t):
     return tuple(ranges_ref[row, t, i] + 0 for i in range(4))
 
 
+def bounds_together(ranges_ref, b, t, wgs: int):
+    """The first of the blocks that the warpgroups of tile t visit, and one past the last; a row is 64 of the tile's."""
+    rows = [read_bounds(ranges_ref, b, t * wgs + w) for w in range(wgs)]
+    hi = functools.reduce(jnp.maximum, [row[3] for row in rows])
+    lo = functools.reduce(jnp.minimum, [jnp.where(row[0] < row[3], row[0], hi) for row in rows])
+    return lo, hi
+
+
+def bounds_alone(ranges_ref, b, row, lo, hi):
+    """Those of one warpgroup, which skips what only the other one visits of [lo, hi)."""
+    return tuple(jnp.clip(x, lo, hi) for x in read_bounds(ranges_ref, b, row))
+
+
 def find_tile(schedule_ref, ranges_ref, w, heads: int, tiles: int):
     """Batch, head, tile and range of blocks of the w-th tile of this block; see schedule.py."""
     x = schedule_ref[lax.axis_index("block"), w + 1] + 0

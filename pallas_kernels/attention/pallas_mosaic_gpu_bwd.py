@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges
+from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges, rows_to
 from pallas_kernels.attention.inputs import Inputs, Options
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
@@ -25,12 +25,13 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     Mask,
     accumulator,
     before,
+    bounds_alone,
+    bounds_together,
     cap_logits,
     feed_ring,
     launch,
     make_grid,
     mma,
-    read_bounds,
     set_registers,
     slot_of,
     three_loops,
@@ -60,7 +61,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
     padded = pad_inputs(inputs, tile, bkv)
     do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
     tiles = padded.q.shape[1] // tile
-    ranges = key_ranges(inputs, options, tile, bkv)
+    ranges = rows_to(key_ranges(inputs, options, ROWS, bkv), tiles * wgs)
     mask = Mask(padded, options, S, padded.k.shape[1])
     grid, locate = make_grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
     c = options.scale * LOG2E
@@ -71,7 +72,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
         wg = lax.axis_index("wg")
         b, n, t = locate()
         t = tiles - 1 - t
-        lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+        lo, hi = bounds_together(ranges_ref, b, t, wgs)
 
         @pl.when(wg < wgs)
         def _compute():
@@ -110,10 +111,21 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq
 
+            def skip(j):
+                """A block that the other warpgroup visits alone."""
+                slot = slot_of(j - lo, stages)
+                plgpu.barrier_wait(v_barriers.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_arrive(k_free.at[slot])
+                pl.when(j + 1 < hi)(lambda: plgpu.barrier_wait(k_barriers.at[slot_of(j + 1 - lo, stages)]))
+
             plgpu.barrier_wait(q_barriers.at[wg])
             pl.when(lo < hi)(lambda: plgpu.barrier_wait(k_barriers.at[0]))
+            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
+            pl.loop(lo, mine[0])(skip)
             dq = plgpu.layout_cast(jnp.full((ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
-            dq = three_loops(step, (lo, full_lo, full_hi, hi), dq)
+            dq = three_loops(step, mine, dq)
+            pl.loop(mine[3], hi)(skip)
             q[...] = (dq * options.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, n])
@@ -187,11 +199,11 @@ def _dkv(
     places = ()
     if stored is None:
         padded, rows = pad_inputs(inputs, bq, tile), bq
-        ranges = query_ranges(inputs, options, bq, tile)
+        ranges = rows_to(query_ranges(inputs, options, bq, ROWS), -(-S // tile) * wgs)
     else:
         padded, rows = pad_inputs(inputs, BLOCK, BLOCK), BLOCK
-        per_tile = functools.partial(np.repeat, repeats=BLOCK // tile, axis=0)
-        ranges, places = per_tile(stored.ranges)[None] * (BLOCK // bq), (per_tile(stored.places),)
+        ranges = np.repeat(stored.ranges, BLOCK // ROWS, axis=0)[None] * (BLOCK // bq)  # all of a block is stored
+        places = (np.repeat(stored.places, BLOCK // tile),)
     do, lse, delta = pad_to(do, 1, rows), pad_to(lse, 2, rows), pad_to(delta, 2, rows)
     T = padded.q.shape[1]
     tiles = padded.k.shape[1] // tile
@@ -208,7 +220,7 @@ def _dkv(
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, mask_smem, *ds_smem = smem
         wg = lax.axis_index("wg")
         b, k_head, t = locate()
-        lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+        lo, hi = bounds_together(ranges_ref, b, t, wgs)
 
         @pl.when(wg < wgs)
         def _compute():
@@ -272,13 +284,28 @@ def _dkv(
                 plgpu.barrier_arrive(q_free.at[slot])
                 return sums
 
+            def skip(j, first):
+                """A block that the other warpgroup visits alone."""
+                i = first + j - lo
+                slot = slot_of(i, stages)
+                plgpu.barrier_wait(do_barriers.at[slot])
+                plgpu.barrier_arrive(do_free.at[slot])
+                plgpu.barrier_arrive(q_free.at[slot])
+                more = i + 1 < G * (hi - lo)
+                pl.when(more)(lambda: plgpu.barrier_wait(q_barriers.at[slot_of(i + 1, stages)]))
+
             plgpu.barrier_wait(kv_barriers.at[wg])
+            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
             pl.when(lo < hi)(lambda: plgpu.barrier_wait(q_barriers.at[0]))
             zero = lambda width: plgpu.layout_cast(jnp.full((ROWS, width), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
             def head(g, sums):
-                of_head = functools.partial(step, first=g * (hi - lo), n=k_head * G + g)
-                return three_loops(of_head, (lo, full_lo, full_hi, hi), sums)
+                first = g * (hi - lo)
+                of_head = functools.partial(step, first=first, n=k_head * G + g)
+                pl.loop(lo, mine[0])(functools.partial(skip, first=first))
+                sums = three_loops(of_head, mine, sums)
+                pl.loop(mine[3], hi)(functools.partial(skip, first=first))
+                return sums
 
             sums = lax.fori_loop(0, G, head, {x: zero(width) for x, width in widths.items()})
             leaving = {"dk": k, "dv": v}
