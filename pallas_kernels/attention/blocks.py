@@ -172,6 +172,12 @@ def pad_inputs(inputs: Inputs, block_q: int, block_kv: int) -> Inputs:
     )
 
 
+def rows_to(ranges, rows: int):
+    """A table with rows that visit nothing at its end, so that it has `rows`."""
+    xp: Any = np if isinstance(ranges, np.ndarray) else jnp
+    return xp.pad(ranges, ((0, 0), (0, rows - ranges.shape[1]), (0, 0)))
+
+
 def pad_to(x: jax.Array, axis: int, block: int) -> jax.Array:
     missing = -x.shape[axis] % block
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

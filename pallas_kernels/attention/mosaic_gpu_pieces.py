@@ -36,20 +36,27 @@ class Config:
 class Mask:
     """The mask and the bias inside of a block, from the arrays that a kernel receives for them.
 
+    Segment ids and positions across a block of logits come through shared memory, with the keys or queries that they
+    belong to: a thread needs a quarter of them, and from global memory it would wait for each. Those down a block are
+    read once for a tile.
+
     keys_down: blocks of logits have keys down and queries across, and so has the bias that the kernel receives.
     """
 
     def __init__(self, padded: Inputs, options: Options, keys: int, padded_keys: int, keys_down: bool = False):
         self.options, self.keys, self.ragged = options, keys, keys != padded_keys
+        self.q_dim = int(keys_down)  # of a block of logits
         self.names, self.arrays = mask_arrays(padded)
+        self.across = [name for name in self.names if name.startswith("q_" if keys_down else "kv_")]
         bias = padded.bias
         self.per_query = bias is not None and bias.shape[2] > 1
         if bias is not None:
             self.names.append("bias")
             self.arrays.append(bias.swapaxes(2, 3) if keys_down and self.per_query else bias)
 
-    def add_bias(self, refs, s, b, n, q_dim: int, q_start, kv_start):
+    def add_bias(self, refs, s, b, n, q_start, kv_start):
         """s, such that scale times it holds the bias of head n."""
+        q_dim = self.q_dim
         if "bias" not in self.names:
             return s
         ref = dict(zip(self.names, refs, strict=True))["bias"]
@@ -65,14 +72,38 @@ class Mask:
             bias = lax.broadcast_in_dim(bias, s.shape, [1 - q_dim])
         return s + bias * (1 / self.options.scale)
 
-    def keep(self, refs, b, shape, q_dim: int, q_start, kv_start):
-        """Which pairs of a block see each other; queries along q_dim of `shape`, keys along the other."""
-        aux = dict(zip(self.names, refs, strict=True))
-        kv_dim = 1 - q_dim
+    def smem(self, stages: int, size: int) -> list:
+        """Where ids and positions across a block stand."""
+        return [plgpu.SMEM((stages, size), jnp.int32) for _ in self.across]
 
-        def along(name, start, dim):
-            values = aux[name].at[b, pl.ds(start, shape[dim])]
-            values = plgpu.load(values, layout=plgpu.Layout.WGMMA.reduce(1 - dim), optimized=False)
+    def feed(self, refs, b, places, smem, slot, barrier) -> None:
+        """Their copies to a slot; each is one more arrival at the barrier."""
+        for name, to in zip(self.across, smem, strict=True):
+            plgpu.copy_gmem_to_smem(refs[self.names.index(name)].at[b, places], to.at[slot], barrier)
+
+    def down(self, refs, b, places) -> dict:
+        """What `keep` needs for the rows of a tile."""
+        found = {}
+        for name, ref in zip(self.names, refs, strict=True):
+            if name == "window":
+                found[name] = ref[0]
+            elif name != "bias" and name not in self.across:
+                layout = plgpu.Layout.WGMMA.reduce(1)
+                found[name] = plgpu.load(ref.at[b, places], layout=layout, optimized=False)
+                if name.endswith("segment_ids"):  # padding sees nothing and is not seen
+                    found[name] = jnp.where(found[name] == 0, jnp.iinfo(jnp.int32).min, found[name])
+        return found
+
+    def keep(self, down, smem, slot, shape, q_start, kv_start):
+        """Which pairs of a block see each other: what `down` gave for its rows, and `smem` at `slot` for the rest."""
+        q_dim, kv_dim = self.q_dim, 1 - self.q_dim
+        across = dict(zip(self.across, smem, strict=True))
+
+        def along(name, dim):
+            if name in across:
+                values = plgpu.load(across[name].at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+            else:
+                values = down[name]
             return lax.broadcast_in_dim(values, shape, [dim])
 
         def index(start, dim):
@@ -84,23 +115,21 @@ class Mask:
         left, right = self.options.window
         if self.options.causal:
             right = 0 if right is None else min(right, 0)
-        if left is not None or right is not None or "window" in aux:
-            if "q_positions" in aux:
-                ahead = along("kv_positions", kv_start, kv_dim) - along("q_positions", q_start, q_dim)
+        if left is not None or right is not None or "window" in down:
+            if "q_positions" in self.names:
+                ahead = along("kv_positions", kv_dim) - along("q_positions", q_dim)
             else:
                 ahead = index(kv_start, kv_dim) - index(q_start, q_dim)
             if left is not None:
                 conditions.append(ahead >= -left)
             if right is not None:
                 conditions.append(ahead <= right)
-            if "window" in aux:
-                window = aux["window"][0]
-                conditions.append(ahead > -window)
+            if "window" in down:
+                conditions.append(ahead > -down["window"])
                 if right is None:
-                    conditions.append(ahead < window)
-        if "q_segment_ids" in aux:
-            q_ids = along("q_segment_ids", q_start, q_dim)
-            conditions += [q_ids == along("kv_segment_ids", kv_start, kv_dim), q_ids != 0]
+                    conditions.append(ahead < down["window"])
+        if "q_segment_ids" in self.names:
+            conditions.append(along("q_segment_ids", q_dim) == along("kv_segment_ids", kv_dim))
         elif self.ragged:
             conditions.append(index(kv_start, kv_dim) < self.keys)
         if not conditions:  # a block that is not full, with nothing to hide: only when the last one is ragged
@@ -158,6 +187,19 @@ def read_bounds(ranges_ref, b, t):
     row = lax.rem(b, jnp.int32(ranges_ref.shape[0]))
     # Under shard_map with check_vma a value read varies over mesh axes and a sum in a kernel does not: loops want sums.
     return tuple(ranges_ref[row, t, i] + 0 for i in range(4))
+
+
+def bounds_together(ranges_ref, b, t, wgs: int):
+    """The first of the blocks that the warpgroups of tile t visit, and one past the last; a row is 64 of the tile's."""
+    rows = [read_bounds(ranges_ref, b, t * wgs + w) for w in range(wgs)]
+    hi = functools.reduce(jnp.maximum, [row[3] for row in rows])
+    lo = functools.reduce(jnp.minimum, [jnp.where(row[0] < row[3], row[0], hi) for row in rows])
+    return lo, hi
+
+
+def bounds_alone(ranges_ref, b, row, lo, hi):
+    """Those of one warpgroup, which skips what only the other one visits of [lo, hi)."""
+    return tuple(jnp.clip(x, lo, hi) for x in read_bounds(ranges_ref, b, row))
 
 
 def find_tile(schedule_ref, ranges_ref, w, heads: int, tiles: int):
@@ -266,7 +308,11 @@ def set_registers(wgs: int, count: int) -> None:
 
 
 def launch(kernel, name: str, out_type, grid, scratch, operands, threads: int = 3):
-    """A block of that many warpgroups for each place in the grid."""
+    """A block of that many warpgroups for each place in the grid.
+
+    What calls this is under `jax.jit(inline=True)`, which leaves the program as it is and traces equal calls once, so
+    that Mosaic lowers and compiles one kernel for all of them: each layer's recomputation, each step of a ring.
+    """
     out = plgpu.kernel(
         kernel,
         out_type=out_type,

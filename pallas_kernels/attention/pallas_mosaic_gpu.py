@@ -131,6 +131,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 # Forward.
 
 
+@functools.partial(jax.jit, static_argnames=("options", "config"), inline=True)  # see `launch`
 def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Array, jax.Array]:
     """o [B, T, N, Hv] and the logsumexp [B, N, T]."""
     B, T, N, H = inputs.q.shape
@@ -149,7 +150,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     def kernel(q_ref, k_ref, v_ref, ranges_ref, schedule_ref, sinks_ref, *refs):
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         o_ref, lse_ref, smem, q_barriers, k_barriers, v_barriers, q_free, k_free, v_free = refs
-        q_smem, k_smem, v_smem, lse_smem, *o_smem = smem
+        q_smem, k_smem, v_smem, lse_smem, mask_smem, *o_smem = smem
         wg = lax.axis_index("wg")
         count = schedule_ref[lax.axis_index("block"), 0] + 0
         place = functools.partial(find_tile, schedule_ref, ranges_ref, heads=N, tiles=tiles)
@@ -163,6 +164,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
             q = q_smem.at[buffer, wg]
             o = o_smem[0].at[wg] if o_smem else q  # o leaves from where q stood, if it fits
             slot = lambda j: slot_of(done + j - lo, stages)
+            down = mask.down(aux, b, rows)
 
             sink = -math.inf if inputs.sinks is None else sinks_ref[n] * LOG2E
             total = 0.0 if inputs.sinks is None else 1.0
@@ -172,9 +174,9 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
             acc = plgpu.layout_cast(jnp.full((ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
             def softmax(s, m, l, j, masked):
-                s = mask.add_bias(aux, cap_logits(s, options)[0], b, n, 0, q_start, j * bkv)
+                s = mask.add_bias(aux, cap_logits(s, options)[0], b, n, q_start, j * bkv)
                 if masked:
-                    keep = mask.keep(aux, b, s.shape, 0, q_start, j * bkv)
+                    keep = mask.keep(down, mask_smem, slot(j), s.shape, q_start, j * bkv)
                     s = jnp.where(keep, s, -jnp.inf)
                 m_new = jnp.maximum(m, s.max(axis=1) * c)
                 shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
@@ -194,8 +196,12 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     plgpu.wgmma(s_ref, q, k_smem.at[slot(j)].transpose((1, 0)))
                     new_acc = mma(acc, p, v_smem.at[slot(j - 1)], *acc_ref)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(acc_ref))
-                    plgpu.barrier_arrive(k_free.at[slot(j)])
+                    late = masked and mask.across  # what stands beside k is in use
+                    if not late:
+                        plgpu.barrier_arrive(k_free.at[slot(j)])
                     p_new, *rest = lax.optimization_barrier(softmax(s, m, l, j, masked))
+                    if late:
+                        plgpu.barrier_arrive(k_free.at[slot(j)])
                     # The loop in this wait ends a basic block: ptxas would move the exponentials below the PV's end.
                     plgpu.barrier_wait(v_barriers.at[slot(j)])
                     new_acc = acc_ref[0][...] if acc_ref else new_acc
@@ -216,7 +222,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 return s_ref[...]
 
             s = pl.run_scoped(qk, accumulator(bkv))
-            plgpu.barrier_arrive(k_free.at[slot(lo)])
+            if not mask.across:
+                plgpu.barrier_arrive(k_free.at[slot(lo)])
 
             @pl.when(w > 0)
             def _():  # the tile before has left
@@ -225,6 +232,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     plgpu.barrier_arrive(q_free.at[1 - buffer])
 
             p, m, l = softmax(s, m, l, lo, True)[:3]  # nothing to rescale yet
+            if mask.across:
+                plgpu.barrier_arrive(k_free.at[slot(lo)])
             p = p.astype(dtype)
             plgpu.barrier_wait(v_barriers.at[slot(lo)])
             inner = lo + 1, jnp.maximum(full_lo, lo + 1), jnp.maximum(full_hi, lo + 1), hi
@@ -276,6 +285,8 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     ):
                         pl.when(again)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
                         plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], full.at[slot])
+                        if ref is k_ref:
+                            mask.feed(aux, b, keys, mask_smem, slot, full.at[slot])
 
                 return done + hi - lo
 
@@ -295,9 +306,10 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         tiled((stages, bkv, H), dtype),
         tiled((stages, bkv, Hv), dtype),
         plgpu.SMEM((2, ROWS), jnp.float32),
+        mask.smem(stages, bkv),
         *([] if Hv == H else [tiled((2, ROWS, Hv), dtype)]),
     )
-    full = plgpu.Barrier(num_barriers=stages)
+    k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
     free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     q_full = plgpu.Barrier(num_arrivals=2, num_barriers=buffers)
     Tp = tiles * tile
@@ -306,7 +318,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         "attention_fwd",
         [jax.ShapeDtypeStruct((B, Tp, N, Hv), dtype), jax.ShapeDtypeStruct((B, N, Tp), jnp.float32)],
         {"block": len(schedule)},
-        (smem, q_full, full, full, q_full, free, free),
+        (smem, q_full, k_full, v_full, q_full, free, free),
         (padded.q, padded.k, padded.v, ranges, schedule, _sinks(inputs), *mask.arrays),
     )
     return o[:, :T], lse[:, :, :T]

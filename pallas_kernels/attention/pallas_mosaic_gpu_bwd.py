@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges
+from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges, rows_to
 from pallas_kernels.attention.inputs import Inputs, Options
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
@@ -25,12 +25,13 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     Mask,
     accumulator,
     before,
+    bounds_alone,
+    bounds_together,
     cap_logits,
     feed_ring,
     launch,
     make_grid,
     mma,
-    read_bounds,
     set_registers,
     slot_of,
     three_loops,
@@ -39,6 +40,7 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
 from pallas_kernels.attention.mosaic_gpu_stored import BLOCK, Stored, multiply
 
 
+@functools.partial(jax.jit, static_argnames=("options", "config"), inline=True)  # see `launch`
 def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
     """dq, dk, dv; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
     if config.split_dkv and (stored := Stored.of(inputs, options)):
@@ -59,18 +61,18 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
     padded = pad_inputs(inputs, tile, bkv)
     do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
     tiles = padded.q.shape[1] // tile
-    ranges = key_ranges(inputs, options, tile, bkv)
+    ranges = rows_to(key_ranges(inputs, options, ROWS, bkv), tiles * wgs)
     mask = Mask(padded, options, S, padded.k.shape[1])
     grid, locate = make_grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
     c = options.scale * LOG2E
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
         aux, (dq_ref, smem, q_barriers, k_barriers, v_barriers, k_free, v_free) = refs[:-7], refs[-7:]
-        q_smem, do_smem, k_smem, v_smem = smem
+        q_smem, do_smem, k_smem, v_smem, mask_smem = smem
         wg = lax.axis_index("wg")
         b, n, t = locate()
         t = tiles - 1 - t
-        lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+        lo, hi = bounds_together(ranges_ref, b, t, wgs)
 
         @pl.when(wg < wgs)
         def _compute():
@@ -83,6 +85,7 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
             reduced = plgpu.Layout.WGMMA.reduce(1)
             lse = plgpu.load(lse_ref.at[b, n, rows], layout=reduced, optimized=False)
             delta = plgpu.load(delta_ref.at[b, n, rows], layout=reduced, optimized=False)
+            down = mask.down(aux, b, rows)
 
             def step(j, dq, masked):
                 slot = slot_of(j - lo, stages)
@@ -92,10 +95,10 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                     plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_ref, do, v_smem.at[slot].transpose((1, 0)))
                     s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
-                    s = mask.add_bias(aux, s, b, n, 0, q_start, j * bkv)
+                    s = mask.add_bias(aux, s, b, n, q_start, j * bkv)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
                     if masked:
-                        p = jnp.where(mask.keep(aux, b, s.shape, 0, q_start, j * bkv), p, 0.0)
+                        p = jnp.where(mask.keep(down, mask_smem, slot, s.shape, q_start, j * bkv), p, 0.0)
                     p = before(p, j + 1 < hi, k_barriers.at[slot_of(j + 1 - lo, stages)])
                     dp = plgpu.wgmma_accumulator_load(dp_ref)
                     ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
@@ -108,10 +111,21 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq
 
+            def skip(j):
+                """A block that the other warpgroup visits alone."""
+                slot = slot_of(j - lo, stages)
+                plgpu.barrier_wait(v_barriers.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_arrive(k_free.at[slot])
+                pl.when(j + 1 < hi)(lambda: plgpu.barrier_wait(k_barriers.at[slot_of(j + 1 - lo, stages)]))
+
             plgpu.barrier_wait(q_barriers.at[wg])
             pl.when(lo < hi)(lambda: plgpu.barrier_wait(k_barriers.at[0]))
+            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
+            pl.loop(lo, mine[0])(skip)
             dq = plgpu.layout_cast(jnp.full((ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
-            dq = three_loops(step, (lo, full_lo, full_hi, hi), dq)
+            dq = three_loops(step, mine, dq)
+            pl.loop(mine[3], hi)(skip)
             q[...] = (dq * options.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, n])
@@ -126,7 +140,11 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
                 keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
                 plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], barriers.at[slot])
 
-            copy_k = lambda i, slot: copy(i, k_ref, k_smem, slot, k_barriers)
+            def copy_k(i, slot):
+                copy(i, k_ref, k_smem, slot, k_barriers)
+                keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
+                mask.feed(aux, b, keys, mask_smem, slot, k_barriers.at[slot])
+
             copy_v = lambda i, slot: copy(i, v_ref, v_smem, slot, v_barriers)
             feed_ring(hi - lo, stages, (v_free, copy_v), (k_free, copy_k))
 
@@ -135,15 +153,16 @@ def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delt
         tiled((wgs, ROWS, Hv), dtype),
         tiled((stages, bkv, H), dtype),
         tiled((stages, bkv, Hv), dtype),
+        mask.smem(stages, bkv),
     )
-    full = plgpu.Barrier(num_barriers=stages)
+    k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
     free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
     (dq,) = launch(
         kernel,
         "attention_dq",
         [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
         grid,
-        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), k_full, v_full, free, free),
         (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
         wgs + 1,
     )
@@ -180,11 +199,11 @@ def _dkv(
     places = ()
     if stored is None:
         padded, rows = pad_inputs(inputs, bq, tile), bq
-        ranges = query_ranges(inputs, options, bq, tile)
+        ranges = rows_to(query_ranges(inputs, options, bq, ROWS), -(-S // tile) * wgs)
     else:
         padded, rows = pad_inputs(inputs, BLOCK, BLOCK), BLOCK
-        per_tile = functools.partial(np.repeat, repeats=BLOCK // tile, axis=0)
-        ranges, places = per_tile(stored.ranges)[None] * (BLOCK // bq), (per_tile(stored.places),)
+        ranges = np.repeat(stored.ranges, BLOCK // ROWS, axis=0)[None] * (BLOCK // bq)  # all of a block is stored
+        places = (np.repeat(stored.places, BLOCK // tile),)
     do, lse, delta = pad_to(do, 1, rows), pad_to(lse, 2, rows), pad_to(delta, 2, rows)
     T = padded.q.shape[1]
     tiles = padded.k.shape[1] // tile
@@ -198,10 +217,10 @@ def _dkv(
         places_ref, refs = refs[: len(places)], refs[len(places) :]
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         *out_refs, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free = refs
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *ds_smem = smem
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, mask_smem, *ds_smem = smem
         wg = lax.axis_index("wg")
         b, k_head, t = locate()
-        lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+        lo, hi = bounds_together(ranges_ref, b, t, wgs)
 
         @pl.when(wg < wgs)
         def _compute():
@@ -212,6 +231,7 @@ def _dkv(
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, k_head], k, kv_barriers.at[wg])
             plgpu.copy_gmem_to_smem(v_ref.at[b, rows, k_head], v, kv_barriers.at[wg])
             across = plgpu.Layout.WGMMA.reduce(0)
+            down = mask.down(aux, b, rows)
             first_place = places_ref[0][t] + 0 if stored else 0
 
             def store(ds, i, j, n):
@@ -237,11 +257,11 @@ def _dkv(
                     if want_dp:
                         plgpu.wgmma(dp_ref, v, do_smem.at[slot].transpose((1, 0)))
                     s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=int(want_dp)), options)
-                    s = mask.add_bias(aux, s, b, n, 1, j * bq, kv_start)
+                    s = mask.add_bias(aux, s, b, n, j * bq, kv_start)
                     lse = plgpu.load(lse_smem.at[slot], layout=across)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [1]))
                     if masked:
-                        p = jnp.where(mask.keep(aux, b, s.shape, 1, j * bq, kv_start), p, 0.0)
+                        p = jnp.where(mask.keep(down, mask_smem, slot, s.shape, j * bq, kv_start), p, 0.0)
                     p = before(p, i + 1 < G * (hi - lo), q_barriers.at[slot_of(i + 1, stages)])
                     new = {}
                     if want_dv:
@@ -264,13 +284,28 @@ def _dkv(
                 plgpu.barrier_arrive(q_free.at[slot])
                 return sums
 
+            def skip(j, first):
+                """A block that the other warpgroup visits alone."""
+                i = first + j - lo
+                slot = slot_of(i, stages)
+                plgpu.barrier_wait(do_barriers.at[slot])
+                plgpu.barrier_arrive(do_free.at[slot])
+                plgpu.barrier_arrive(q_free.at[slot])
+                more = i + 1 < G * (hi - lo)
+                pl.when(more)(lambda: plgpu.barrier_wait(q_barriers.at[slot_of(i + 1, stages)]))
+
             plgpu.barrier_wait(kv_barriers.at[wg])
+            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
             pl.when(lo < hi)(lambda: plgpu.barrier_wait(q_barriers.at[0]))
             zero = lambda width: plgpu.layout_cast(jnp.full((ROWS, width), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
             def head(g, sums):
-                of_head = functools.partial(step, first=g * (hi - lo), n=k_head * G + g)
-                return three_loops(of_head, (lo, full_lo, full_hi, hi), sums)
+                first = g * (hi - lo)
+                of_head = functools.partial(step, first=first, n=k_head * G + g)
+                pl.loop(lo, mine[0])(functools.partial(skip, first=first))
+                sums = three_loops(of_head, mine, sums)
+                pl.loop(mine[3], hi)(functools.partial(skip, first=first))
+                return sums
 
             sums = lax.fori_loop(0, G, head, {x: zero(width) for x, width in widths.items()})
             leaving = {"dk": k, "dv": v}
@@ -291,7 +326,11 @@ def _dkv(
                 plgpu.copy_gmem_to_smem(ref.at[b, queries, n], smem.at[slot], barriers.at[slot])
                 plgpu.copy_gmem_to_smem(row_ref.at[b, n, queries], row_smem.at[slot], barriers.at[slot])
 
-            copy_q = lambda i, slot: copy(i, q_ref, lse_ref, q_smem, lse_smem, slot, q_barriers)
+            def copy_q(i, slot):
+                copy(i, q_ref, lse_ref, q_smem, lse_smem, slot, q_barriers)
+                queries = pl.ds(pl.multiple_of((lo + lax.rem(i, hi - lo)) * bq, bq), bq)
+                mask.feed(aux, b, queries, mask_smem, slot, q_barriers.at[slot])
+
             copy_do = lambda i, slot: copy(i, do_ref, delta_ref, do_smem, delta_smem, slot, do_barriers)
             feed_ring(G * (hi - lo), stages, (q_free, copy_q), (do_free, copy_do))
 
@@ -302,9 +341,10 @@ def _dkv(
         tiled((stages, bq, Hv), dtype),
         plgpu.SMEM((stages, bq), jnp.float32),
         plgpu.SMEM((stages, bq), jnp.float32),
+        mask.smem(stages, bq),
         *([tiled((wgs, 2, ROWS, bq), dtype)] if stored else []),
     )
-    full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    q_full, do_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (2 + len(mask.across), 2))
     free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
     shapes = [(*padded.k.shape[:3], width) for width in widths.values()]
     out = launch(
@@ -312,7 +352,7 @@ def _dkv(
         "attention_" + "_".join(widths),
         [jax.ShapeDtypeStruct(x, dtype) for x in shapes + ([stored.shape(inputs)] if stored else [])],
         grid,
-        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), full, full, free, free),
+        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), q_full, do_full, free, free),
         (padded.q, padded.k, padded.v, do, lse, delta, ranges, *places, *mask.arrays),
         wgs + 1,
     )

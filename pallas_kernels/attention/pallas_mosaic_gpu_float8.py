@@ -67,6 +67,7 @@ def attention_float8_mosaic_gpu(inputs: Inputs, options: Options) -> tuple[jax.A
     return o[..., :Hv], lse.swapaxes(1, 2)
 
 
+@functools.partial(jax.jit, static_argnames=("options", "dtype"), inline=True)  # see `launch`
 def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple[jax.Array, jax.Array]:
     """o [B, T, N, Hv] and the logsumexp [B, N, T]; factors [B, N, T] of the logits, v_scale [B, N]."""
     B, T, N, H = inputs.q.shape
@@ -83,7 +84,7 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
     def kernel(q_ref, k_ref, v_ref, factors_ref, v_scale_ref, ranges_ref, schedule_ref, sinks_ref, *refs):
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         o_ref, lse_ref, smem, q_barriers, k_barriers, v_barriers, q_free, k_free, v_free = refs
-        q_smem, k_smem, v_smem, o_smem, lse_smem, factors_smem = smem
+        q_smem, k_smem, v_smem, o_smem, lse_smem, factors_smem, mask_smem = smem
         wg = lax.axis_index("wg")
         count = schedule_ref[lax.axis_index("block"), 0] + 0
         place = functools.partial(find_tile, schedule_ref, ranges_ref, heads=N, tiles=tiles)
@@ -105,13 +106,15 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
             plgpu.barrier_wait(q_barriers.at[buffer])
             factor = plgpu.load(factors_smem.at[buffer, wg], layout=reduced, optimized=False)
             down = lambda x, like: lax.broadcast_in_dim(x, like.shape, [0])
+            rows_mask = mask.down(aux, b, rows)
 
             def softmax(s, m, l, j, masked):
                 unit = factor * c
                 if options.soft_cap is not None:
                     s, unit = cap_logits(s * down(factor, s), options)[0], jnp.full_like(factor, c)
                 if masked:
-                    s = jnp.where(mask.keep(aux, b, s.shape, 0, q_start, j * bkv), s, -jnp.inf)
+                    keep = mask.keep(rows_mask, mask_smem, slot(j), s.shape, q_start, j * bkv)
+                    s = jnp.where(keep, s, -jnp.inf)
                 m_new = jnp.maximum(m, s.max(axis=1) * unit)
                 shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                 alpha = jnp.exp2(m - shift)
@@ -131,8 +134,12 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
                     plgpu.wgmma(s_ref, q, k_smem.at[slot(j)].transpose((1, 0)))
                     pv = _product(pv_ref, p, v_smem.at[slot(j - 1)].transpose((1, 0)))
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=0 if _dispatch.interpreted("gpu") else 1)
-                    plgpu.barrier_arrive(k_free.at[slot(j)])
+                    late = masked and mask.across  # what stands beside k is in use
+                    if not late:
+                        plgpu.barrier_arrive(k_free.at[slot(j)])
                     p_new, *rest = lax.optimization_barrier(softmax(s, m, l, j, masked))
+                    if late:
+                        plgpu.barrier_arrive(k_free.at[slot(j)])
                     # The loop in this wait ends a basic block: ptxas would move the exponentials below the PV's end.
                     plgpu.barrier_wait(v_barriers.at[slot(j)])
                     new_acc = acc * down(alpha, acc) + pv()
@@ -146,8 +153,8 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
 
             plgpu.barrier_wait(k_barriers.at[slot(lo)])
             s = pl.run_scoped(qk, accumulator(bkv))
-            plgpu.barrier_arrive(k_free.at[slot(lo)])
             p, m, l, alpha = softmax(s, m, l, lo, True)
+            plgpu.barrier_arrive(k_free.at[slot(lo)])
             plgpu.barrier_wait(v_barriers.at[slot(lo)])
             inner = lo + 1, jnp.maximum(full_lo, lo + 1), jnp.maximum(full_hi, lo + 1), hi
             acc, m, l, p, alpha = three_loops(step, inner, (acc, m, l, _narrow(p), alpha))
@@ -199,6 +206,8 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
                     ):
                         pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
                         plgpu.copy_gmem_to_smem(ref, smem.at[slot], full.at[slot])
+                        if smem is k_smem:
+                            mask.feed(aux, b, keys, mask_smem, slot, full.at[slot])
 
                 return done + hi - lo
 
@@ -220,8 +229,9 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
         tiled((2, ROWS, Hv), dtype),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((buffers, 2, ROWS), jnp.float32),
+        mask.smem(stages, bkv),
     )
-    full = plgpu.Barrier(num_barriers=stages)
+    k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
     free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     q_full = plgpu.Barrier(num_arrivals=4, num_barriers=buffers)
     q_free = plgpu.Barrier(num_arrivals=2, num_barriers=buffers)
@@ -233,7 +243,7 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
         "attention_float8_fwd",
         [jax.ShapeDtypeStruct((B, Tp, N, Hv), dtype), jax.ShapeDtypeStruct((B, N, Tp), jnp.float32)],
         {"block": len(schedule)},
-        (smem, q_full, full, full, q_free, free, free),
+        (smem, q_full, k_full, v_full, q_free, free, free),
         (*operands, *mask.arrays),
     )
     return o[:, :T], lse[:, :, :T]

@@ -620,6 +620,28 @@ def test_mosaic_types_under_shard_map(name, check_vma):
     assert [(x.shape, x.dtype) for x in grads] == shapes[:4]
 
 
+def test_equal_calls_are_one_kernel():
+    """JAX lowers a kernel's body once as long as it is the same object: two layers' gradients have three, not six."""
+
+    def bodies(jaxpr):
+        for eqn in jaxpr.eqns:
+            parts = jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns"))
+            inner = [x for part in parts if hasattr(x := getattr(part, "jaxpr", part), "eqns")]
+            if eqn.primitive.name == "mpmd_map":  # what plgpu.kernel binds
+                yield from map(id, inner)
+            else:
+                for x in inner:
+                    yield from bodies(x)
+
+    def layers(x):
+        layer = lambda x: jnp.sum(attention(x, x, x, causal=True, implementation="mosaic_gpu").astype(jnp.float32))
+        return jax.grad(layer)(x) + jax.grad(layer)(2 * x)
+
+    with plgpu.force_gpu_interpret_mode():
+        found = list(bodies(jax.make_jaxpr(layers)(jnp.zeros((1, 128, 1, 64), jnp.bfloat16)).jaxpr))
+    assert len(found) == 6 and len(set(found)) == 3
+
+
 def test_a_named_output_spares_the_second_forward_pass():
     """Only traced: the forward passes in a gradient (each takes one logarithm), by what the policy keeps."""
     q = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
