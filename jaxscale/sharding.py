@@ -26,20 +26,20 @@ ROUNDED = "rounded_matmul"  # checkpoint name of what a matmul of operands in 8 
 CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
 WIDTHS = frozenset({"embed", "latent"})  # what a matrix is multiplied along or gives, beside heads and hidden layers
 RESTING = MEGATRON_FSDP.spill  # mesh axes that say where a parameter rests, not how it is computed with
-PP = "pp"  # inside a stage it is Manual, and the other axes are as outside (jaxscale.parallel.pipeline)
+STAGES = frozenset({"pp", "dp"})  # inside a pipeline they are Manual, the others as outside (jaxscale.parallel.pipeline)
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh in context when arrays may be sharded on it: None outside of a mesh and inside a shard_map body, that of
     a pipeline's stage apart."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not {PP}.issuperset(mesh.manual_axes):
+    if mesh.empty or not STAGES.issuperset(mesh.manual_axes):
         return None
     return mesh
 
 
 def axis_sizes(mesh: AbstractMesh) -> dict[str, int]:
-    """Of the axes that arrays may be split over here: inside a stage pp splits nothing."""
+    """Of the axes that arrays may be split over here: inside a stage pp and dp split nothing."""
     return {axis: 1 if axis in mesh.manual_axes else size for axis, size in mesh.shape.items()}
 
 

@@ -32,6 +32,11 @@ ROWS = [
     ("qwen3-0-6b", 2, "fsdp=2", 4, 4096, "none", 1),
     ("smollm2-1-7b", 2, "fsdp=2", 8, 4096, "dots", 1),
     ("qwen3-0-6b", 2, "dp=2", 8, 4096, "dots", 1),
+    ("qwen3-0-6b", 2, "fsdp=2", 16, 4096, "full", 1),
+    ("qwen3-0-6b", 2, "pp=2,pp_micro_batches=2", 16, 4096, "full", 1),
+    ("qwen3-0-6b", 2, "pp=2,pp_micro_batches=4", 16, 4096, "full", 1),
+    ("qwen3-0-6b", 2, "pp=2,pp_micro_batches=8", 16, 4096, "full", 1),
+    ("qwen3-0-6b", 2, "pp=2,pp_micro_batches=16", 16, 4096, "full", 1),
 ]
 TURNS, STEPS = 3, 5  # medians of turns; in a turn steps are issued back to back
 
@@ -51,6 +56,7 @@ def measure(row: tuple) -> dict:
     from jaxscale.models import decoder
     from jaxscale.optim import make_optimizer
     from jaxscale.parallel import context
+    from jaxscale.parallel import pipeline as over_pp
     from jaxscale.parallel.context_cost import Context
     from sharding_rules.rules import MEGATRON_FSDP
 
@@ -59,7 +65,8 @@ def measure(row: tuple) -> dict:
     mesh = make_mesh(config, jax.devices()[:count])
     tx = make_optimizer(OptimizerConfig(), 1000)
     over_cp = Context(config.cp_strategy, config.cp_layout) if config.cp > 1 else None
-    loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, context=over_cp)
+    pipeline = over_pp.plan(config, model, rows, accum)
+    loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, context=over_cp, pipeline=pipeline)
     options = context.compiler_options(jax.default_backend()) if config.cp > 1 else None
     step = make_train_step(loss_fn, tx, accum_steps=accum, compiler_options=options)
     with jax.set_mesh(mesh):

@@ -2,8 +2,8 @@
 
     carry, out = scan(layer, carry, stacked, rows)      # lax.scan(layer) where pp is 1, which is its twin
 
-One program runs everywhere (shard_map, Manual over pp alone: the other axes stay what they are inside of a stage, so
-that fsdp, tp, cp and ep work as without a pipeline), and its gradient is the pipeline that runs backwards. Devices form
+One program runs everywhere (shard_map, Manual over pp and dp: the other axes stay what they are inside of a stage, so
+that fsdp, tp, cp and ep work as without a pipeline; replicas, dp, add their gradients once at its end), and its gradient is the pipeline that runs backwards. Devices form
 a ring. With m micro-batches on p stages, each of which holds v chunks of layers (chunk c lies on stage c mod p), p
 micro-batches at a time go around v times, the next p right behind them (arXiv 2104.04473 calls this interleaved): after
 v m + p - 1 ticks of one chunk each all have passed, of which a stage idles p - 1. Between rounds nothing waits, so that
@@ -26,8 +26,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.config import MeshConfig, ModelConfig
-from jaxscale.sharding import PP, active_mesh, axes_of, partitions
+from jaxscale.sharding import STAGES, active_mesh, axes_of, partitions
 
+PP, DP = "pp", "dp"
 Layer = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -48,7 +49,8 @@ def scan(layer: Layer, carry: Any, stacked: Any, rows: Any, pipeline: Pipeline |
       rows: a tree of integer arrays [B, ...], laid out as the carry is.
 
     Returns:
-      the carry after all layers; out of each layer [L, ...], the mean over micro-batches (without pp: of the batch).
+      the carry after all layers; out of each layer [L, ...], the mean over micro-batches and dp (without pp: that of
+      the batch).
 
     Raises:
       ValueError: layers or rows that do not divide.
@@ -71,12 +73,13 @@ def scan(layer: Layer, carry: Any, stacked: Any, rows: Any, pipeline: Pipeline |
     stages = jax.reshard(jnp.arange(size, dtype=jnp.int32), P(PP))
     stacked = jax.tree.map(lambda x: jax.reshard(x, P(PP, *partitions(x)[1:])), stacked)
     # Unchecked: jax 0.11.2 lays what a shard_map inside keeps for its gradient over an axis that is Manual already.
-    # Rows apart, which have no gradient, every input is split over pp, so that no sum over pp can be forgotten.
-    manual = jax.shard_map(run, out_specs=(P(PP), P(None, PP)), axis_names={PP}, check_vma=False)
+    # Gradients of what an axis does not split (layers over dp) are then summed over it, once, where they come out.
+    dp = DP if mesh.shape[DP] > 1 else None
+    manual = jax.shard_map(run, out_specs=(P(PP, None, dp), P(dp, None, PP)), axis_names=set(STAGES), check_vma=False)
     with jax.named_scope("pipeline"):
         micro, out = manual(stages, micro, everywhere, stacked)
     carry = jax.tree.map(lambda x, like: _collect(x, partitions(like)), micro, carry)
-    return carry, jax.tree.map(lambda x: _whole(x, 1).reshape(depth, *x.shape[2:]), out)
+    return carry, jax.tree.map(lambda x: jax.reshard(x, P()).mean(axis=0).reshape(depth, *x.shape[3:]), out)
 
 
 def resolve(pipeline: Pipeline, size: int, depth: int, rows: int) -> Pipeline:
@@ -184,7 +187,7 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
     (arrived, own, done, total), _ = lax.scan(tick, state, jnp.arange(last, dtype=jnp.int32))
     own = back(trade(last, arrived, own)[1])
     # A group is done when the next one has entered.
-    return jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own), total
+    return jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own), jax.tree.map(lambda x: x[None], total)
 
 
 def _chunks(x, stage, size: int, v: int):

@@ -60,11 +60,11 @@ def test_values_gradients_and_what_layers_report(size, rng):
     mesh, args = on_mesh(size, data, x, stacked, rows, weights)
     with jax.set_mesh(mesh):
         (_, (got_y, got_out)), got_grads = jax.jit(grad)(*args)
-    # Sums over a micro-batch's rows: their mean is that of the batch over the number of micro-batches.
+    # Sums over a micro-batch's rows on a replica: their mean is that of the batch over the number of both.
     np.testing.assert_allclose(got_y, y, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(got_out["sum"] * count, out["sum"], rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose(got_out["sum"] * count * data, out["sum"], rtol=2e-5, atol=2e-4)
     np.testing.assert_allclose(got_out["first"], out["first"], rtol=1e-6)
-    want = grads_of_means(x, stacked, rows, weights, count)
+    want = grads_of_means(x, stacked, rows, weights, count * data)
     for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4)
     assert got_grads[1][0].sharding.spec[0] == "pp"
