@@ -106,43 +106,42 @@ class Mask:
                 values = down[name]
             return lax.broadcast_in_dim(values, shape, [dim])
 
-        def index(start, dim):
-            if dim == 1 and not _dispatch.interpreted("gpu"):
-                return _columns(shape, start)
-            return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) + start
-
+        rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        start_down, start_across = (q_start, kv_start) if q_dim == 0 else (kv_start, q_start)
         conditions = []
         left, right = self.options.window
         if self.options.causal:
             right = 0 if right is None else min(right, 0)
         if left is not None or right is not None or "window" in down:
             if "q_positions" in self.names:
-                ahead = along("kv_positions", kv_dim) - along("q_positions", q_dim)
+                ahead, of_keys = along("kv_positions", kv_dim) - along("q_positions", q_dim), True
             else:
-                ahead = index(kv_start, kv_dim) - index(q_start, q_dim)
-            if left is not None:
-                conditions.append(ahead >= -left)
-            if right is not None:
-                conditions.append(ahead <= right)
-            if "window" in down:
-                conditions.append(ahead > -down["window"])
-                if right is None:
-                    conditions.append(ahead < down["window"])
+                ahead, of_keys = _columns(shape, start_across - start_down - rows), q_dim == 0
+            far = down["window"] - 1 if "window" in down else None
+            limits = [(left, False), (right, True), (far, False)]
+            limits += [(far, True)] if right is None else []
+            for limit, keys_ahead in limits:
+                if limit is not None:
+                    conditions.append(ahead <= limit if keys_ahead == of_keys else ahead >= -limit)
         if "q_segment_ids" in self.names:
             conditions.append(along("q_segment_ids", q_dim) == along("kv_segment_ids", kv_dim))
-        elif self.ragged:
-            conditions.append(index(kv_start, kv_dim) < self.keys)
-        if not conditions:  # a block that is not full, with nothing to hide: only when the last one is ragged
-            return index(kv_start, kv_dim) >= 0
+        elif self.ragged or not conditions:  # with nothing to hide only a ragged last block is not full
+            if q_dim == 0:
+                conditions.append(_columns(shape, start_across + 0 * rows) < self.keys)
+            else:
+                conditions.append(lax.broadcast_in_dim(start_down + rows, shape, [0]) < self.keys)
         return functools.reduce(lambda x, y: x & y, conditions)
 
 
-def _columns(shape: tuple[int, int], start) -> jax.Array:
-    """start + the column of each number of an accumulator, made anew in each step.
+def _columns(shape: tuple[int, int], starts: jax.Array) -> jax.Array:
+    """The column of each number of an accumulator, plus a start for each row; made anew in each step.
 
     As an iota they are 32 and more values that no loop changes: LLVM computes them once before all loops, ptxas has no
-    registers for them and spills them, and each masked step waits for them one by one.
+    registers for them and spills them, and each masked step waits for them one by one. Here a thread has one for each
+    of its two rows, and what is compared with a limit takes one instruction.
     """
+    if _dispatch.interpreted("gpu"):
+        return lax.broadcasted_iota(jnp.int32, shape, 1) + lax.broadcast_in_dim(starts, shape, [0])
     import jax.experimental.mosaic.gpu as mgpu
     import numpy as np
     from jaxlib.mlir import ir
@@ -156,16 +155,62 @@ def _columns(shape: tuple[int, int], start) -> jax.Array:
     def columns(ctx, starts):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
-        # Volatile, and made from what a step changes: neither compiler may move it out of a loop.
-        first = llvm.inline_asm(i32, [starts.registers.flat[0]], _FIRST_COLUMN, "=r,r", has_side_effects=True)
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        # Volatile, and made from what a step changes: neither compiler may move it out of a loop.
+        ask = lambda start: llvm.inline_asm(i32, [start], _FIRST_COLUMN, "=r,r", has_side_effects=True)
+        firsts = [ask(start) for start in starts.registers.flat]
+        nsw = arith.IntegerOverflowFlags.nsw  # so that what is added may go over to a limit
         for at in np.ndindex(registers.shape):
-            pair = [arith.addi(first, arith.constant(i32, ir.IntegerAttr.get(i32, column(at, i)))) for i in (0, 1)]
+            add = [arith.constant(i32, ir.IntegerAttr.get(i32, column(at, i))) for i in (0, 1)]
+            pair = [arith.addi(firsts[row(at)], x, overflow_flags=nsw) for x in add]
             registers[at] = vector.from_elements(ir.VectorType.get((2,), i32), pair)
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=True)
 
-    starts = plgpu.layout_cast(jnp.full((shape[0],), start, jnp.int32), rows)
     return columns(starts)  # pyright: ignore[reportCallIssue]  # its signature is that of the decorated function
+
+
+def any_of_warp(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For bool [64] of a row's layout: whether any row that a thread's warp holds is set, for each row and as an int32.
+
+    The number differs from warp to warp: a branch on it may hold nothing in which warps meet. The interpreter, which
+    knows no warps, leaves the rows as they are and takes the branch.
+    """
+    if _dispatch.interpreted("gpu"):
+        return rows, jnp.int32(1)
+    import jax.experimental.mosaic.gpu as mgpu
+    import numpy as np
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    types = [plgpu.ShapeDtypeStruct(s, jnp.int32, layout=x) for s, x in ((rows.shape, layout), ((), _SPLAT))]
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=types)
+    def vote(ctx, x):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        mine = [vector.extract(r, dynamic_position=[], static_position=[0]) for r in x.registers.flat]
+        found = llvm.inline_asm(i32, [functools.reduce(arith.ori, mine)], _VOTE, "=r,r", has_side_effects=True)
+        registers = np.full(x.registers.shape, vector.from_elements(ir.VectorType.get((1,), i32), [found]), object)
+        of_rows = mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=True)
+        return [of_rows, mgpu.FragmentedArray.splat(found, (), is_signed=True)]
+
+    of_rows, scalar = vote(rows.astype(jnp.int32))  # pyright: ignore[reportCallIssue]  # as above
+    return of_rows > 0, scalar
+
+
+_SPLAT = plgpu.Layout.WG_SPLAT
+_VOTE = """{
+    .reg .pred any;
+    setp.ne.s32 any, $1, 0;
+    vote.sync.any.pred any, any, 0xffffffff;
+    selp.s32 $0, 1, 0, any;
+}"""
+
+
+def row(register) -> int:
+    """Which of its lane's two rows a register of an accumulator is of."""
+    return register[4]
 
 
 def column(register, i: int) -> int:
@@ -194,7 +239,7 @@ def bounds_together(ranges_ref, b, t, wgs: int):
     rows = [read_bounds(ranges_ref, b, t * wgs + w) for w in range(wgs)]
     hi = functools.reduce(jnp.maximum, [row[3] for row in rows])
     lo = functools.reduce(jnp.minimum, [jnp.where(row[0] < row[3], row[0], hi) for row in rows])
-    return lo, hi
+    return lo, jnp.maximum(hi, lo + 1)  # a tile that sees nothing visits a block, of which no warpgroup takes note
 
 
 def bounds_alone(ranges_ref, b, row, lo, hi):
@@ -202,14 +247,11 @@ def bounds_alone(ranges_ref, b, row, lo, hi):
     return tuple(jnp.clip(x, lo, hi) for x in read_bounds(ranges_ref, b, row))
 
 
-def find_tile(schedule_ref, ranges_ref, w, heads: int, tiles: int):
-    """Batch, head, tile and range of blocks of the w-th tile of this block; see schedule.py."""
+def find_tile(schedule_ref, w, heads: int, tiles: int):
+    """Batch, head and tile, the w-th of this block; see schedule.py."""
     x = schedule_ref[lax.axis_index("block"), w + 1] + 0
     pair, t = lax.div(x, jnp.int32(tiles)), lax.rem(x, jnp.int32(tiles))
-    b, n = lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads))
-    lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
-    # The loop starts on one block; a tile that sees none masks all of it.
-    return b, n, t, (lo, full_lo, full_hi, jnp.maximum(hi, lo + 1))
+    return lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads)), t
 
 
 def three_loops(step, bounds, carry):

@@ -72,7 +72,7 @@ def multiply(inputs: Inputs, options: Options, stored: Stored, dlogits: jax.Arra
     ranges = (stored.seen if of_dq else stored.ranges[:, ::3]) * (BLOCK // ROWS)  # in steps of 64 keys or queries
     tiles = len(ranges)
     together = heads_at_once(B * heads, x.shape[1] * H * 2 * x.shape[2] // heads)
-    schedule = deal(np.repeat(ranges, 2, axis=1)[None], B, heads, tiles, together)
+    schedule = deal(ranges[None, :, 1] - ranges[None, :, 0], B, heads, together)
 
     def kernel(x_ref, dlogits_ref, ranges_ref, places_ref, schedule_ref, out_ref, smem, full, free):
         x_smem, ds_smem, out_smem = smem

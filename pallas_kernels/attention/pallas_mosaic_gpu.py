@@ -32,11 +32,13 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     Config,
     Mask,
     accumulator,
+    any_of_warp,
     cap_logits,
     find_tile,
     heads_at_once,
     launch,
     mma,
+    read_bounds,
     set_registers,
     slot_of,
     three_loops,
@@ -44,6 +46,10 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
 )
 from pallas_kernels.attention.schedule import deal
 from pallas_kernels.attention.xla import bias_gradient
+
+# A row's largest logit is taken anew, and what was summed scaled to it, once it has grown by this many powers of two:
+# what is summed meanwhile is at most as much larger, and few steps have to scale (a seventh of a step's instructions).
+_SLACK = 8.0
 
 
 def tuned(H: int, Hv: int) -> Config:
@@ -143,7 +149,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     tiles = padded.q.shape[1] // tile
     ranges = key_ranges(inputs, options, tile, bkv)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
+    schedule = deal(ranges[..., 3] - ranges[..., 0], B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
     c = options.scale * LOG2E
     buffers = 2 if max(H, Hv) <= 128 else 1  # of q: the next tile's arrives under this tile's work
 
@@ -153,7 +159,12 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         q_smem, k_smem, v_smem, lse_smem, mask_smem, *o_smem = smem
         wg = lax.axis_index("wg")
         count = schedule_ref[lax.axis_index("block"), 0] + 0
-        place = functools.partial(find_tile, schedule_ref, ranges_ref, heads=N, tiles=tiles)
+        find = functools.partial(find_tile, schedule_ref, heads=N, tiles=tiles)
+
+        def place(w):
+            b, n, t = find(w)
+            lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+            return b, n, t, (lo, full_lo, full_hi, jnp.maximum(hi, lo + 1))  # one that sees no block masks all of one
 
         def work(w, done):
             """One tile; `done` counts the blocks of keys of those before it."""
@@ -179,10 +190,12 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     keep = mask.keep(down, mask_smem, slot(j), s.shape, q_start, j * bkv)
                     s = jnp.where(keep, s, -jnp.inf)
                 m_new = jnp.maximum(m, s.max(axis=1) * c)
+                grown, any_grown = any_of_warp(m_new > m + _SLACK)
+                m_new = jnp.where(grown, m_new, m)
                 shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                 alpha = jnp.exp2(m - shift)
                 p = jnp.exp2(s * c - lax.broadcast_in_dim(shift, s.shape, [0]))
-                return p, m_new, l * alpha + p.sum(axis=1), alpha
+                return p, m_new, l * alpha + p.sum(axis=1), alpha, any_grown
 
             def rescale(acc, alpha):
                 return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
@@ -210,9 +223,10 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                     return new_acc, p_new.astype(dtype), *rest
 
                 accs = [] if _dispatch.interpreted("gpu") else [accumulator(Hv)]
-                acc, p, m, l, alpha = pl.run_scoped(both, accumulator(bkv), *accs)
+                acc, p, m, l, alpha, any_grown = pl.run_scoped(both, accumulator(bkv), *accs)
                 plgpu.barrier_arrive(v_free.at[slot(j - 1)])
-                return rescale(acc, alpha), m, l, p
+                acc = lax.cond(any_grown > 0, lambda acc: rescale(acc, alpha), lambda acc: acc, acc)
+                return acc, m, l, p
 
             plgpu.barrier_wait(q_barriers.at[buffer])
             plgpu.barrier_wait(k_barriers.at[slot(lo)])

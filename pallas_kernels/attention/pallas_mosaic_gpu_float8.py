@@ -31,6 +31,7 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     find_tile,
     heads_at_once,
     launch,
+    read_bounds,
     set_registers,
     slot_of,
     three_loops,
@@ -78,7 +79,7 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
     tiles = padded.q.shape[1] // tile
     ranges = key_ranges(inputs, options, tile, bkv)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(ranges, B, N, tiles, heads_at_once(B * N, S * (H + Hv) * K // N))
+    schedule = deal(ranges[..., 3] - ranges[..., 0], B, N, heads_at_once(B * N, S * (H + Hv) * K // N))
     c = options.scale * LOG2E
 
     def kernel(q_ref, k_ref, v_ref, factors_ref, v_scale_ref, ranges_ref, schedule_ref, sinks_ref, *refs):
@@ -87,7 +88,12 @@ def _forward(inputs: Inputs, options: Options, dtype, factors, v_scale) -> tuple
         q_smem, k_smem, v_smem, o_smem, lse_smem, factors_smem, mask_smem = smem
         wg = lax.axis_index("wg")
         count = schedule_ref[lax.axis_index("block"), 0] + 0
-        place = functools.partial(find_tile, schedule_ref, ranges_ref, heads=N, tiles=tiles)
+        find = functools.partial(find_tile, schedule_ref, heads=N, tiles=tiles)
+
+        def place(w):
+            b, n, t = find(w)
+            lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
+            return b, n, t, (lo, full_lo, full_hi, jnp.maximum(hi, lo + 1))  # one that sees no block masks all of one
 
         def work(w, done):
             """One tile; `done` counts the blocks of keys of those before it."""

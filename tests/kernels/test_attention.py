@@ -417,6 +417,7 @@ def test_columns_of_an_accumulator_stand_where_masks_take_them():
     pieces = importlib.import_module("pallas_kernels.attention.mosaic_gpu_pieces")
     layout = mgpu.WGMMA_LAYOUT
     held = registers(np.broadcast_to(np.arange(128), (64, 128)), layout)
+    held_rows = registers(np.broadcast_to(np.arange(64)[:, None], (64, 128)), layout)
     assert layout.registers_shape((64, 128)) == tuple(
         1 if i - held.ndim in (*layout.warp_dims, *layout.lane_dims, layout.vector_dim) else d
         for i, d in enumerate(held.shape)
@@ -424,6 +425,10 @@ def test_columns_of_an_accumulator_stand_where_masks_take_them():
     for at in np.ndindex(held.shape):
         lane = at[layout.lane_dims[0]] * held.shape[layout.lane_dims[1]] + at[layout.lane_dims[1]]
         assert held[at] == pieces.column(at, at[layout.vector_dim]) + lane % 4 * 2
+        warp = at[layout.warp_dims[0]]
+        assert held_rows[at] == warp * 16 + pieces.row(at) * 8 + lane // 4
+    starts = mgpu.WGMMA_ROW_LAYOUT
+    assert plgpu.Layout.WGMMA.reduce(1).to_mgpu() == starts and starts.registers_shape((64,)) == (1, 1, 2, 1, 1)
 
 
 def test_float8_says_what_it_cannot_do():
@@ -440,22 +445,21 @@ def test_float8_says_what_it_cannot_do():
 
 
 def test_every_tile_has_a_block(rng):
-    """Known tables: each tile once, long ones first, blocks that end at about the same time. Others: a tile a block."""
-    tiles = 40
-    for together in (1, 6):
-        ranges = np.sort(rng.integers(0, tiles, (1, tiles, 4)), axis=2).astype(np.int32)
-        cost = ranges[0, :, 3] - ranges[0, :, 0] + 1
-        dealt = schedule.deal(ranges, 2, 3, tiles, together)
-        done = [row[1 : 1 + row[0]] for row in dealt]
-        np.testing.assert_array_equal(np.sort(np.concatenate(done)), np.arange(6 * tiles))
-        costs = [cost[x % tiles] for x in done]
-        assert len(dealt) == schedule.SM_COUNT
-        assert together == 1 or all((np.diff(x) <= 0).all() for x in costs)
+    """Each tile once, long ones first, blocks that end at about the same time, where the table is known and where it is
+    made on the device: of one row or of one for each batch, few tiles or many."""
+    heads, (tiles, together) = 3, [(40, 1), (40, 6), (150, 3), (400, 1)][rng.integers(4)]
+    for rows, traced in ((1, False), (1, True), (2, True)):
+        ranges = np.sort(rng.integers(0, tiles, (rows, tiles, 4)), axis=2).astype(np.int32)
+        steps = ranges[..., 3] - ranges[..., 0]
+        dealt = schedule.deal(jnp.asarray(steps) if traced else steps, 2, heads, together)
+        assert isinstance(dealt, jax.Array) == traced and len(dealt) == schedule.SM_COUNT
+        done = [row[1 : 1 + row[0]] for row in np.asarray(dealt)]
+        np.testing.assert_array_equal(np.sort(np.concatenate(done)), np.arange(2 * heads * tiles))
+        costs = [steps[x // tiles // heads % rows, x % tiles] + 1 for x in done]
+        if together == 6:
+            assert all((np.diff(x) <= 0).all() for x in costs)
         sums = [x.sum() for x in costs]
-        assert max(sums) - min(sums) <= tiles + 1
-        dealt = schedule.deal(jnp.asarray(ranges), 2, 3, tiles, together)
-        assert (dealt[:, 0] == 1).all()
-        np.testing.assert_array_equal(np.sort(dealt[:, 1]), np.arange(6 * tiles))
+        assert max(sums) <= np.mean(sums) + tiles
 
 
 def test_mosaic_tpu_causal_documents(rng, monkeypatch):
