@@ -106,7 +106,8 @@ class Mask:
                 values = down[name]
             return lax.broadcast_in_dim(values, shape, [dim])
 
-        rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        rows = lambda: plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=layout)
         start_down, start_across = (q_start, kv_start) if q_dim == 0 else (kv_start, q_start)
         conditions = []
         left, right = self.options.window
@@ -116,7 +117,7 @@ class Mask:
             if "q_positions" in self.names:
                 ahead, of_keys = along("kv_positions", kv_dim) - along("q_positions", q_dim), True
             else:
-                ahead, of_keys = _columns(shape, start_across - start_down - rows), q_dim == 0
+                ahead, of_keys = _columns(shape, start_across - start_down - rows()), q_dim == 0
             far = down["window"] - 1 if "window" in down else None
             limits = [(left, False), (right, True), (far, False)]
             limits += [(far, True)] if right is None else []
@@ -127,9 +128,10 @@ class Mask:
             conditions.append(along("q_segment_ids", q_dim) == along("kv_segment_ids", kv_dim))
         elif self.ragged or not conditions:  # with nothing to hide only a ragged last block is not full
             if q_dim == 0:
-                conditions.append(_columns(shape, start_across + 0 * rows) < self.keys)
+                start = plgpu.layout_cast(jnp.full(shape[:1], start_across, jnp.int32), layout)
+                conditions.append(_columns(shape, start) < self.keys)
             else:
-                conditions.append(lax.broadcast_in_dim(start_down + rows, shape, [0]) < self.keys)
+                conditions.append(lax.broadcast_in_dim(start_down + rows(), shape, [0]) < self.keys)
         return functools.reduce(lambda x, y: x & y, conditions)
 
 

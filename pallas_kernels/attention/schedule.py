@@ -41,7 +41,7 @@ def _deal_unknown(steps: jax.Array, B: int, heads: int, together: int) -> jax.Ar
     """
     rows, tiles = steps.shape
     together = max(d for d in range(1, heads + 1) if heads % d == 0 and d <= together)
-    if together * tiles < 3 * SM_COUNT:  # too few to come out even: all batches and heads are one group
+    if 2 * together * tiles < 3 * SM_COUNT:  # too few to come out even: all batches and heads are one group
         steps, copies, groups = steps.reshape(1, -1), B * heads // rows, 1
         base = np.arange(copies)[:, None] * tiles
     else:
@@ -54,7 +54,7 @@ def _deal_unknown(steps: jax.Array, B: int, heads: int, together: int) -> jax.Ar
     lists: list[list[tuple[int, int]]] = [[] for _ in range(SM_COUNT)]
     for g in range(groups):
         row = g * copies // heads % len(steps)
-        for x, block in zip(place.tolist(), ((at + g * (SM_COUNT // groups)) % SM_COUNT).tolist()):
+        for x, block in zip(place.tolist(), ((at + g * max(1, SM_COUNT // groups)) % SM_COUNT).tolist()):
             rank, copy = divmod(x, copies)
             lists[block].append((row * steps.shape[1] + rank, int(base[copy, g])))
     most = max(map(len, lists))
