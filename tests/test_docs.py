@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxscale
 from jaxscale.config import ModelConfig
@@ -141,6 +142,10 @@ def test_the_kernels_page_traces():
         },
         "import ragged_dot, ": rows | {"group_sizes": rows["sizes"], "jnp": jnp},
         "import spread_rows": {"token": ints(16), "place": ints(8, 2), **zeros(x=(8, 64))},
+        "import ragged_all_to_all": {
+            **zeros(operand=(16, 64), output=(24, 64)),
+            **dict.fromkeys(("input_offsets", "send_sizes", "output_offsets", "recv_sizes"), ints(4)),
+        },
         "import QuantizedArray, ": zeros(x=(B, 256), dense=(256, 128)),
         'dense, "int4", group=128)  # dense [G': {**rows, "group_sizes": rows["sizes"], **zeros(dense=(2, 128, 64))},
         "import norm_rope, ": {**zeros(x=(B, T, N, H)), "scale": jnp.ones(H), "cos": jnp.ones((B, T, H // 2))},
@@ -150,7 +155,10 @@ def test_the_kernels_page_traces():
         [block] = [block for block in blocks("kernels") if mark in block]
         names |= found | ({"sin": found["cos"]} if "cos" in found else {})
         with jax.numpy_dtype_promotion("standard"):
-            jax.eval_shape(functools.partial(exec, compile(block, "docs/kernels.md", "exec"), names))
+            run = functools.partial(exec, compile(block, "docs/kernels.md", "exec"), names)
+            if "axis_name" in block:
+                run = jax.shard_map(run, mesh=jax.make_mesh((2,), ("ep",), devices=jax.devices()[:2]), out_specs=P())
+            jax.eval_shape(run)
     assert len(brings) == len(blocks("kernels"))
 
 

@@ -247,7 +247,7 @@ def share_of_a_host(hosts: int, top_k: int) -> float:
     return min(1.0, _SLACK * (1 - (1 - 1 / hosts) ** top_k))
 
 
-def room_for(pairs: int, experts: int) -> int:
+def room_for(pairs: float, experts: int) -> int:
     """How many pairs a device of so many experts has room for where an even load gives it `pairs`: experts whose loads
     differ by a third, each by itself, stay within three standard deviations. In eights, as kernels like."""
     return math.ceil(min(_SLACK, 1 + experts**-0.5) * pairs / 8) * 8
@@ -280,12 +280,14 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
         one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values)
         return level.psum_scatter(_in_rounds(one_round, rounds, here, x, weights, p))
     if way == "remote_copy":
-        most = level.size * n * min(K, mine)
-        room = min(most, room_for(pairs, mine))
-        traffic = expert_remote.make_traffic(call, level, experts)
+        block = expert_remote.block_of(pairs, call.num_experts)
+        most = level.size * (n * min(K, mine) + (block - 1) * min(n * K, mine)) // block
+        filled = room_for(pairs + expert_remote.filling(pairs, call.num_experts), mine)
+        room = min(most, filled // block)
+        traffic = expert_remote.make_traffic(call, level, block, experts)
         rounds = None if room == most else _rounds(traffic.arriving(), room)
         route = expert_remote.Route(EP, level.groups)
-        one_turn = functools.partial(expert_remote.one_turn, call, level, room, route)
+        one_turn = functools.partial(expert_remote.one_turn, call, level, block, room, route)
         return _in_rounds(one_turn, rounds, traffic, x, weights, p)
     most = n * min(K, mine)
     room = min(most, math.ceil(_SLACK * pairs / level.size))

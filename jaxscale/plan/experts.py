@@ -56,8 +56,11 @@ class Experts(NamedTuple):
             found.append(("reduce-scatter", axis, 3, 2 * size * tokens * row + pairs))
         if size > 1 and self.way == "all_to_all":
             found.append(exchange(axis, self.rows, 1))
-        if size > 1 and self.way == "remote_copy":  # nothing but what routing sends, and a weight with each row
-            sent = self.tokens * self.top_k * ((4 + again) * row + (2 + again) * expert_remote._WEIGHT)
+        if size > 1 and self.way == "remote_copy":  # what routing sends, and a weight for each row
+            pairs = self.tokens * self.top_k
+            weight = expert_remote._WEIGHT / expert_remote.block_of(pairs, self.experts)
+            sent = pairs + expert_remote.filling(pairs, self.experts)
+            sent *= (4 + again) * row + (2 + again) * weight
             found.append(("ragged-all-to-all", axis, 6 + 2 * again, sent))
             found.append(("all-gather", axis, 1 + again, (1 + again) * size * self.experts * 4))
         return found
@@ -91,8 +94,13 @@ def place_experts(
         way = expert.choose_inside(size, arriving / tokens, K, remote)
     n = arriving or tokens
     most, even = size * n * here, tokens * K
-    exchanged = math.ceil(expert._SLACK * even / size) * size
-    rows = min(most, exchanged if way == "all_to_all" else expert.room_for(even, moe.num_experts // ep))
+    if way == "all_to_all":
+        rows = math.ceil(expert._SLACK * even / size) * size
+    elif way == "remote_copy":
+        rows = expert.room_for(even + expert_remote.filling(even, moe.num_experts // hosts), moe.num_experts // ep)
+    else:
+        rows = expert.room_for(even, moe.num_experts // ep)
+    rows = min(most, rows)
     visitors = size * n if way == "all_gather" else n
     overflows = ((tokens,) if hosts > 1 and arriving < hosts * tokens else ()) + ((visitors,) if rows < most else ())
     overflows = overflows if ep > 1 else ()

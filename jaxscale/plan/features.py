@@ -76,6 +76,7 @@ FEATURES: Mapping[str, Feature] = {
     "head of its own": _model("head", tie_embeddings=False),
     "dispatch=all_gather": Feature("dispatch", {**_experts("", dispatch="all_gather").changes, "mesh": {"ep": 2}}),
     "dispatch=all_to_all": Feature("dispatch", {**_experts("", dispatch="all_to_all").changes, "mesh": {"ep": 2}}),
+    "dispatch=remote_copy": Feature("dispatch", {**_experts("", dispatch="remote_copy").changes, "mesh": {"ep": 2}}),
     "dispatch=two_level": Feature(
         "dispatch", {**_experts("", dispatch="two_level", ep_hosts=2).changes, "mesh": {"ep": 4}}
     ),

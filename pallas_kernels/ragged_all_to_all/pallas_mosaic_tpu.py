@@ -1,7 +1,8 @@
 """Remote copies between TPUs, written in Pallas: every run goes by one DMA straight into the receiver's memory.
 
-All runs are in flight at once, over all links, and nothing is padded: DMAs take sizes that only the device knows. A row
-lies as [words of 32 bits in lanes], so that rows begin where tiles do; XLA lays arrays out anew on both sides.
+All runs are in flight at once, over all links, and nothing is padded: DMAs take sizes that only the device knows. Rows
+must begin where tiles do: one of [8, D] is whole tiles; any other is laid out anew by XLA on both sides, in words of 32
+bits.
 
 Nobody writes before the receiver's array is there: all devices that exchange meet first, twice. Once is not enough: a
 device whose rows have come may be in the next call while another still waits here, and its signal for that call would
@@ -21,7 +22,7 @@ from jax.sharding import AxisType
 
 from pallas_kernels import _dispatch
 
-_LANES = 128
+_LANES, _SUBLANES = 128, 8
 _COLLECTIVE = 13  # which barrier: calls of one program follow each other, so one number does for all
 
 
@@ -38,16 +39,11 @@ def supported(operand) -> str | None:
 
 
 def ragged_all_to_all(operand: jax.Array, output, runs, over) -> jax.Array:
-    """output: [S, D], or S."""
-    D, dtype = operand.shape[1], operand.dtype
-    pack = 4 // dtype.itemsize
-    width = -(-D // (_LANES * pack)) * _LANES
-
-    def in_words(x):
-        return jnp.pad(x, ((0, 0), (0, width * pack - D))).reshape(x.shape[0], pack, width)
-
+    """output: [S, ...], or S."""
+    into, out_of = _layout(operand)
     rows = output if isinstance(output, int) else output.shape[0]
-    arrays = [in_words(operand)] + ([] if isinstance(output, int) else [in_words(output)])
+    arrays = [into(operand)] + ([] if isinstance(output, int) else [into(output)])
+    shape = rows, *arrays[0].shape[1:]
     groups = _groups(over)
     tables = over.index()[None], _peers(groups), *runs
     here = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -59,7 +55,7 @@ def ragged_all_to_all(operand: jax.Array, output, runs, over) -> jax.Array:
 
     out = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((rows, pack, width), dtype, manual_axis_type=jax.typeof(operand).mat),
+        out_shape=jax.ShapeDtypeStruct(shape, operand.dtype, manual_axis_type=jax.typeof(operand).mat),
         in_specs=[here] * len(tables) + [there] * len(arrays),
         out_specs=there,
         input_output_aliases={} if isinstance(output, int) else {len(tables) + 1: 0},
@@ -69,10 +65,25 @@ def ragged_all_to_all(operand: jax.Array, output, runs, over) -> jax.Array:
         metadata={  # for who counts a program's traffic: at most so much, from even loads
             "collective": "ragged-all-to-all",
             "replica_groups": json.dumps(groups.tolist()),
-            "bytes": str(min(rows, operand.shape[0]) * 4 * width),
+            "bytes": str(min(rows, operand.shape[0]) * math.prod(shape[1:]) * operand.dtype.itemsize),
         },
     )(*tables, *arrays)
-    return out.reshape(rows, pack * width)[:, :D]
+    return out_of(out)
+
+
+def _layout(operand):
+    """Two functions: from the operand's shape to one whose rows begin where tiles do, and back."""
+    if operand.ndim == 3 and operand.shape[1] % _SUBLANES == 0 and operand.shape[2] % _LANES == 0:
+        return lambda x: x, lambda x: x
+    D = math.prod(operand.shape[1:])
+    pack = 4 // operand.dtype.itemsize
+    width = -(-D // (_LANES * pack)) * _LANES
+
+    def into(x):
+        x = x.reshape(x.shape[0], D)
+        return jnp.pad(x, ((0, 0), (0, width * pack - D))).reshape(x.shape[0], pack, width)
+
+    return into, lambda x: x.reshape(x.shape[0], pack * width)[:, :D].reshape(x.shape[0], *operand.shape[1:])
 
 
 def _exchange(index, peers, starts, sizes, places, arriving, source, target, sent, came, second):

@@ -6,7 +6,7 @@ from jax import lax
 
 
 def ragged_all_to_all(operand: jax.Array, output, runs, over) -> jax.Array:
-    """output: [S, D], or S: rows that nobody writes are zeros."""
+    """output: [S, ...], or S: rows that nobody writes are zeros."""
     gather = lambda x: lax.all_gather(x, over.axis_name, axis_index_groups=over.groups)
     rows = output if isinstance(output, int) else output.shape[0]
     per = runs.send_sizes.shape[0] // over.size
@@ -16,7 +16,7 @@ def ragged_all_to_all(operand: jax.Array, output, runs, over) -> jax.Array:
     inside = (row >= here) & (row < here + sizes)
     run = inside.argmax(axis=1)
     source = run // per * operand.shape[0] + there[0, run] + row[:, 0] - here[0, run]
-    everything = gather(operand).reshape(-1, operand.shape[1])
+    everything = gather(operand).reshape(-1, *operand.shape[1:])
     got = jnp.take(everything, source, axis=0, mode="clip")
-    rest = jnp.zeros((), operand.dtype) if isinstance(output, int) else output
-    return jnp.where(inside.any(axis=1, keepdims=True), got, rest)
+    came = inside.any(axis=1).reshape(-1, *[1] * (operand.ndim - 1))
+    return jnp.where(came, got, jnp.zeros((), operand.dtype) if isinstance(output, int) else output)

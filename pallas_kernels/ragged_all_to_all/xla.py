@@ -14,9 +14,9 @@ def supported(operand) -> str | None:
 
 
 def ragged_all_to_all(operand: jax.Array, output, runs, over) -> jax.Array:
-    """output: [S, D], or S."""
+    """output: [S, ...], or S."""
     if isinstance(output, int):
-        output = jnp.zeros((output, operand.shape[1]), operand.dtype)
+        output = jnp.zeros((output, *operand.shape[1:]), operand.dtype)
         axes = tuple(sorted(jax.typeof(operand).mat.varying))
         output = lax.pcast(output, axes, to="varying") if axes else output
     return lax.ragged_all_to_all(operand, output, *runs, axis_name=over.axis_name, axis_index_groups=over.groups)

@@ -5,6 +5,7 @@ devices together, so that they meet first is not seen here.
 """
 
 import contextlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import ragged_all_to_all, ragged_all_to_all_implementation
 
 ALL = P(("data", "ep"))
-# mesh (data, ep), parts of ep that exchange among themselves, runs for each device, numbers in a row, dtype
+# mesh (data, ep), parts of ep that exchange among themselves, runs for each device, a row's numbers, dtype
 CASES = [
     ((4, 2), None, 3, 130, "float32"),
     ((2, 4), None, 2, 48, "bfloat16"),
     ((2, 4), ((0, 2), (3, 1)), 2, 7, "bfloat16"),
     ((1, 8), None, 1, 256, "int8"),
     ((2, 4), None, 1, 12, "float32"),
+    ((2, 4), None, 1, (8, 128), "bfloat16"),  # whole tiles
+    ((4, 2), None, 2, (3, 5), "float32"),
 ]
 
 
@@ -102,10 +105,12 @@ def exchange(groups, name, anything=False):
 
 
 def compare(rng, case, name):
-    shape, groups, per, width, dtype = case
+    shape, groups, per, row, dtype = case
+    row = row if isinstance(row, tuple) else (row,)
+    width = math.prod(row)
     sets = sets_of(shape, groups)
     runs, rows = deal(rng, sets, per, rng.random() < 0.3)
-    x, output = (rng.integers(-100, 100, (8, rows, width)) for _ in range(2))
+    x, output = (rng.integers(-100, 100, (8, rows, *row)) for _ in range(2))
     want = expected(x, output, runs, sets)
     with jax.set_mesh(over(shape)), interpreter(name):
         put = lambda a, dtype=jnp.int32: jax.device_put(jnp.asarray(a, dtype), ALL)
