@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import typing
@@ -38,6 +39,19 @@ def _require(cfg: Any, wanted: _Range, *names: str) -> None:
         if value is not None and not wanted.holds(value):
             usual = default is not dataclasses.MISSING and default not in (None, value)
             raise ValueError(f"{name}={value} must be {wanted.words}" + (f", such as {default}" if usual else ""))
+
+
+def _require_known(cfg: Any, *names: str) -> None:
+    """Refuses a configuration one of whose fields `names` is none of its type's Literals."""
+    hints = _type_hints(type(cfg))
+    for name in names:
+        value, known = getattr(cfg, name), typing.get_args(hints[name])
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, 1)
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}" + "".join(f"; {n}?" for n in near))
+
+
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +142,7 @@ class MoEConfig:
     dispatch_chunks: int = 1  # parts of a device's tokens, one travels while another is computed
 
     def __post_init__(self):
+        _require_known(self, "router", "activation", "dispatch")
         _require(self, _COUNT, "num_experts", "mlp_dim", "num_groups", "cosine_dim")
         _require(self, _COUNT, "balance_rows", "dispatch_chunks", "ep_hosts")
         _require(self, _NOT_NEGATIVE, "shared_dim", "first_dense", "num_zero", "num_copy", "num_constant")

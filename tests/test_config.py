@@ -51,6 +51,10 @@ def model(**changes):
             "longer than the model's max_seq_len",
         ),
         (lambda: TrainConfig(model=presets.tiny(), accum_steps=3), "batch_size=16 is not divisible by accum_steps=3"),
+        (
+            lambda: MoEConfig(num_experts=4, top_k=2, mlp_dim=8, dispatch="all-to-all"),  # pyright: ignore
+            "dispatch='all-to-all' is not one of auto, .*, two_level; all_to_all?",
+        ),
         (lambda: from_dict(ModelConfig, {"vocab_sise": 3}), "no field 'vocab_sise'; did you mean 'vocab_size'"),
         (lambda: from_dict(TrainConfig, {"data": {"seqlen": 3}}), "no field 'data.seqlen'; did you mean 'seq_len'"),
     ],

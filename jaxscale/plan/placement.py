@@ -232,8 +232,10 @@ def round_robin(num_layers: int, num_experts: int, num_devices: int) -> Placemen
 
 def _checked(trace: np.ndarray) -> np.ndarray:
     trace = np.asarray(trace)
-    if trace.ndim != 4 or trace.max(initial=-1) < 0:
-        raise ValueError(f"a trace is [L, B, T, K] of experts. Got shape {trace.shape}; make it with router_trace")
+    if trace.ndim != 4 or not np.issubdtype(trace.dtype, np.integer) or trace.max(initial=-1) < 0:
+        raise ValueError(
+            f"a trace is [L, B, T, K] of experts' numbers. Got {trace.dtype}{trace.shape}; make it with router_trace"
+        )
     return trace
 
 

@@ -119,6 +119,8 @@ def test_what_does_not_fit_is_said(rng):
     trace = rng.integers(0, 8, (2, 1, 5, 2))
     with pytest.raises(ValueError, match="num_experts=8 is not divisible by num_devices=3"):
         place(trace, num_experts=8, num_devices=3)
+    with pytest.raises(ValueError, match=r"of experts' numbers. Got float32\(2, 1, 5, 2\); make it with router_trace"):
+        place(trace.astype(np.float32), num_experts=8, num_devices=2)
     placement = place(trace, num_experts=8, num_devices=2)
     other = dataclasses.replace(CFG, num_layers=5)
     with pytest.raises(ValueError, match="2 layers of 8 experts but custom has 4 layers of 8"):
