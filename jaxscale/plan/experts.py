@@ -29,6 +29,8 @@ class Experts(NamedTuple):
         places, n = min(self.top_k, UNROLLED), self.arriving or self.tokens
         if self.way == "all_to_all":  # first each arrived pair's only place, then those of a token in the buffer
             return max(self.rows, n * places)
+        if self.way == "remote_copy":  # at home alone
+            return n * places
         return n * (self.ep // self.hosts) * places
 
     def kept_for_rounds(self, row: int) -> float:

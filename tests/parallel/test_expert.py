@@ -139,11 +139,11 @@ def test_in_chunks(rng):
         check(rng, "ep=4", "all_to_all", routing, length=7, chunks=3)
 
 
-@pytest.fixture(params=["rows", "blocks"])
-def copies(request, monkeypatch):
-    """Remote copies as if they ran here: what `ragged_all_to_all` runs on a CPU does the same."""
+@pytest.fixture
+def copies(rng, monkeypatch):
+    """Remote copies, by rows or in blocks, as if they ran here: `ragged_all_to_all` does the same on a CPU."""
     monkeypatch.setattr(expert_remote, "unless_remote", lambda x: None)
-    monkeypatch.setattr(expert_remote, "_LONG", 0 if request.param == "blocks" else 1000)
+    monkeypatch.setattr(expert_remote, "_LONG", rng.choice([0, 1000]))
     sharded.cache_clear()
     yield
     sharded.cache_clear()
@@ -158,8 +158,10 @@ def test_remote_copies_meet_every_routing(copies, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("long", [0, 1000])
 @pytest.mark.parametrize("mesh", REMOTE)
-def test_remote_copies_everywhere(mesh, copies, rng):
+def test_remote_copies_everywhere(mesh, long, copies, rng, monkeypatch):
+    monkeypatch.setattr(expert_remote, "_LONG", long)
     _remote(rng, mesh)
     check(rng, mesh, "remote_copy", "expert_choice", length=2, top_k=E)
     check(rng, mesh, "remote_copy", "one device", length=6, chunks=3)
@@ -174,8 +176,7 @@ def _remote(rng, mesh):
 def test_remote_copies_in_the_interpreter(rng, monkeypatch):
     """One mesh and one routing of many, values and gradients, without races; the interpreter knows no remat."""
     monkeypatch.setattr(jax, "checkpoint", lambda f: f)
-    monkeypatch.setattr(expert_remote, "_LONG", 0 if (blocks := rng.random() < 0.5) else 1000)
-    print("blocks" if blocks else "rows")
+    monkeypatch.setattr(expert_remote, "_LONG", rng.choice([0, 1000]))
     monkeypatch.setattr(expert_local, "ragged_dot", functools.partial(ragged_dot, implementation="xla"))
     monkeypatch.setattr(expert_local, "ragged_dots", functools.partial(ragged_dots, implementation="xla"))
     sharded.cache_clear()
