@@ -560,8 +560,7 @@ class _Step:
         # A layer computed again scatters what attention put out once more; the MLP's sum only where a norm follows it.
         sums = 4 if self.remat != "full" else 6 if self.model.post_norms else 5
         if not self.ends:  # sums that a stage cannot leave partial (jaxscale.sharding.partial_sums), as they compile
-            cuda = (2 * (mesh.fsdp > 1 or mesh.dp == 1), "all-gather")  # with replicas alone XLA finds them once
-            more, kind = {"cpu": (3, scatter), "cuda": cuda}.get(pod.platform, (0, scatter))
+            more, kind = {"cpu": (3, scatter), "cuda": (2, "all-gather")}.get(pod.platform, (0, scatter))
             add(kind, ("tp",), more * L, more * L * rows)
         add("reduce-scatter", ("tp",), ends, ends * rows)  # the embedding's, explicit in its shard_map
         add(scatter, ("tp",), sums * L + ends, ((sums - 1) * L + ends) * rows + L * into)
