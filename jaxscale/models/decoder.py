@@ -181,9 +181,10 @@ def _hidden(
     trace: bool = False,
 ):
     """As `hidden`, and what the routers of all layers did."""
-    if (cache is not None or trace) and (mesh := active_mesh()) is not None and mesh.shape["pp"] > 1:
+    stages = 1 if (mesh := active_mesh()) is None else mesh.shape["pp"]
+    if stages > 1 and (cache is not None or trace):
         what = "a cache" if cache is not None else "a trace of the routers"
-        raise ValueError(f"{what} takes no pipeline, and the mesh has pp={mesh.shape['pp']}; use one with pp=1")
+        raise ValueError(f"{what} takes no pipeline, and the mesh has pp={stages}; use one with pp=1")
     specs = param_specs(cfg)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
@@ -221,9 +222,9 @@ def _hidden(
             body = jax.checkpoint(body, policy=functools.partial(saveable, remat), prevent_cse=False)
         part = slice(start, start + count)
         stacked = params[name], indices[part], local[part]
-        if name == "layers":
+        if stages > 1 and name == "layers":
             carry, routing = over_pp.scan(body, carry, stacked, rows, pipeline)
-        else:  # too few for a stage each: where there are stages, each computes its share of the batch
+        else:  # those before the layers with experts too, of which each stage computes its share of the batch
             carry, routing = jax.lax.scan(functools.partial(body, rows), carry, stacked)
         start += count
     x, cache, _ = carry

@@ -3,11 +3,14 @@
     carry, out = scan(layer, carry, stacked, rows)      # lax.scan(layer) where pp is 1, which is its twin
 
 One program runs everywhere (shard_map, Manual over pp and dp: the other axes stay what they are inside of a stage, so
-that fsdp, tp, cp and ep work as without a pipeline; replicas, dp, add their gradients once at its end), and its gradient is the pipeline that runs backwards. Devices form
-a ring. With m micro-batches on p stages, each of which holds v chunks of layers (chunk c lies on stage c mod p), p
-micro-batches at a time go around v times, the next p right behind them (arXiv 2104.04473 calls this interleaved): after
-v m + p - 1 ticks of one chunk each all have passed, of which a stage idles p - 1. Between rounds nothing waits, so that
-no buffer holds what went around.
+that fsdp, tp, cp and ep work as without a pipeline; replicas, dp, add their gradients once at its end), and its
+gradient is the pipeline that runs backwards. Devices form a ring. With m micro-batches on p stages, each of which holds
+v chunks of layers (chunk c lies on stage c mod p), p micro-batches at a time go around v times, the next p right behind
+them (arXiv 2104.04473 calls this interleaved): after v m + p - 1 ticks of one chunk each all have passed, of which a
+stage idles p - 1. Between rounds nothing waits, so that no buffer holds what went around.
+
+What is kept for the gradient: with one chunk what each layer keeps (its remat) of each tick; the forward pass gathers
+the weights of a stage over fsdp once. With several what each tick was given, and the tick is computed again.
 
 Outside, the rows of the batch are split over pp as over dp: stages embed and score a share each, and hold a share of
 these tables. How rows come to the first stage and back from the last: each device's own go around the other way, one
@@ -65,7 +68,7 @@ def scan(layer: Layer, carry: Any, stacked: Any, rows: Any, pipeline: Pipeline |
         raise ValueError(f"{first.shape[0]} rows are not split over pp={size}; use a multiple of {mesh.size} rows")
     held = first.shape[0] // int(np.prod([mesh.shape[a] for a in axes_of(where)]))
     plan = resolve(pipeline or Pipeline(), size, depth, held)
-    deal = lambda x: _deal(x, _count(plan) // size)
+    deal = lambda x: _deal(x, count(plan) // size)
     with jax.named_scope("deal"):
         micro = jax.tree.map(deal, carry)
         everywhere = jax.tree.map(lambda x: _whole(deal(x), 0), rows)
@@ -96,16 +99,16 @@ def resolve(pipeline: Pipeline, size: int, depth: int, rows: int) -> Pipeline:
         fits = [n for n in range(1, depth // size + 1) if depth % (size * n) == 0]
         remedy = f"interleave in {fits}" if fits else f"pp in {[n for n in range(1, depth + 1) if depth % n == 0]}"
         raise ValueError(f"{depth} layers are not divisible by pp*interleave={chunks}; use {remedy}")
-    count = pipeline.micro_batches
-    if count is None:
-        count = size * max(n for n in range(1, min(rows, 4) + 1) if rows % n == 0)
+    micro = pipeline.micro_batches
+    if micro is None:
+        micro = size * max(n for n in range(1, min(rows, 4) + 1) if rows % n == 0)
     fits = [size * n for n in range(1, rows + 1) if rows % n == 0]
-    if count not in fits:
+    if micro not in fits:
         raise ValueError(
-            f"micro_batches={count} do not share out {rows * size} rows of each replica over pp={size}; use one of "
+            f"micro_batches={micro} do not share out {rows * size} rows of each replica over pp={size}; use one of "
             f"{fits}"
         )
-    return Pipeline(count, pipeline.interleave)
+    return Pipeline(micro, pipeline.interleave)
 
 
 def plan(mesh: MeshConfig, model: ModelConfig, batch_size: int, accum_steps: int = 1) -> Pipeline:
@@ -123,7 +126,7 @@ def plan(mesh: MeshConfig, model: ModelConfig, batch_size: int, accum_steps: int
 
 def ticks(pipeline: Pipeline, size: int) -> int:
     """How often a stage computes a chunk of its layers in a forward pass; size - 1 of them are idle."""
-    return pipeline.interleave * _count(pipeline) + size - 1
+    return pipeline.interleave * count(pipeline) + size - 1
 
 
 def bubble(pipeline: Pipeline, size: int) -> float:
@@ -131,7 +134,13 @@ def bubble(pipeline: Pipeline, size: int) -> float:
     return (size - 1) / ticks(pipeline, size)
 
 
-def _count(pipeline: Pipeline) -> int:
+def chunks_moved(size: int, interleave: int) -> int:
+    """How many chunks each stage sends to where they are computed with."""
+    return sum(any(s != d for s, d in perm) for _, _, perm in _exchanges(size, interleave))
+
+
+def count(pipeline: Pipeline) -> int:
+    """Of micro-batches, once it is resolved."""
     assert pipeline.micro_batches is not None, "resolve() says how many"
     return pipeline.micro_batches
 
@@ -142,7 +151,7 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
     micro: [1, K, b, ...], this device's own rows: of the micro-batches i with i mod p = stage, as K = m / p groups.
     rows: [p, K, b, ...], those of all micro-batches. stacked: [L / p, ...].
     """
-    v, K, (stage,) = plan.interleave, _count(plan) // size, stage
+    v, K, (stage,) = plan.interleave, count(plan) // size, stage
     micro = jax.tree.map(lambda x: x[0], micro)
     chunks = jax.tree.map(lambda x: _chunks(x, stage, size, v), stacked)
     around = _shift(size, 1)
@@ -187,7 +196,9 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
     (arrived, own, done, total), _ = lax.scan(tick, state, jnp.arange(last, dtype=jnp.int32))
     own = back(trade(last, arrived, own)[1])
     # A group is done when the next one has entered.
-    return jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own), jax.tree.map(lambda x: x[None], total)
+    return jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own), jax.tree.map(
+        lambda x: x[None], total
+    )
 
 
 def _chunks(x, stage, size: int, v: int):

@@ -6,7 +6,7 @@ compiler about one. The terms are those that compiled programs were seen to hold
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxscale.models.cache import CACHE, cache_shapes
 from jaxscale.parallel import context_cost
 from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context
+from jaxscale.parallel.pipeline import Pipeline
 from jaxscale.params import path_name, resolve_param
 from jaxscale.plan.experts import place_experts
 from jaxscale.plan.hardware import Pod, find_pod
@@ -131,33 +132,48 @@ def estimate(
     pod = find_pod(pod) if isinstance(pod, str) else pod
     mesh = mesh.fill(pod.num_devices)
     check(model, mesh, batch_size=batch_size, seq_len=seq_len, accum_steps=accum_steps)
-    if mesh.pp > 1:
-        raise NotImplementedError(f"mesh {mesh}: pipelines are not estimated here; use jaxscale.plan.pipeline, or pp=1")
     context = context_of(model, mesh, pod, batch_size=batch_size // accum_steps, seq_len=seq_len)
-    rows, tpu = batch_size // accum_steps, pod.platform == "tpu"
-    part = _Step(model, mesh, rows, seq_len, remat, loss_chunk, rules, context, pod.hardware, tpu)
-    memory = part.memory(pod, accum_steps)
+    make = functools.partial(_Step, model, mesh, seq_len=seq_len, remat=remat, loss_chunk=loss_chunk, rules=rules)
+    make = functools.partial(make, context=context, hw=pod.hardware, tpu=pod.platform == "tpu")
+    rows, pipeline = batch_size // accum_steps, None
+    parts = [(accum_steps, make(batch_size=rows))]  # what runs how often in a step
+    if mesh.pp > 1:
+        pipeline = over_pp.plan(mesh, model, batch_size, accum_steps)
+        micro = rows // over_pp.count(pipeline)
+        turns = accum_steps * over_pp.ticks(pipeline, mesh.pp)
+        parts = [(accum_steps, make(batch_size=rows, part="ends")), (turns, make(batch_size=micro, part="stage"))]
+    part = parts[-1][1]
+    memory = parts[0][1].memory(pod, accum_steps)
+    if pipeline is not None:
+        memory = _memory_of_stage(parts[0][1], part, pipeline, pod, accum_steps)
+    sent: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
+    for turns, one in parts:
+        for key, (count, size) in one.transfers(pod).items():
+            old = sent.get(key, (0.0, 0.0))
+            sent[key] = old[0] + turns * count, old[1] + turns * size
+    if pipeline is not None:
+        for key, (count, size) in _pipelined(part, pipeline, pod, accum_steps).items():
+            sent[key] = sent.get(key, (0.0, 0.0))[0] + count, sent.get(key, (0.0, 0.0))[1] + size
     transfers = tuple(
-        Transfer(
-            kind,
-            "+".join(axes),
-            count * accum_steps,
-            size * accum_steps,
-            _seconds(pod, part.shape_of(axes), kind, axes, count, size) * accum_steps,
-        )
-        for (kind, axes), (count, size) in part.transfers(pod).items()
+        Transfer(kind, "+".join(axes), round(count), size, _seconds(pod, part.shape_of(axes), kind, axes, count, size))
+        for (kind, axes), (count, size) in sent.items()
+        if count > 0
     )
-    matmul, attention = part.flops()
     hw = pod.hardware
     over_cp = part.over_cp(pod)
-    compute = accum_steps * (matmul + attention * over_cp.uneven / attention_rate(model)) / hw.flops
-    moved = accum_steps * part.activation_traffic() + part.state_traffic(memory, accum_steps)
+    compute = flops = moved = 0.0
+    for turns, one in parts:
+        matmul, attention = one.flops()
+        flops += turns * (matmul + attention)
+        compute += turns * (matmul + attention * over_cp.uneven / attention_rate(model)) / hw.flops
+        moved += turns * one.activation_traffic()
+    moved += parts[0][1].state_traffic(memory, accum_steps)
     # Nothing is hidden on two H200s (measured), nor on v5e and v5p (compiled steps hold synchronous collectives alone).
     # Steps compiled for tpu7x start them early: those of parameters are taken to be hidden, the best case.
     beside = [] if over_cp.exposed is None else [t for t in transfers if t.axes == "cp" and t.kind in BESIDE_ATTENTION]
     resting = [t for t in transfers if "tp" not in t.axes.split("+") and t not in beside]
     others = sum(t.seconds for t in transfers if t not in resting and t not in beside)
-    others += accum_steps * (over_cp.exposed or 0.0)
+    others += parts[-1][0] * (over_cp.exposed or 0.0)
     hidden = compute if pod.kind == "tpu7x" else 0.0
     return Estimate(
         mesh=mesh,
@@ -166,12 +182,59 @@ def estimate(
         accum_steps=accum_steps,
         memory=memory,
         transfers=transfers,
-        flops=accum_steps * (matmul + attention),
+        flops=flops,
         compute_seconds=compute,
         memory_seconds=moved / hw.memory_bandwidth,
         exposed_seconds=others + max(0.0, sum(t.seconds for t in resting) - hidden),
         model_flops=model.flops_per_token(seq_len) * batch_size * seq_len / pod.num_devices,
         tokens=batch_size * seq_len,
+    )
+
+
+def _pipelined(stage: "_Step", pipeline: Pipeline, pod: Pod, accum_steps: int) -> dict[Any, tuple[float, float]]:
+    """What a pipeline sends beside what its ticks and the ends do by themselves (jaxscale.parallel.pipeline)."""
+    size, v, ticks = stage.mesh.pp, pipeline.interleave, over_pp.ticks(pipeline, stage.mesh.pp)
+    row = stage.tokens / stage.mesh.tp * stage.model.embed_dim * stage.item
+    held = v * sum(leaf.held for leaf in stage.leaves)
+    # A micro-batch each way with each tick, forward and backward; chunks to where they are computed, gradients back.
+    moved = over_pp.chunks_moved(size, v)
+    found: dict[Any, tuple[float, float]] = {}
+    found["collective-permute", ("pp",)] = (4 * ticks + 2 + 2 * moved, (4 * ticks + 2) * row + 2 * moved * held / v)
+    if stage.mesh.dp > 1:
+        found["all-reduce", ("dp",)] = (1, held)
+    for leaf in stage.leaves:
+        if leaf.gathered:
+            # The forward pass gathers the weights of a stage once; with chunks each tick, computed again, a third time
+            # (XLA on CPU finds the second in it where remat is full).
+            again = leaf.matrix and (stage.remat != "full" or pod.platform != "cpu")
+            more = 1 - ticks if v == 1 else ticks * again
+            n, x = found.get(("all-gather", leaf.gathered), (0, 0.0))
+            found["all-gather", leaf.gathered] = n + more * leaf.depth, x + more * leaf.used
+    return {key: (accum_steps * n, accum_steps * x) for key, (n, x) in found.items()}
+
+
+def _memory_of_stage(ends: "_Step", stage: "_Step", pipeline: Pipeline, pod: Pod, accum_steps: int) -> Memory:
+    """Of a device in a pipeline: what each tick was given is kept by each of its layers, or, with chunks, once."""
+    v, ticks = pipeline.interleave, over_pp.ticks(pipeline, stage.mesh.pp)
+    stacked = v * sum(leaf.held for leaf in stage.leaves)
+    params = stacked + sum(leaf.held for leaf in ends.leaves)
+    first = sum(leaf.held for leaf in ends.leaves if leaf.depth)
+    each = stage.layers * stage.residuals(stage.remat) if v == 1 else stage.residuals("full")
+    # This device's own rows: as they go in and as they come back.
+    own = 2 * ends.tokens / ends.mesh.tp * ends.model.embed_dim * ends.item
+    (backward, _), (outside, loss) = stage.working(pod), ends.working(pod)
+    if v > 1:  # a tick computed again keeps what it would have kept
+        backward += stage.layers * stage.residuals(stage.remat)
+    # The forward pass gathers the weights of the stage before its first tick, where it has one chunk.
+    gathered = sum(leaf.used for leaf in stage.leaves if leaf.gathered) if v == 1 else 0.0
+    return Memory(
+        params=params,
+        optimizer=2 * params,
+        gradients=stacked + first + (params if accum_steps > 1 else 0.0),
+        residuals=ticks * each + ends.layers * ends.residuals(ends.remat) + own,
+        weights=v * stage.weights(pod) + ends.weights(pod),
+        working=max(backward, loss, gathered, outside if ends.layers else 0.0),
+        batch=4 * 4 * accum_steps * ends.rows * ends.seq_len / ends.mesh.cp,
     )
 
 
@@ -221,7 +284,7 @@ def _context_rates(model: ModelConfig, pod: Pod, mesh: MeshConfig) -> context_co
     )
 
 
-def _seconds(pod: Pod, shape: dict[str, int], kind: str, axes: tuple[str, ...], count: int, size: float) -> float:
+def _seconds(pod: Pod, shape: dict[str, int], kind: str, axes: tuple[str, ...], count: float, size: float) -> float:
     """alpha-beta: `count` collectives that carry `size` bytes in all."""
     wire = wire_bytes(kind, size / count, math.prod(shape[a] for a in axes))
     return count * pod.hardware.seconds(kind, wire, axes, shape)
@@ -236,6 +299,12 @@ class _Leaf(NamedTuple):
     held: float
     used: float
     gathered: tuple[str, ...]
+
+    def of_chunk(self, pp: int, interleave: int) -> "_Leaf":
+        """A stack's part in one of a stage's chunks of layers."""
+        depth, used = self.depth // (pp * interleave), self.used / (pp * interleave)
+        gathered = tuple(a for a in self.gathered if a != "pp")
+        return self._replace(depth=depth, held=self.held / interleave, used=used, gathered=gathered)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -269,13 +338,31 @@ class _OverCp(NamedTuple):
 
 
 class _Step:
-    """One micro-batch on one device. Sizes are bytes."""
+    """One micro-batch on one device. Sizes are bytes.
 
-    def __init__(self, model, mesh, batch_size, seq_len, remat, loss_chunk, rules, context=None, hw=None, tpu=False):
-        self.model, self.mesh, self.remat, self.rules, self.context = model, mesh, remat, rules, context
+    part: all of it; or what a device computes of it in one tick of a pipeline ("stage"), and outside ("ends").
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        mesh: MeshConfig,
+        batch_size: int,
+        seq_len: int,
+        remat: str,
+        loss_chunk: int,
+        rules: Rules,
+        context: Context | None = None,
+        hw: Any = None,
+        tpu: bool = False,
+        part: Literal["all", "stage", "ends"] = "all",
+    ):
+        self.model: Any = model
+        self.mesh, self.remat, self.rules, self.context = mesh, remat, rules, context
         self.sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
         self.item = jnp.dtype(model.dtype).itemsize
-        self.rows = batch_size // (mesh.dp * mesh.fsdp * mesh.ep)
+        self.batch_axes = ("dp", "fsdp", "ep") if part == "stage" else ("pp", "dp", "fsdp", "ep")
+        self.rows = batch_size // math.prod(self.sizes[a] for a in self.batch_axes)
         self.tokens = self.rows * seq_len // mesh.cp  # between the tp collectives
         gathered = context is None or context.strategy == "all_gather"
         self.keys = self.rows * seq_len if gathered else self.tokens  # that a device holds at once
@@ -287,6 +374,14 @@ class _Step:
         self.kv_dim = model.head_dim + (model.mla.value_dim if model.mla else model.head_dim)  # of a key and its value
         self.leaves = _leaves(model, mesh, rules)
         self.depth = max(leaf.depth for leaf in self.leaves)  # layers that are alike: all, or those with experts
+        self.layers, self.ends = model.num_layers, part != "stage"
+        if part == "ends":
+            self.layers -= self.depth
+            self.leaves = tuple(leaf for leaf in self.leaves if leaf.depth != self.depth)
+        elif part == "stage":
+            staged = (leaf for leaf in self.leaves if leaf.depth == self.depth)
+            self.leaves = tuple(leaf.of_chunk(mesh.pp, mesh.pp_interleave) for leaf in staged)
+            self.layers = self.depth = self.depth // (mesh.pp * mesh.pp_interleave)
         self.experts = None
         if model.moe is not None:
             hosts = model.moe.ep_hosts or (math.ceil(mesh.ep * mesh.cp * mesh.tp / hw.node) if hw else 1)
@@ -345,15 +440,32 @@ class _Step:
         return self.item * t * (2 * N * (H + m.value_dim) + ranks) + 8 * t / self.mesh.tp * ranks
 
     def memory(self, pod: Pod, accum_steps: int) -> Memory:
-        D, L = self.model.embed_dim, self.model.num_layers
         params = sum(leaf.held for leaf in self.leaves)
         stacked = sum(leaf.held for leaf in self.leaves if leaf.depth)
-        layer = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.depth == self.depth and leaf.matrix)
+        return Memory(
+            params=params,
+            optimizer=2 * params,
+            gradients=stacked + (params if accum_steps > 1 else 0.0),  # the stack is filled with zeros before the loss
+            residuals=self.layers * self.residuals(self.remat),
+            weights=self.weights(pod),
+            working=max(self.working(pod)),
+            batch=4 * 4 * accum_steps * self.rows * self.seq_len / self.mesh.cp,
+        )
+
+    def weights(self, pod: Pod) -> float:
+        """Parameters of layers in the computation's dtype, beside those that are computed with."""
+        stacked = sum(leaf.held for leaf in self.leaves if leaf.depth)
         halves = stacked * self.item / jnp.dtype(self.model.param_dtype).itemsize
         # XLA on TPU casts all layers before the loop; with remat none the casts are kept as residuals besides.
         weights = halves * ((pod.platform == "tpu") + (self.remat == "none"))
         if pod.platform == "cuda":  # XLA lays the stacks of experts out anew where a dim behind theirs is gathered
             weights += sum(leaf.held for leaf in self.leaves if leaf.experts and leaf.matrix and leaf.gathered)
+        return weights
+
+    def working(self, pod: Pod) -> tuple[float, float]:
+        """Held at once: by one layer's backward pass, and by the loss."""
+        D = self.model.embed_dim
+        layer = sum(leaf.used / leaf.depth for leaf in self.leaves if leaf.depth == self.depth and leaf.matrix)
         rows = self.tokens * D * self.item
         # The head's gradient is whole until the backward pass ends; the zeros that the embedding's gradient will be
         # added to are whole from the loss on (one table does for both where they are tied).
@@ -389,15 +501,7 @@ class _Step:
             backward = kept + 4 * rows + layer + head
             logits = self.loss_rows * self.vocab
             loss = max(head + 4 * logits, 2 * head + self.item * logits) + 3 * rows
-        return Memory(
-            params=params,
-            optimizer=2 * params,
-            gradients=stacked + (params if accum_steps > 1 else 0.0),  # the stack is filled with zeros before the loss
-            residuals=L * self.residuals(self.remat),
-            weights=weights,
-            working=max(backward, loss),
-            batch=4 * 4 * accum_steps * self.rows * self.seq_len / self.mesh.cp,
-        )
+        return backward, loss
 
     def activation_traffic(self) -> float:
         """Bytes that a micro-batch moves beside its matmuls and attention: elementwise work of the layers, which passes
@@ -407,7 +511,7 @@ class _Step:
             layer += HEAD_NORM_PASSES * self.tokens * (self.heads + self.kv_heads) * self.model.head_dim * 4
         logits = LOGIT_PASSES * self.tokens * self.vocab * 4
         cast = sum(leaf.used * (4 + self.item) / self.item for leaf in self.leaves if leaf.depth and leaf.matrix)
-        return self.model.num_layers * layer + logits + 2 * cast
+        return self.layers * layer + logits * self.ends + 2 * cast
 
     def state_traffic(self, memory: Memory, accum_steps: int) -> float:
         """Bytes that the update moves: the state read and written; gradients written, normed and read, and summed over
@@ -417,10 +521,11 @@ class _Step:
 
     def transfers(self, pod: Pod) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
         """(kind, axes) -> (how many, payload in all), of one micro-batch."""
-        L, mesh = self.model.num_layers, self.mesh
+        L, mesh, ends = self.layers, self.mesh, int(self.ends)
         found: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
         scatter = "reduce-scatter" if pod.hardware.scatters else "all-reduce"
-        rows_over = tuple(a for a in ("dp", "fsdp", "ep", "cp") if self.sizes[a] > 1)
+        summed = (*self.batch_axes, "cp") if self.ends else ("fsdp", "ep", "cp")  # in a stage, over dp at the end
+        rows_over = tuple(a for a in summed if self.sizes[a] > 1)
 
         def add(kind, axes, count, size):
             if math.prod(self.sizes[a] for a in axes) > 1 and count:
@@ -451,11 +556,14 @@ class _Step:
         into = rows  # what attention gathers over tp; of latent attention latents and the shared part of the keys
         if (m := self.model.mla) is not None:
             into = self.tokens * (m.kv_rank + m.rope_dim + (m.q_rank or self.model.embed_dim)) * self.item
-        add("all-gather", ("tp",), 6 * L + 2, (4 * L + 2) * rows + 2 * L * into)
+        add("all-gather", ("tp",), 6 * L + 2 * ends, (4 * L + 2 * ends) * rows + 2 * L * into)
         # A layer computed again scatters what attention put out once more; the MLP's sum only where a norm follows it.
         sums = 4 if self.remat != "full" else 6 if self.model.post_norms else 5
-        add("reduce-scatter", ("tp",), 1, rows)  # the embedding's, explicit in its shard_map
-        add(scatter, ("tp",), sums * L + 1, ((sums - 1) * L + 1) * rows + L * into)
+        if not self.ends:  # sums that a stage cannot leave partial (jaxscale.sharding.partial_sums), as they compile
+            more, kind = {"cpu": (3, scatter), "cuda": (2, "all-gather")}.get(pod.platform, (0, scatter))
+            add(kind, ("tp",), more * L, more * L * rows)
+        add("reduce-scatter", ("tp",), ends, ends * rows)  # the embedding's, explicit in its shard_map
+        add(scatter, ("tp",), sums * L + ends, ((sums - 1) * L + ends) * rows + L * into)
         if self.experts is not None:
             for kind, axis, count, size in self.experts.transfers(self.model.embed_dim * self.item, self.remat):
                 add(kind, (axis,), self.depth * count, self.depth * size)
@@ -488,10 +596,10 @@ class _Step:
             packed=True,
         )
 
-    def strategies(self, pod: Pod) -> list[tuple[CPStrategy, int | None, int]]:
+    def strategies(self, pod: Pod) -> list[tuple[CPStrategy, int | None, float]]:
         """(strategy, window, how many layers) of each kind of layer."""
-        local = sum(self.model.local_layers)
-        kinds = [(self.model.window, local), (None, self.model.num_layers - local)]
+        local = sum(self.model.local_layers) * self.layers / self.model.num_layers  # of a stage the mean
+        kinds = [(self.model.window, local), (None, self.layers - local)]
         strategy, layout = self.context or Context()
         found = []
         for window, count in kinds:
@@ -553,12 +661,15 @@ class _Step:
         met = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_routed * self.mesh.ep
         weights = [leaf for leaf in self.leaves if leaf.depth and leaf.matrix]
         layer = sum(leaf.used * (met if leaf.experts else 1.0) for leaf in weights) / self.item
-        again = self.remat == "full"
-        matmul = 2 * t * layer * (4 if again else 3)
-        matmul += 2 * t * self.vocab * model.embed_dim * (4 if self.looped_loss else 3)
+        once_more = 0 if self.ends or self.mesh.pp_interleave == 1 else 1  # ticks of chunks are computed again
+        again = (self.remat == "full") + once_more
+        matmul = 2 * t * layer * (3 + again)
+        matmul += self.ends * 2 * t * self.vocab * model.embed_dim * (4 if self.looped_loss else 3)
         half = self.seq_len / 2
         keys = sum(min(half, model.window or half) if local else half for local in model.local_layers)
+        keys *= self.layers / model.num_layers
         # For a query, a key it sees and a number of head_dim 2 FLOPs forward and 6 backward; of a value's dims 2 and 4.
         value = model.mla.value_dim if model.mla else model.head_dim
-        each = model.head_dim * (8 + 2 * (self.remat != "none")) + value * (6 + 2 * (self.remat != "none"))
+        again = (self.remat != "none") + once_more
+        each = model.head_dim * (8 + 2 * again) + value * (6 + 2 * again)
         return matmul, t * keys * self.heads * each

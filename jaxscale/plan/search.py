@@ -100,7 +100,9 @@ def search(
         )
     found = []
     for shape, remat in itertools.product(shapes, remats):
-        rows = batch_size // (shape.dp * shape.fsdp * shape.ep)
+        rows = batch_size // (shape.pp * shape.dp * shape.fsdp * shape.ep)
+        if shape.pp_micro_batches:  # of all rows of a step
+            rows = 1
         for accum_steps in (n for n in range(1, min(rows, MAX_MICRO_BATCHES) + 1) if rows % n == 0):
             found.append(
                 estimate(
@@ -137,29 +139,37 @@ def search(
 def meshes(model: ModelConfig, pod: Pod, *, batch_size: int, seq_len: int) -> Iterator[MeshConfig]:
     """Every mesh of the pod's devices that this model and batch divide over; tp stays within a host of GPUs.
 
-    ep for models with experts. Over cp the partitioner's gather, and what context_cost finds fastest beside it.
+    ep for models with experts. pp over hosts of GPUs, without cp. Over cp the partitioner's gather, and what
+    context_cost finds fastest beside it.
     """
     n = pod.num_devices
     most_tp = min(pod.hardware.node, 64) if pod.platform == "cuda" else 64
-    for tp, cp in itertools.product(_divisors(n), _divisors(n)):
-        if tp > most_tp or n % (tp * cp):
+    for pp, tp, cp in itertools.product(_stages(model, pod), _divisors(n), _divisors(n)):
+        if tp > most_tp or n % (pp * tp * cp) or (pp > 1 and cp > 1):
             continue
-        for fsdp, ep in itertools.product(
-            _divisors(n // (tp * cp)), _divisors(model.moe.num_experts if model.moe else 1)
-        ):
-            if n % (tp * cp * fsdp * ep):
+        left = n // (pp * tp * cp)
+        for fsdp, ep in itertools.product(_divisors(left), _divisors(model.moe.num_experts if model.moe else 1)):
+            if left % (fsdp * ep):
                 continue
-            mesh = MeshConfig(dp=n // (tp * cp * fsdp * ep), fsdp=fsdp, ep=ep, cp=cp, tp=tp)
+            mesh = MeshConfig(pp=pp, dp=left // (fsdp * ep), fsdp=fsdp, ep=ep, cp=cp, tp=tp)
             try:
                 check(model, mesh, batch_size=batch_size, seq_len=seq_len)
             except ValueError:
                 continue
             yield mesh
+            if pp > 1 and (single := batch_size // (mesh.dp * fsdp * ep)) > 4 * pp:  # as many as there are rows
+                yield dataclasses.replace(mesh, pp_micro_batches=min(single, MAX_MICRO_BATCHES // pp * pp))
             if cp > 1:
                 auto = dataclasses.replace(mesh, cp_strategy="auto", cp_layout="auto")
                 context = context_of(model, auto, pod, batch_size=batch_size, seq_len=seq_len)
                 if context is not None and context != Context():
                     yield dataclasses.replace(auto, cp_layout=context.layout)
+
+
+def _stages(model: ModelConfig, pod: Pod) -> list[int]:
+    """Numbers of stages worth a try: one, or such that each is whole hosts of GPUs, with slow links between."""
+    hosts = pod.num_devices // pod.hardware.node if pod.platform == "cuda" else 1
+    return [1, *(p for p in _divisors(max(hosts, 1)) if 1 < p <= model.num_layers)]
 
 
 def pareto(found: Sequence[Estimate]) -> Iterator[Estimate]:

@@ -230,3 +230,18 @@ def test_importing_the_planner_starts_no_backend():
         "assert not xla_bridge._backends"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_stages_where_rows_are_few_and_links_between_hosts_slow():
+    """Fewer bytes cross hosts between stages than weights; each stage is whole hosts, and idles in the seconds."""
+    few = {"batch_size": 32, "seq_len": 4096}
+    found = search(preset("llama3-70b"), "h200:16x8", **few)
+    assert found.best.mesh.pp > 1 and found.best.seconds < min(e.seconds for e in found.fitting if e.mesh.pp == 1)
+    assert {e.mesh.pp for e in found.fitting} <= {1, 2, 4, 8, 16}
+    seconds = [
+        estimate(preset("llama3-70b"), MeshConfig(pp=8, dp=2, tp=8, pp_micro_batches=m), "h200:16x8", **few).seconds
+        for m in (8, 16)
+    ]
+    # 15 ticks of two rows, 23 of one: what is computed in a tick scales with its rows, and little lies outside.
+    assert 1 < seconds[0] / seconds[1] < 15 * 2 / 23
+    assert all(mesh.pp == 1 for mesh in meshes(preset("llama3-8b"), find_pod("v5p:4x4x4"), batch_size=64, seq_len=4096))
