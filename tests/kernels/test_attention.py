@@ -286,6 +286,9 @@ def test_mosaic_gpu_stored_gradient_of_logits(rng, monkeypatch):
     _, blocks, *_ = found.shape(inputs)
     assert blocks == (3 if hidden.get("causal") else 5 if hidden else 6)  # of 2 x 3 blocks, counted on paper
     check(rng, "mosaic_gpu", 1, 200, 290, 2, 1, 64, 64, jnp.bfloat16, soft_cap=5.0, **hidden)
+    at = [jnp.arange(n, dtype=jnp.int32)[None] for n in (200, 290)]
+    given = inputs._replace(q_positions=at[0], kv_positions=at[1])  # as the models here do: what a plan counts on
+    assert stored.Stored.of(given, options) is None
     monkeypatch.setattr(stored, "_MOST_BYTES", 2 * 2 * blocks * 128 * 128 - 1)
     assert stored.Stored.of(inputs, options) is None
 
