@@ -31,6 +31,7 @@ class Config:
     stages_dkv: int = 2
     warpgroups_bwd: int = 2  # that compute, in a block of dq or of dk and dv
     split_dkv: bool = False  # dk and dv are made apart, since registers do not hold both
+    fused: bool = False  # dq, dk and dv are made in one kernel
 
 
 class Mask:

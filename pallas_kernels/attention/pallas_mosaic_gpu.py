@@ -6,7 +6,7 @@ after another: the next one's Q and first K and V arrive while this one's output
 stands in a small table, made before the kernel from whatever hides keys (causal, window, segments, positions): blocks
 outside of its range cost nothing, blocks inside of the full range are not masked.
 
-The backward kernels stand in pallas_mosaic_gpu_bwd.py.
+The backward kernels stand in pallas_mosaic_gpu_bwd.py, mosaic_gpu_fused.py and mosaic_gpu_stored.py.
 
 A kernel compiles only where its registers suffice; `Config` holds what a sweep found (benchmarks/attention).
 """
@@ -59,7 +59,7 @@ def tuned(H: int, Hv: int) -> Config:
     if max(H, Hv) > 128:
         return Config(block_kv=64, split_dkv=True)
     if max(H, Hv) == 64:
-        return Config(block_kv_dq=128, block_q_dkv=128)
+        return Config(block_q_dkv=128, fused=True)
     return Config(stages_dq=3, stages_dkv=3)
 
 
