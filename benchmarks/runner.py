@@ -144,20 +144,20 @@ def status(results) -> int:
 # Numbers.
 
 
-def measure(run, *args, rounds: int = 9) -> tuple[float, float]:
+def measure(run, *args, rounds: int = 9, seconds: float = 0.05) -> tuple[float, float]:
     """(median milliseconds of a call, seconds that compiling took). A round is calls issued back to back, as many as
-    take 50 ms, so that waiting for the last one costs nothing; on a CPU it is one call, since simulated devices stop
-    where collectives of several calls meet."""
+    take `seconds`, so that waiting for the last one costs nothing; on a CPU it is one call, since simulated devices
+    stop where collectives of several calls meet."""
     import jax
     import numpy as np
 
     start = time.perf_counter()
     compiled = run if isinstance(run, jax.stages.Compiled) else jax.jit(run).lower(*args).compile()
-    seconds = time.perf_counter() - start
+    compiling = time.perf_counter() - start
     jax.block_until_ready(compiled(*args))
     start = time.perf_counter()
     jax.block_until_ready(compiled(*args))
-    calls = int(np.clip(0.05 / (time.perf_counter() - start), 2, 64)) if jax.default_backend() != "cpu" else 1
+    calls = int(np.clip(seconds / (time.perf_counter() - start), 2, 64)) if jax.default_backend() != "cpu" else 1
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -165,7 +165,7 @@ def measure(run, *args, rounds: int = 9) -> tuple[float, float]:
             out = compiled(*args)
         jax.block_until_ready(out)
         times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times)) * 1e3, seconds
+    return float(np.median(times)) * 1e3, compiling
 
 
 def measure_torch(f, rounds: int = 9) -> float:

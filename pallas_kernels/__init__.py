@@ -4,6 +4,7 @@ from pallas_kernels.attention.api import attention, attention_backward, attentio
 from pallas_kernels.attention.float8 import attention_float8
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
 from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
+from pallas_kernels.peer_rows.api import collect_at_home, peer_rows_implementation, spread_from_peers
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from pallas_kernels.ragged_all_to_all.api import ragged_all_to_all, ragged_all_to_all_implementation
@@ -16,10 +17,12 @@ __all__ = [
     "attention_backward",
     "attention_float8",
     "attention_implementation",
+    "collect_at_home",
     "decode_attention",
     "decode_attention_implementation",
     "norm_rope",
     "norm_rope_implementation",
+    "peer_rows_implementation",
     "quantize_array",
     "quantized_matmul",
     "quantized_matmul_implementation",
@@ -28,6 +31,7 @@ __all__ = [
     "ragged_dot",
     "ragged_dot_implementation",
     "ragged_dots",
+    "spread_from_peers",
     "spread_rows",
     "spread_rows_implementation",
 ]

@@ -3,6 +3,8 @@
 Each device holds E/ep experts and the tokens of its rows. Four ways bring them together:
 
 - all_gather: every token visits every device of ep; what its experts there return is summed as it is scattered back.
+  Where kernels reach the peers' memory (`pallas_kernels.spread_from_peers`), nothing is gathered: they read and write
+  there what they spread and sum.
   Best for few devices, or where most tokens have an expert on most of them.
 - all_to_all: each (token, expert) pair travels to the expert's device and back, in buffers of `_SLACK` times an even
   share.
@@ -14,7 +16,8 @@ Each device holds E/ep experts and the tokens of its rows. Four ways bring them 
   once for an expert, in few large messages (as in 2DH of Tutel, arXiv 2206.03382, and DeepSeek-V3, arXiv 2412.19437).
 
 Routing that does not fit into the buffers is dealt with in several rounds, and memory stays that of an even load. Those
-of all_gather send nothing, so each device has its own number; of the others all devices see how many.
+of all_gather send nothing, so each device has its own number (unless kernels reach the peers' memory); of the others
+all devices see how many.
 Without a mesh each function is its single-device twin.
 """
 
@@ -26,6 +29,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -34,6 +38,7 @@ from jaxscale.parallel import expert_remote
 from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local
 from jaxscale.parallel.permute import Places, Sorted, collect, merge_sorted, sort_pairs, spread
 from jaxscale.sharding import (
+    ROUTED,
     active_mesh,
     axes_of,
     axis_sizes,
@@ -45,6 +50,7 @@ from jaxscale.sharding import (
     partitions,
     shard_map,
 )
+from pallas_kernels import peer_rows_implementation
 from sharding_rules.hlo import SELDOM
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
@@ -270,11 +276,18 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
     n, K = experts.shape
     mine = call.num_experts // level.size
     if way == "all_gather":
-        x = level.all_gather(x)
-        here = _gathered_pairs(level, mine, among(experts, call.num_experts).reshape(-1), x)
-        weights = level.all_gather(weights)
         most = level.size * n * min(K, mine)
         room = min(most, room_for(pairs, mine))
+        key = among(experts, call.num_experts).reshape(-1)
+        weights = checkpoint_name(level.all_gather(weights), ROUTED)
+        if level.groups is None and reads_peers(x, jax.ShapeDtypeStruct((level.size * n, K), jnp.int32), level.size):
+            # Their kernels wait for each other, so each device has as many rounds as the one with most pairs.
+            here, most_pairs = _gathered_pairs(level, mine, key, None)
+            rounds = None if room == most else -(-most_pairs // room)
+            one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values, axis=EP)
+            return _in_rounds(one_round, rounds, here, x, weights, p)
+        x = level.all_gather(x)
+        here, _ = _gathered_pairs(level, mine, key, x)
         # Its own number of rounds for each device: they send nothing.
         rounds = None if room == most else -(-here[1].starts[-1] // room)
         one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values)
@@ -297,20 +310,28 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
     return _in_rounds(functools.partial(_exchanged, call, level, room), rounds, (experts, boxes), x, weights, p)
 
 
+def reads_peers(x, place, devices: int) -> bool:
+    """Whether tokens travel inside the kernels that spread and collect them."""
+    return peer_rows_implementation(x, place, devices) == "mosaic_gpu"
+
+
 def _gathered_pairs(level: _Level, mine: int, key, x):
-    """`pairs_here` of all devices' pairs. Each sorts its own, while tokens (x) travel.
+    """`pairs_here` of all devices' pairs; how many the device with most of them has. Each sorts its own, while tokens
+    (x, where they are gathered) travel.
 
     Numbers wait for x: the scheduler has one transfer at a time, and the long one may run beside the router and the
     sort (in the program compiled for two H200s it does).
     """
     ordered = sort_pairs(key, mine * level.size)
     numbers = jnp.concatenate([key, ordered.place, ordered.starts])
-    numbers, _ = lax.optimization_barrier((numbers, lax.stop_gradient(x)))
+    if x is not None:
+        numbers, _ = lax.optimization_barrier((numbers, lax.stop_gradient(x)))
     m, first = len(key), level.index() * mine
     key, place, starts = jnp.split(level.all_gather(numbers[None]), [m, 2 * m], axis=1)
-    local = among(key - first, mine)
+    local = checkpoint_name(among(key - first, mine), ROUTED)
     here = merge_sorted(local, place, lax.dynamic_slice_in_dim(starts, first, mine + 1, axis=1))
-    return local.reshape(-1), here
+    most = jnp.diff(starts.sum(axis=0)[::mine]).max()
+    return (local.reshape(-1), here), checkpoint_name(most, ROUTED)
 
 
 def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, p):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale.layers import act
-from jaxscale.parallel.permute import Sorted, collect, sort_pairs, spread
+from jaxscale.parallel.permute import Sorted, collect, collect_over, sort_pairs, spread, spread_over
 from pallas_kernels import ragged_dot, ragged_dots
 from pallas_kernels.ragged_dot import gated
 
@@ -42,19 +42,24 @@ def pairs_here(experts, p, first: Any) -> tuple[Any, Sorted]:
     return local, sort_pairs(local, here)
 
 
-def apply_pairs(call: Call, rows: int, start: Any, here: tuple[Any, Sorted], x, weights, p):
+def apply_pairs(call: Call, rows: int, start: Any, here: tuple[Any, Sorted], x, weights, p, *, axis: str | None = None):
     """`experts_local` of those pairs that are number start..start + rows - 1 in the order of `pairs_here`.
 
     Each expert's rows lie together in that order, for a grouped matmul.
+
+    axis: over whose devices tokens travel. The pairs and weights are then those of all its tokens, x this device's.
     """
+    move, back = spread, collect
+    if axis is not None:
+        move, back = functools.partial(spread_over, axis), functools.partial(collect_over, axis)
     local, pairs = here
     K = weights.shape[1]
     tokens, single = pairs.expand(rows, K, start)
     group = local[jnp.minimum(single.token, len(local) - 1)]
-    h, w = spread(x, tokens), spread(weights.reshape(-1, 1), single)
+    h, w = move(x, tokens), spread(weights.reshape(-1, 1), single)
     sizes = jnp.diff(jnp.clip(pairs.starts - start, 0, rows))
     y = expert_mlp(call, h, w, sizes, jnp.minimum(group, p["w_up"].shape[0] - 1), p)
-    return collect(y, tokens).astype(x.dtype)
+    return back(y, tokens).astype(x.dtype)
 
 
 def expert_mlp(call: Call, h, w, sizes, group, p):

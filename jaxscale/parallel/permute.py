@@ -7,6 +7,7 @@ Left to itself XLA adds rows up one by one (a scatter-add) where a gather finds 
 registers: the sum has one order, so results repeat bit by bit.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from jaxscale.sharding import ROUTED
-from pallas_kernels import spread_rows
+from pallas_kernels import collect_at_home, spread_from_peers, spread_rows
 
 _ONE_NUMBER = 2**31  # int32
 UNROLLED = 16  # places of a token whose sum is written out
@@ -123,3 +124,31 @@ def _collect_bwd(residuals, grad):
 
 spread.defvjp(_spread_fwd, _spread_bwd)
 collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+# The same over the devices of a mesh axis, whose tokens stand one after the other in the places: x and the sums are
+# those of this device. Every device of the axis must call them as often.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def spread_over(axis: str, x: Array, places: Places) -> Array:
+    """[n, D] -> [R, D]."""
+    return spread_from_peers(x, places.token, places.place, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def collect_over(axis: str, y: Array, places: Places) -> Array:
+    """[R, D] -> [n, D] in y's dtype."""
+    return collect_at_home(y, places.place, axis)
+
+
+def _spread_over_bwd(axis, places, grad):
+    return collect_over(axis, grad, places), None
+
+
+def _collect_over_bwd(axis, places, grad):
+    return spread_over(axis, grad, places), None
+
+
+spread_over.defvjp(lambda axis, x, places: (spread_over(axis, x, places), places), _spread_over_bwd)
+collect_over.defvjp(lambda axis, y, places: (collect_over(axis, y, places), places), _collect_over_bwd)

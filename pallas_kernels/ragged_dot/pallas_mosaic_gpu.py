@@ -225,7 +225,8 @@ def _grouped(
             _set_registers(c, 24)
 
             def one_tile(i, done):
-                group, start, column, _, _, steps = tile(i)
+                group, start, column, _, end, steps = tile(i)
+                units = lax.div(end - start + UNIT - 1, jnp.int32(UNIT))
 
                 def copy(k, slot):
                     for i, (lhs_ref, matrices) in enumerate(operands):
@@ -238,10 +239,17 @@ def _grouped(
                 def copy_term(lhs_ref, matrices, k, slot):
                     step = pl.ds(pl.multiple_of(k * UNIT, UNIT), UNIT)
                     columns = pl.ds(pl.multiple_of(column, width), width)
-                    for w in range(c.warpgroups):
-                        rows = pl.ds(pl.multiple_of(start + w * c.rows, ALIGN), c.rows)
-                        a = a_smem.at[slot, pl.ds(w * c.rows, c.rows)]
-                        plgpu.copy_gmem_to_smem(lhs_ref.at[rows, step], a, full.at[slot])
+                    for at in range(0, c.warpgroups * c.rows, c.rows):
+                        # Units of the group alone: blocks together are close to what L2 can read.
+                        mine = jnp.clip(units - at // UNIT, 0, c.rows // UNIT)
+                        pl.when(mine == 0)(lambda: plgpu.barrier_arrive(full.at[slot]))
+                        for height in range(UNIT, c.rows + 1, UNIT):
+
+                            @pl.when(mine == height // UNIT)
+                            def _(at=at, height=height):
+                                rows = lhs_ref.at[pl.ds(pl.multiple_of(start + at, ALIGN), height), step]
+                                plgpu.copy_gmem_to_smem(rows, a_smem.at[slot, pl.ds(at, height)], full.at[slot])
+
                     for i, rhs_ref in enumerate(matrices):
                         b = rhs_ref.at[group, columns, step] if transposed else rhs_ref.at[group, step, columns]
                         plgpu.copy_gmem_to_smem(b, b_smem.at[slot, i], full.at[slot])
@@ -266,7 +274,10 @@ def _grouped(
 def contraction(
     lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype, *, config: Config | None = None
 ) -> jax.Array:
-    """[G, K, N]: lhs.T @ grad over the rows of each group."""
+    """[G, K, N]: lhs.T @ grad over the rows of each group.
+
+    Of the rows that neighbours share a step with, those of lhs are masked: inf or nan in grad may reach the neighbour.
+    """
     return _contraction(lhs, grad, group_sizes, dtype, c=config or tuned(lhs.shape[1], grad.shape[1]))
 
 
@@ -280,7 +291,7 @@ def _contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype,
     down, across = -(-K // (c.warpgroups * c.rows)), -(-N // c.columns)
     share = c.columns // c.warpgroups  # columns of grad that a warpgroup masks
 
-    def kernel(lhs_ref, grad_ref, ranges_ref, out_ref, a_smem, b_smem, store_smem, full, free, masked):
+    def kernel(lhs_ref, grad_ref, ranges_ref, used_ref, out_ref, a_smem, b_smem, store_smem, full, free, masked):
         wg = lax.axis_index("wg")
 
         def tile(i):
@@ -305,19 +316,24 @@ def _contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype,
 
                     @pl.when((at < begin) | (at + UNIT > end))
                     def _():
-                        # Both sides: what stands there may be nan.
-                        mine = [a_smem.at[slot, wg, :, pl.ds(x, UNIT)] for x in range(0, c.rows, UNIT)]
-                        for x in range(0, share, UNIT):
-                            where = pl.multiple_of(wg * share + x, UNIT)
-                            mine.append(b_smem.at[slot, :, pl.ds(where, UNIT)])
                         index = plgpu.broadcasted_iota(jnp.int32, (UNIT, UNIT), 0, layout=plgpu.Layout.WGMMA) + at
-                        for ref in mine:
+
+                        def zero(ref):
                             values = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
                             own = (index >= begin) & (index < end)
                             ref[...] = jnp.where(own, values, jnp.zeros((), values.dtype))
+
+                        for x in range(0, c.rows, UNIT):
+                            zero(a_smem.at[slot, wg, :, pl.ds(x, UNIT)])
                         plgpu.commit_smem()
-                        plgpu.barrier_arrive(masked)
-                        plgpu.barrier_wait(masked)
+
+                        @pl.when(at + UNIT > used_ref[0])  # past the groups may be nan: both sides
+                        def _():
+                            for x in range(0, share, UNIT):
+                                zero(b_smem.at[slot, :, pl.ds(pl.multiple_of(wg * share + x, UNIT), UNIT)])
+                            plgpu.commit_smem()
+                            plgpu.barrier_arrive(masked)
+                            plgpu.barrier_wait(masked)
 
                 def step(slot, acc_ref):
                     plgpu.wgmma(acc_ref, a_smem.at[slot, wg].transpose((1, 0)), b_smem.at[slot])
@@ -358,7 +374,7 @@ def _contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype,
         plgpu.Barrier(num_arrivals=c.warpgroups),
     )
     out = jax.ShapeDtypeStruct((G, K, N), dtype)
-    return _call(c, kernel, "ragged_contraction", out, scratch, (lhs, grad, ranges))
+    return _call(c, kernel, "ragged_contraction", out, scratch, (lhs, grad, ranges, ends[-1:]))
 
 
 # Pieces.

@@ -17,7 +17,7 @@ from benchmarks.moe import devices, layer
 from jaxscale.config import MeshConfig, MoEConfig
 from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models.routing import route
-from jaxscale.parallel import chunks, expert_local, expert_remote
+from jaxscale.parallel import chunks, expert, expert_local, expert_remote
 from jaxscale.parallel.chunks import fastest_chunks
 from jaxscale.parallel.expert import apply_experts, choose, gather_experts, remote_cost
 from jaxscale.params import ParamSpec, constant
@@ -127,6 +127,23 @@ def test_every_routing(mesh, dispatch, rng):
         check(rng, mesh, dispatch, routing)
     if mesh != "ep=4":  # compiled again for E experts a token
         check(rng, mesh, dispatch, "expert_choice", length=3, top_k=E)
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """Tokens travel as where kernels read peers' memory, by collectives: the kernels run on GPUs alone."""
+    monkeypatch.setattr(expert, "reads_peers", lambda x, place, devices: True)
+    sharded.cache_clear()
+    yield
+    sharded.cache_clear()
+
+
+@pytest.mark.usefixtures("peers")
+def test_rows_of_peers(rng):
+    """All routings on a mesh drawn from three; crowds on one device are several rounds of all of them."""
+    mesh = ("ep=2", "ep=4", "ep=8")[rng.integers(3)]
+    for routing in ROUTINGS + [r for r in ROUTERS if r != "expert_choice"]:
+        check(rng, mesh, "all_gather", routing, length=6)
 
 
 @pytest.mark.parametrize(("mesh", "dispatch"), [("fsdp=2,ep=2,tp=2", "all_to_all"), ("ep=2,cp=2,tp=2", "all_gather")])
