@@ -76,7 +76,7 @@ def generate(
         rest = dataclasses.replace(rules, params=staying.PARAMS) if coherent else rules
         params = jax.device_put(params, place(params, decoder.param_specs(cfg), mesh, rest))
     if _copied_by_xla(params) and not coherent:
-        params = unstack(params, join=mesh is None or mesh.shape["tp"] == 1)
+        params = unstack(params, join=mesh is None or mesh.shape["tp"] == 1, interleave=mesh is None)
     # Rows without a prompt fill the batch up, so that it divides over the mesh.
     split = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rules.compute.get("batch", ()))
     tokens, lengths = _pad(rows, _round_up(len(rows), split))

@@ -107,7 +107,7 @@ def _parts(w: QuantizedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """q [N, K] of 0 to 15, integer zero points [N, G], float16 scales [G, N]."""
     if w.ndim != 2 or w.values.dtype != jnp.int4 or w.values.shape[1] % 8 or w.values.shape[0] % 8:
         raise ValueError(f"this layout holds matrices of int4 whose sizes are multiples of 8. Got {w.format} {w.shape}")
-    q = np.asarray(w.values).astype(np.int32) + ZERO
+    q = np.asarray(w.natural().values).astype(np.int32) + ZERO
     s = np.asarray(w.scales, np.float32)
     zero = np.full_like(s, ZERO)
     if w.unsigned:

@@ -4,6 +4,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxscale.config import ModelConfig
@@ -15,7 +16,7 @@ from sharding_rules.rules import MEGATRON_FSDP, Rules
 Cache = dict[str, Array]
 CacheFormat = Literal["int8", "float8_e4m3fn", "int4"]
 CACHE = (None, "batch", "seq", "kv_heads", None)
-PAGE = 64  # slots that decode_attention reads at a time
+STEP = 64  # slots that decode_attention reads at a time
 KERNELS = ("mosaic_gpu",)  # of its implementations those that are faster here than attention over all slots
 
 
@@ -122,35 +123,41 @@ def read(cache: Array, index: Array, rules: Rules) -> tuple[Array, Array]:
 def pages_fit(cache: Cache, q: Array) -> bool:
     """Whether `attend` has a kernel for queries [B, T, N, H] over this cache, here."""
     mesh = active_mesh()
-    if "k" not in cache or q.shape[1] > MAX_QUERIES or cache["k"].shape[2] % PAGE:
+    if "k" not in cache or q.shape[1] > MAX_QUERIES or cache["k"].shape[2] % STEP:
         return False
     if mesh is not None:  # each device must hold whole heads of both, and all slots
         split = [axes_of(partitions(x)[d : d + 1]) for x, d in ((q, 2), (cache["k"], 3))]
         if split[0] != split[1] or partitions(cache["k"])[2] is not None:
             return False
-    B, S = cache["k"].shape[1:3]
+    B = cache["k"].shape[1]
     new = jax.ShapeDtypeStruct
     k, v, scales = jax.eval_shape(_pages, {name: new(x.shape, x.dtype) for name, x in cache.items()})
-    ints = new((B, S // PAGE), jnp.int32), new((B,), jnp.int32)
+    ints = new((B, 1), jnp.int32), new((B,), jnp.int32)
     return decode_attention_implementation(new(q.shape, q.dtype), k, v, *ints, **scales) in KERNELS
 
 
 def attend(
-    cache: Cache, q: Array, index: Array, positions: Array, rules: Rules, *, sinks: Array | None = None, **options: Any
+    cache: Cache,
+    q: Array,
+    index: Array,
+    positions: Array,
+    rules: Rules,
+    *,
+    sinks: Array | None = None,
+    **options: Any,
 ) -> Array:
     """Attention of queries [B, T, N, H], the last T tokens of each row, to layer `index`; their keys are in the cache.
 
-    The cache of all layers is read where it lies, as pages of `PAGE` slots; a page table picks the layer's.
+    The cache of all layers is read where it lies: a row of a layer is a page, and the layer says which is the first.
     """
     positions = constrain(positions, ("batch", None), rules)
 
     def attend_local(q, cache, index, positions, sinks):
-        B, S = cache["k"].shape[1:3]
         k, v, scales = _pages(cache)
-        row = index * B + jnp.arange(B, dtype=jnp.int32)[:, None]
-        table = row * (S // PAGE) + jnp.arange(S // PAGE, dtype=jnp.int32)[None]
+        table = jnp.asarray(np.arange(q.shape[0], dtype=np.int32)[:, None])  # a constant, where an iota is a kernel
+        first = index * jnp.int32(q.shape[0])
         lengths = positions[:, -1] + 1
-        return decode_attention(q, k, v, table, lengths, sinks=sinks, **scales, **options)
+        return decode_attention(q, k, v, table, lengths, sinks=sinks, first_page=first, **scales, **options)
 
     if active_mesh() is not None:
         q = constrain(q, ("batch", None, "q_heads", None), rules)
@@ -161,8 +168,8 @@ def attend(
 
 
 def _pages(cache: Cache) -> tuple[Array, Array, dict[str, Array]]:
-    """Keys and values of all layers [P, PAGE, K, H], and the scales [P, PAGE, K] of a rounded cache."""
-    pages = {name: x.reshape(-1, PAGE, *x.shape[3:]) for name, x in cache.items()}
+    """Keys and values of all layers [L * B, S, K, H], and the scales [L * B, S, K] of a rounded cache."""
+    pages = {name: x.reshape(-1, *x.shape[2:]) for name, x in cache.items()}
     scales = {f"{n}_scales": pages[_scale(n)][..., 0] for n in ("k", "v") if _scale(n) in pages}
     return pages["k"], pages["v"], scales
 

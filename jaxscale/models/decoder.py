@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxscale.config import ModelConfig
@@ -215,7 +216,7 @@ def _hidden(
         if isinstance(params[name], tuple):  # as `unstacked` lays them out: to generate, nothing else is returned
             body = jax.jit(body)
             for i, p in enumerate(params[name], start):
-                carry, _ = body(rows, carry, (p, indices[i], local[i]))
+                carry, _ = body(rows, carry, (p, np.int32(i), local[i]))  # constant: no kernel computes from it
             start += count
             continue
         if remat != "none" or active_mesh() is not None:

@@ -35,6 +35,7 @@ def save_quantized(params: Any, path: str | Path) -> None:
         if not isinstance(w, QuantizedArray):
             tensors[name] = np.ascontiguousarray(w)
             continue
+        w = w.natural()
         meta[name] = {
             "dtype": jnp.dtype(w.values.dtype).name,
             "shape": w.values.shape,

@@ -36,6 +36,7 @@ def decode_attention(
     soft_cap: float | None = None,
     scale: float | None = None,
     sinks: jax.Array | None = None,
+    first_page: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Exact softmax attention of the last one to eight tokens of each sequence to a paged key-value cache.
@@ -58,6 +59,7 @@ def decode_attention(
       soft_cap: bounds the logits.
       scale: of the logits; H ** -0.5 by default.
       sinks: [N] floating: one more key per head with that logit and a value of zero.
+      first_page: int32 []: the page that the table counts from, 0 by default. So all layers of a model share a table.
       implementation: a key of `BACKENDS`: "mosaic_gpu", "xla", "reference"; None takes the first that can run the call
         here.
 
@@ -68,7 +70,7 @@ def decode_attention(
       ValueError: shapes or dtypes that disagree, an unknown implementation.
       NotImplementedError: the named implementation cannot run this call.
     """
-    arrays = q, k_pages, v_pages, page_table, lengths, k_scales, v_scales, sinks
+    arrays = q, k_pages, v_pages, page_table, lengths, k_scales, v_scales, sinks, first_page
     inputs, options = _check(Inputs(*arrays), window, soft_cap, scale)
     module, function = BACKENDS[_choose(inputs, options, implementation)]
     return getattr(importlib.import_module(module), function)(unify_vma(inputs), options)
@@ -87,10 +89,11 @@ def decode_attention_implementation(
     soft_cap=None,
     scale=None,
     sinks=None,
+    first_page=None,
     implementation=None,
 ) -> str:
     """The backend that `decode_attention` runs for the same arguments, here; arrays may be jax.ShapeDtypeStruct."""
-    arrays = q, k_pages, v_pages, page_table, lengths, k_scales, v_scales, sinks
+    arrays = q, k_pages, v_pages, page_table, lengths, k_scales, v_scales, sinks, first_page
     return _choose(*_check(Inputs(*arrays), window, soft_cap, scale), implementation)
 
 
@@ -105,7 +108,7 @@ def _choose(inputs: Inputs, options: Options, implementation: str | None) -> str
 
 def _check(inputs: Inputs, window, soft_cap, scale) -> tuple[Inputs, Options]:
     """Every check of the public function's input."""
-    q, k, v, table, lengths, k_scales, v_scales, sinks = inputs
+    q, k, v, table, lengths, k_scales, v_scales, sinks, first_page = inputs
     shapes = f"q {q.shape}, k_pages {k.shape}, v_pages {v.shape}, page_table {table.shape}, lengths {lengths.shape}"
     if not (len(q.shape) == len(k.shape) == len(v.shape) == 4) or len(table.shape) != 2 or len(lengths.shape) != 1:
         raise ValueError(
@@ -143,6 +146,8 @@ def _check(inputs: Inputs, window, soft_cap, scale) -> tuple[Inputs, Options]:
             raise ValueError(f"decode_attention: {name} must be {must}. Got {x.dtype} {x.shape}")
     if sinks is not None and (sinks.shape != (N,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
         raise ValueError(f"decode_attention: sinks must be floating [N={N}]. Got {sinks.dtype} {sinks.shape}")
+    if first_page is not None and (first_page.shape != () or first_page.dtype != jnp.int32):
+        raise ValueError(f"decode_attention: first_page must be int32 []. Got {first_page.dtype} {first_page.shape}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"decode_attention: soft_cap must be positive, or None. Got {soft_cap}")
     if window is not None and window < 1:

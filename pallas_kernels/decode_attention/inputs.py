@@ -18,6 +18,7 @@ class Inputs(NamedTuple):
     k_scales: jax.Array | None = None  # [P, K] or [P, page, K] float32
     v_scales: jax.Array | None = None
     sinks: jax.Array | None = None  # [N]
+    first_page: jax.Array | None = None  # [] int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Options:
     window: int | None
     scale: float
     soft_cap: float | None
+
+
+def placed(inputs: Inputs) -> Inputs:
+    """The same call with the pages' own numbers in its table."""
+    if inputs.first_page is None:
+        return inputs
+    return inputs._replace(page_table=inputs.page_table + inputs.first_page[None, None], first_page=None)
 
 
 def bounded_lengths(inputs: Inputs) -> jax.Array:

@@ -11,7 +11,6 @@ bit by bit.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, scales_of_tokens
+from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, placed, scales_of_tokens
+from pallas_kernels.decode_attention.mosaic_gpu_pieces import LOG2E, ROWS, SM_COUNT, TILE, iota, mma, tiled
+from pallas_kernels.decode_attention.pallas_mosaic_gpu_short import decode_attention_short, fits
 from pallas_kernels.decode_attention.schedule import Schedule, make_schedule
 
-_LOG2E = math.log2(math.e)
-_ROWS = 64  # a wgmma is 64 rows high
-_TILE = 64  # keys
 _WIDTH = 64  # columns that a block merges
 _UNROLL = 4  # parts that it reads at a time
-_SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Config:
 
     workers: int = 2  # in a block; one block runs on a multiprocessor
     stages: int = 2  # tiles in flight for each worker
-    blocks: int = _SM_COUNT
+    blocks: int = SM_COUNT
     together: bool = True  # workers side by side read the heads of the same pages at about the same time
 
     def lanes(self, items: int) -> int:
@@ -71,8 +68,8 @@ def supported(inputs: Inputs, options: Options) -> str | None:
     if pages != q and (H, Hv) != (128, 128):
         return f"takes pages of 8 bits at head_dim 128. Got {H} and {Hv}"
     page = inputs.k_pages.shape[1]
-    if not (page % _TILE == 0 or (_TILE % page == 0 and page >= 8)):
-        return f"takes pages of 8, 16, 32 tokens or a multiple of {_TILE}. Got {page}"
+    if not (page % TILE == 0 or (TILE % page == 0 and page >= 8)):
+        return f"takes pages of 8, 16, 32 tokens or a multiple of {TILE}. Got {page}"
     if options.scale <= 0:
         return f"takes a positive scale. Got {options.scale}"
     return None
@@ -80,20 +77,23 @@ def supported(inputs: Inputs, options: Options) -> str | None:
 
 def decode_attention_mosaic_gpu(inputs: Inputs, options: Options, config: Config | None = None) -> jax.Array:
     """[B, T, N, Hv] in q's dtype."""
+    if config is None and fits(inputs):
+        return decode_attention_short(inputs, options)
+    inputs = placed(inputs)
     B, T, N, H = inputs.q.shape
     K, Hv = inputs.v_pages.shape[2:]
     G = N // K
     config = config or tuned(H, Hv, inputs.k_pages.dtype.itemsize)
     # Queries of one kv head, token by token, in blocks of at most 64 rows.
     q = inputs.q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
-    rows = min(-(-T * G // 8) * 8, _ROWS)
+    rows = min(-(-T * G // 8) * 8, ROWS)
     blocks = -(-T * G // rows)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * rows - T * G), (0, 0))).reshape(B, K * blocks, rows, H)
     if inputs.k_pages.dtype == jnp.float8_e4m3fn:  # one instruction makes it float16; int8 goes to bfloat16 as fast
         q = q.astype(jnp.float16)
     lanes = config.lanes(K * blocks)
     groups = config.blocks * config.workers // lanes
-    schedule = make_schedule(bounded_lengths(inputs), T, K * blocks // lanes, _TILE, options.window, groups)
+    schedule = make_schedule(bounded_lengths(inputs), T, K * blocks // lanes, TILE, options.window, groups)
     parts, lse = _parts(q, inputs, options, config, schedule, G)
     out = _merge(parts, lse, _sink_rows(inputs, T, blocks, rows), schedule, lanes, q.shape[:2], inputs.q.dtype)
     out = out.reshape(B, K, blocks * rows, Hv)[:, :, : T * G]
@@ -108,12 +108,12 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
     dtype, pages_dtype = q.dtype, inputs.k_pages.dtype
     quantized = pages_dtype != dtype
     pairs, stages = config.workers, config.stages
-    copies = max(1, _TILE // page)  # pages in a tile
+    copies = max(1, TILE // page)  # pages in a tile
     blocks = items // K
     lanes = config.lanes(items)
     groups = config.blocks * pairs // lanes
     turns = items // lanes  # items of a sequence that one worker does one after another
-    c = options.scale * _LOG2E
+    c = options.scale * LOG2E
     scales = _scales(inputs) if quantized else ()
     of_tokens = _of_tokens(inputs)
 
@@ -147,9 +147,9 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
 
             def keep(length, item, j):
                 """Which keys of tile j each row sees."""
-                key = _iota((_ROWS, _TILE), 1) + j * _TILE
+                key = iota((ROWS, TILE), 1) + j * TILE
                 if T > 1:
-                    row = _iota((_ROWS, _TILE), 0) + lax.rem(item, jnp.int32(blocks)) * rows
+                    row = iota((ROWS, TILE), 0) + lax.rem(item, jnp.int32(blocks)) * rows
                     ahead = key - (length - T) - lax.div(row, jnp.full_like(row, G))
                 else:
                     ahead = key - (length - 1)
@@ -160,23 +160,23 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 """What the keys and values of each page of tile j are multiplied with."""
                 if of_tokens:
                     return ()
-                first = lax.div(j * _TILE, jnp.int32(page))
+                first = lax.div(j * TILE, jnp.int32(page))
                 at = [jnp.minimum(first + x, ref.shape[2] - 1) for ref in scale_refs[:1] for x in range(copies)]
                 return tuple(tuple(ref[b, head, x] for x in at) for ref in scale_refs[:2])
 
             def token_factors(which, b, head, j):
                 """What each key or value of tile j is multiplied with; called early, since reading takes long."""
-                at = scale_refs[which].at[b, head, pl.ds(j * _TILE, _TILE)]
+                at = scale_refs[which].at[b, head, pl.ds(j * TILE, TILE)]
                 return plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
             def columns(factors):
                 """One number for all keys of a tile, or one for each column."""
                 if of_tokens:
-                    return lax.broadcast_in_dim(factors, (_ROWS, _TILE), [1])
+                    return lax.broadcast_in_dim(factors, (ROWS, TILE), [1])
                 if copies == 1:
                     return factors[0]
-                column = _iota((_ROWS, _TILE), 1)
-                result = plgpu.layout_cast(jnp.full((_ROWS, _TILE), factors[-1]), plgpu.Layout.WGMMA)
+                column = iota((ROWS, TILE), 1)
+                result = plgpu.layout_cast(jnp.full((ROWS, TILE), factors[-1]), plgpu.Layout.WGMMA)
                 for x in reversed(range(copies - 1)):
                     result = jnp.where(column < (x + 1) * page, factors[x], result)
                 return result
@@ -186,11 +186,11 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 head = lax.div(item, jnp.int32(blocks))
                 q = q_smem.at[pair]
                 plgpu.copy_gmem_to_smem(q_ref.at[b, item], q.at[pl.ds(0, rows)], q_barriers.at[pair])
-                full_hi = jnp.clip(lax.div(jnp.maximum(length - T + 1, 0), jnp.int32(_TILE)), lo, hi)
+                full_hi = jnp.clip(lax.div(jnp.maximum(length - T + 1, 0), jnp.int32(TILE)), lo, hi)
                 full_lo = lo
                 if options.window is not None:
                     seen_by_all = jnp.maximum(length - options.window, 0)
-                    full_lo = jnp.clip(lax.div(seen_by_all + _TILE - 1, jnp.int32(_TILE)), lo, full_hi)
+                    full_lo = jnp.clip(lax.div(seen_by_all + TILE - 1, jnp.int32(TILE)), lo, full_hi)
 
                 def softmax(s, m, l, scale, j, masked):
                     if quantized:
@@ -204,11 +204,11 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                     alpha = jnp.exp2(m - shift)
                     p = jnp.exp2(s * c - lax.broadcast_in_dim(shift, s.shape, [0]))
-                    return p, m_new, l * alpha + p.sum(axis=1), lax.broadcast_in_dim(alpha, (_ROWS, Hv), [0])
+                    return p, m_new, l * alpha + p.sum(axis=1), lax.broadcast_in_dim(alpha, (ROWS, Hv), [0])
 
                 def owned(values, j):
                     """Zeros past a sequence's end, where nan may stand, which 0 * nan would pass on."""
-                    return jnp.where(_iota(values.shape, 0) + j * _TILE < length, values, jnp.zeros((), dtype))
+                    return jnp.where(iota(values.shape, 0) + j * TILE < length, values, jnp.zeros((), dtype))
 
                 def step(j, carry, masked):
                     acc, m, l = carry
@@ -220,14 +220,14 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                         plgpu.wgmma(s_ref, q, k.transpose((1, 0)))
                         return s_ref[...]
 
-                    s = pl.run_scoped(qk, plgpu.ACC((_ROWS, _TILE), jnp.float32))
+                    s = pl.run_scoped(qk, plgpu.ACC((ROWS, TILE), jnp.float32))
                     plgpu.barrier_arrive(k_free.at[pair, slot])
                     p, m, l, alpha = softmax(s, m, l, None, j, masked)
                     plgpu.barrier_wait(v_full.at[pair, slot])
                     if masked:
                         v[...] = owned(plgpu.load(v, layout=plgpu.Layout.WGMMA), j)
                         plgpu.commit_smem()
-                    acc = _mma(acc * alpha, p.astype(dtype), v)
+                    acc = mma(acc * alpha, p.astype(dtype), v)
                     plgpu.barrier_arrive(v_free.at[pair, slot])
                     return acc, m, l
 
@@ -253,25 +253,25 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                         of_values = token_factors(1, b, head, j) if of_tokens else scales[1]
                         p, m_new, l_new, alpha = softmax(s, m, l, of_keys, j, masked)
                         p = (p * columns(of_values)).astype(dtype)
-                        new_acc = _mma(acc * alpha, p, wide_v, *acc_ref)
+                        new_acc = mma(acc * alpha, p, wide_v, *acc_ref)
                         pl.when(j + 1 < hi)(lambda: widen(k_full, k_free, k_smem, wide_k, j + 1))
                         return acc_ref[0][...] if acc_ref else new_acc, m_new, l_new
 
-                    accs = [] if _dispatch.interpreted("gpu") else [plgpu.ACC((_ROWS, Hv), jnp.float32)]
-                    block = plgpu.ACC((_ROWS, _TILE), jnp.float32)
+                    accs = [] if _dispatch.interpreted("gpu") else [plgpu.ACC((ROWS, Hv), jnp.float32)]
+                    block = plgpu.ACC((ROWS, TILE), jnp.float32)
                     return *pl.run_scoped(products, block, *accs), following
 
                 zero = lambda layout, shape, x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
                 carry = (
-                    zero(plgpu.Layout.WGMMA, (_ROWS, Hv), 0.0),
-                    zero(reduced, (_ROWS,), -math.inf),
-                    zero(reduced, (_ROWS,), 0.0),
+                    zero(plgpu.Layout.WGMMA, (ROWS, Hv), 0.0),
+                    zero(reduced, (ROWS,), -math.inf),
+                    zero(reduced, (ROWS,), 0.0),
                 )
                 plgpu.barrier_wait(q_barriers.at[pair])
                 run = step
                 if quantized:
                     run, carry = widening_step, (*carry, factors(b, head, lo))
-                    wide_k, wide_v = (wide.at[pair, pl.ds(x, _TILE)] for x in (0, _TILE))
+                    wide_k, wide_v = (wide.at[pair, pl.ds(x, TILE)] for x in (0, TILE))
                     pl.when(lo < hi)(lambda: widen(k_full, k_free, k_smem, wide_k, lo))
                 if options.window is not None:
                     carry = lax.fori_loop(lo, full_lo, functools.partial(run, masked=True), carry)
@@ -305,15 +305,15 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 last_page = lax.div(jnp.maximum(length - 1, 0), jnp.int32(page))
 
                 def pages(j):
-                    at = lax.div(j * _TILE, jnp.int32(page))
+                    at = lax.div(j * TILE, jnp.int32(page))
                     return tuple(table_ref[b, jnp.minimum(at + x, last_page)] + 0 for x in range(copies))
 
                 def step(j, indices):
                     at = done + j - lo
                     slot = lax.rem(at, jnp.int32(stages))
                     following = pages(j + 1)  # read while this step waits
-                    size = _TILE // copies
-                    within = pl.ds(pl.multiple_of(lax.rem(j * _TILE, jnp.int32(page)), size), size)
+                    size = TILE // copies
+                    within = pl.ds(pl.multiple_of(lax.rem(j * TILE, jnp.int32(page)), size), size)
                     for free, full, ref, buffer in ((k_free, k_full, k_ref, k_smem), (v_free, v_full, v_ref, v_smem)):
                         pl.when(at >= stages)(lambda free=free: plgpu.barrier_wait(free.at[pair, slot]))
                         for x, index in enumerate(indices):
@@ -332,18 +332,18 @@ def _parts(q, inputs: Inputs, options: Options, config: Config, schedule: Schedu
                 for free in (k_free, v_free):
                     pl.when(at >= stages)(lambda free=free, slot=slot: plgpu.barrier_wait(free.at[pair, slot]))
 
-    count = (B * turns + groups) * lanes + -(-_ROWS // rows)  # the merge reads 64 rows at a time
-    leaving = _tiled((pairs, _ROWS, Hv), jnp.float32)
+    count = (B * turns + groups) * lanes + -(-ROWS // rows)  # the merge reads 64 rows at a time
+    leaving = tiled((pairs, ROWS, Hv), jnp.float32)
     if quantized:  # what leaves at the end of a part lies where keys and values were widened
         # A worker's share of both is equally large and starts at the same place, so workers do not meet.
-        assert _ROWS * Hv * 4 == 2 * _TILE * H * 2
-        leaving = plgpu.RefUnion(leaving, _tiled((pairs, 2 * _TILE, H), dtype))
+        assert ROWS * Hv * 4 == 2 * TILE * H * 2
+        leaving = plgpu.RefUnion(leaving, tiled((pairs, 2 * TILE, H), dtype))
     smem = (
-        _tiled((pairs, _ROWS, H), dtype),
-        _tiled((pairs, stages, _TILE, H), pages_dtype),
-        _tiled((pairs, stages, _TILE, Hv), pages_dtype),
+        tiled((pairs, ROWS, H), dtype),
+        tiled((pairs, stages, TILE, H), pages_dtype),
+        tiled((pairs, stages, TILE, Hv), pages_dtype),
         leaving,
-        plgpu.SMEM((pairs, _ROWS), jnp.float32),
+        plgpu.SMEM((pairs, ROWS), jnp.float32),
     )
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=(pairs, stages))
     free = plgpu.Barrier(num_barriers=(pairs, stages))
@@ -372,7 +372,7 @@ def _merge(parts, lse, sinks, schedule: Schedule, lanes: int, shape: tuple[int, 
     B, items = shape
     _, rows, Hv = parts.shape
     turns, tall = items // lanes, lanes * rows
-    height = max(x for x in range(8, _ROWS + 1, 8) if tall % x == 0)
+    height = max(x for x in range(8, ROWS + 1, 8) if tall % x == 0)
     given = sinks is not None
     sinks = [sinks] if given else []
     flat = parts.reshape(-1, Hv), lse.reshape(-1)
@@ -388,7 +388,7 @@ def _merge(parts, lse, sinks, schedule: Schedule, lanes: int, shape: tuple[int, 
         stop = jnp.where(tiles > 0, lax.div(begin + tiles + chunk - 1, chunk), start)
         reduced = plgpu.Layout.WGMMA.reduce(1)
         load = functools.partial(plgpu.load, optimized=False)
-        across = lambda x: lax.broadcast_in_dim(x, (_ROWS, _WIDTH), [0])
+        across = lambda x: lax.broadcast_in_dim(x, (ROWS, _WIDTH), [0])
 
         def step(i, carry):
             """Several parts at a time, for their reads take long; beyond the last one it again, without weight."""
@@ -396,7 +396,7 @@ def _merge(parts, lse, sinks, schedule: Schedule, lanes: int, shape: tuple[int, 
             values, weights = [], []
             for x in range(_UNROLL):
                 group = start + i * _UNROLL + x
-                at = pl.ds((item + jnp.minimum(group, stop - 1)) * tall + row, _ROWS)
+                at = pl.ds((item + jnp.minimum(group, stop - 1)) * tall + row, ROWS)
                 values.append(load(parts_ref.at[at, columns], layout=plgpu.Layout.WGMMA))
                 weight = load(lse_ref.at[at], layout=reduced)
                 weights.append(weight + jnp.where(group < stop, 0.0, -jnp.inf))
@@ -409,12 +409,12 @@ def _merge(parts, lse, sinks, schedule: Schedule, lanes: int, shape: tuple[int, 
                 acc, l = acc + value * across(weight), l + weight
             return acc, m_new, l
 
-        zero = lambda x: plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), reduced)
+        zero = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), reduced)
         m, l = zero(-math.inf), zero(0.0)
         if given:
-            m = load(sink_refs[0].at[pl.ds(turn * tall + row, _ROWS)], layout=reduced) * _LOG2E
+            m = load(sink_refs[0].at[pl.ds(turn * tall + row, ROWS)], layout=reduced) * LOG2E
             l = jnp.where(m == -jnp.inf, 0.0, 1.0)
-        acc = plgpu.layout_cast(jnp.full((_ROWS, _WIDTH), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+        acc = plgpu.layout_cast(jnp.full((ROWS, _WIDTH), 0.0, jnp.float32), plgpu.Layout.WGMMA)
         steps = lax.div(stop - start + _UNROLL - 1, jnp.int32(_UNROLL))
         acc, _, l = lax.fori_loop(0, steps, step, (acc, m, l))
         seen = l > 0.0
@@ -428,7 +428,7 @@ def _merge(parts, lse, sinks, schedule: Schedule, lanes: int, shape: tuple[int, 
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((B * items * rows, Hv), dtype),
-        scratch_types=(_tiled((_ROWS, _WIDTH), dtype),),
+        scratch_types=(tiled((ROWS, _WIDTH), dtype),),
         grid=(B * turns, tall // height, Hv // _WIDTH),
         grid_names=("item", "rows", "columns"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -447,7 +447,7 @@ def _sink_rows(inputs: Inputs, T: int, blocks: int, rows: int) -> jax.Array | No
     K = inputs.k_pages.shape[2]
     sinks = jnp.tile(inputs.sinks.astype(jnp.float32).reshape(K, 1, -1), (1, T, 1)).reshape(K, -1)
     sinks = jnp.pad(sinks, ((0, 0), (0, blocks * rows - sinks.shape[1])))
-    return jnp.pad(sinks.reshape(-1), (0, _ROWS))
+    return jnp.pad(sinks.reshape(-1), (0, ROWS))
 
 
 def _of_tokens(inputs: Inputs) -> bool:
@@ -473,7 +473,7 @@ def _scales(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
         else:
             scales = scales.at[inputs.page_table].get(mode="clip").swapaxes(1, 2)
         scales = jnp.where(used[:, None], scales, 0.0)  # what stands behind a sequence's end may be nan
-        return jnp.pad(scales, ((0, 0), (0, 0), (0, -count % _TILE if of_tokens else 0)))  # whole tiles are read
+        return jnp.pad(scales, ((0, 0), (0, 0), (0, -count % TILE if of_tokens else 0)))  # whole tiles are read
 
     v = in_order(inputs.v_scales)
     largest = jnp.max(jnp.abs(v), axis=2)
@@ -486,30 +486,6 @@ def _widen(ref, dtype) -> jax.Array:
     x = plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
     x = plgpu.layout_cast(x, plgpu.Layout.WGMMA)
     return x.astype(dtype)
-
-
-def _iota(shape, dim: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
-
-
-def _mma(acc: jax.Array, a: jax.Array, b_ref, acc_ref=None) -> Any:
-    """acc + a @ b with a in registers, which the interpreter's wgmma does not take; in flight in acc_ref if given."""
-    if _dispatch.interpreted("gpu"):
-        return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
-    if acc_ref is not None:
-        acc_ref[...] = acc
-        plgpu.wgmma(acc_ref, a, b_ref)
-        return None
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
-
-
-def _tiled(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory in the order that TMA and wgmma share: rows of 128 bytes, swizzled."""
-    transforms: Any = plgpu  # pyright takes these two for abstract classes
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(transforms.TilingTransform((8, columns)), transforms.SwizzleTransform(128))
-    )
 
 
 def _set_registers(pairs: int, count: int) -> None:

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.inputs import Inputs, Options, scales_of_tokens, visible
+from pallas_kernels.decode_attention.inputs import Inputs, Options, placed, scales_of_tokens, visible
 
 
 def decode_attention_reference(inputs: Inputs, options: Options) -> jax.Array:
     """[B, T, N, Hv] in q's dtype; every sequence's pages gathered in float32."""
+    inputs = placed(inputs)
     group = inputs.q.shape[2] // inputs.k_pages.shape[2]
     k = _dense(inputs.k_pages, inputs.k_scales, inputs.page_table)
     v = _dense(inputs.v_pages, inputs.v_scales, inputs.page_table)

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.inputs import unify_vma
-from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, scales_of_tokens, visible
+from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, placed, scales_of_tokens, visible
 
 _CHUNK_KEYS = 1024  # gathered at a time for each sequence
 
 
 def decode_attention_xla(inputs: Inputs, options: Options) -> jax.Array:
     """[B, T, N, Hv] in q's dtype."""
+    inputs = placed(inputs)
     B, T, N, H = inputs.q.shape
     page, K, Hv = inputs.v_pages.shape[1:]
     G = N // K

@@ -82,7 +82,7 @@ def quantized_matmul_implementation(x, w, *, preferred_element_type=None, implem
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x: jax.Array, w: QuantizedArray, dtype, backend: str) -> jax.Array:
-    return _module(backend).matmul(x, w, dtype)
+    return _module(backend).matmul(x, w if backend == "mosaic_gpu" else w.natural(), dtype)
 
 
 def _matmul_fwd(x: jax.Array, w: QuantizedArray, dtype, backend: str):

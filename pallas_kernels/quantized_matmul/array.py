@@ -27,7 +27,7 @@ ZERO = 8  # what is taken off the values of an unsigned format
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales", "offsets", "inputs", "outliers"),
-    meta_fields=("contraction", "unsigned", "activations"),
+    meta_fields=("contraction", "unsigned", "activations", "interleaved"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
@@ -51,6 +51,7 @@ class QuantizedArray:
       unsigned: q is 0 to 15, kept as int4 q - 8.
       activations: None, or the dtype to which a matmul quantizes the other operand, one scale per row and group.
       outliers: None, or bool [*leading, G]: the groups that keep 8 bits where activations are int4 (FMPQ).
+      interleaved: the values' K lies as `interleave` left it: for one kernel's sake, in memory alone, never in a file.
     """
 
     values: jax.Array
@@ -61,6 +62,7 @@ class QuantizedArray:
     unsigned: bool = False
     activations: Activations | None = None
     outliers: jax.Array | None = None
+    interleaved: bool = False
 
     @property
     def ndim(self) -> int:
@@ -119,6 +121,21 @@ class QuantizedArray:
             unsigned=False,
         )
 
+    def interleave(self) -> "QuantizedArray":
+        """The same weight with K in the order in which Hopper's kernel for few rows need not permute the activations.
+
+        K is a multiple of 32 (values of 4 bits) or 16, and so are groups; other kernels take it back.
+        """
+        values = undo_order(self.values.reshape(-1, self.scales.shape[-1] * self.group)).reshape(self.values.shape)
+        return self if self.interleaved else dataclasses.replace(self, values=values, interleaved=True)
+
+    def natural(self) -> "QuantizedArray":
+        """The same weight with K in its own order."""
+        if not self.interleaved:
+            return self
+        values = order(self.values.reshape(-1, self.scales.shape[-1] * self.group), self.values.dtype)
+        return dataclasses.replace(self, values=values.reshape(self.values.shape), interleaved=False)
+
     def effective_offsets(self) -> jax.Array | None:
         """float32: what to add to scales * values as they lie in memory."""
         if not self.unsigned:
@@ -131,7 +148,7 @@ class QuantizedArray:
         outputs = self.ndim - len(self.contraction)
         lead, G = self.values.shape[:outputs], self.scales.shape[-1]
         full = (*lead, G, 1)
-        w = self.values.astype(jnp.float32).reshape(*lead, G, -1)
+        w = self.natural().values.astype(jnp.float32).reshape(*lead, G, -1)
         if self.unsigned:
             w = w + ZERO
         w = w * repeat_to(self.scales.astype(jnp.float32), full[:-1]).reshape(full)
@@ -143,6 +160,21 @@ class QuantizedArray:
             w = w * self.inputs.astype(jnp.float32).reshape(*own, *[1] * (outputs - len(own)), -1)
         inverse = sorted(range(self.ndim), key=lambda i: self.order[i])
         return w.reshape(self.values.shape).transpose(inverse).astype(dtype)
+
+
+def order(x: jax.Array, dtype) -> jax.Array:
+    """[M, K] with K in the order in which registers that hold values of `dtype` as they lie are widened to 16 bits."""
+    if jax.dtypes.itemsize_bits(dtype) == 4:  # 32 columns: thread, half, nibble of it
+        return x.reshape(x.shape[0], -1, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(x.shape)
+    return x.reshape(x.shape[0], -1, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(x.shape)  # 16: thread, pair, one of it
+
+
+def undo_order(values: jax.Array) -> jax.Array:
+    """[N, K] of which `order` makes `values`."""
+    N, K = values.shape
+    if jax.dtypes.itemsize_bits(values.dtype) == 4:
+        return values.reshape(N, -1, 4, 4, 2).transpose(0, 1, 3, 4, 2).reshape(N, K)
+    return values.reshape(N, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(N, K)
 
 
 def quantize_array(

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
+from pallas_kernels.quantized_matmul.array import order
 
 
 def varying_as(x: jax.Array, out: jax.Array) -> jax.Array:
@@ -19,14 +20,6 @@ def varying_as(x: jax.Array, out: jax.Array) -> jax.Array:
 
 def values_layout(dtype) -> Any:
     return plgpu.Layout.WGMMA_UPCAST_4X if jax.dtypes.itemsize_bits(dtype) == 4 else plgpu.Layout.WGMMA_8BIT
-
-
-def order(x: jax.Array, dtype) -> jax.Array:
-    """x [M, K] with K in the order in which `widen` returns the columns of w."""
-    M = x.shape[0]
-    if jax.dtypes.itemsize_bits(dtype) == 4:  # 32 columns: thread, half, nibble of it
-        return x.reshape(M, -1, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(M, -1)
-    return x.reshape(M, -1, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(M, -1)  # 16 columns: thread, pair, one of it
 
 
 def widen(values: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ group of K, so each group's sum is a small accumulator that is multiplied with s
 
 Widening takes most of the time that reading does, so it takes what nibbles a register happens to hold: those of one
 register are 8 neighbours along K, of which bits i and i + 16 make a pair, where wgmma wants neighbours in a pair. Since
-the order of summation is free, x is permuted instead (`order`), in the XLA fusion that pads it.
+the order of summation is free, x is permuted instead (`order`), in the XLA fusion that pads it, or the weight was
+(`QuantizedArray.interleave`), which saves a small kernel.
 
 The warpgroups of a block take 64 rows of w each (`rows` of them), or each a share of K (`depth`), and sum at the end;
 one more feeds them through TMA, from one tile into the next: a block stays on its multiprocessor. Where tiles are too
@@ -22,8 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
-from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import mma, order, tiled, values_layout, varying_as, widen
+from pallas_kernels import _dispatch
+from pallas_kernels.quantized_matmul.array import QuantizedArray, order, repeat_to
+from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import mma, tiled, values_layout, varying_as, widen
 
 _UNIT = 64  # rows of a wgmma
 _SM_COUNT = 132  # of an H100 or H200 SXM
@@ -104,8 +106,11 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
     blocks = -(-total // share)
     # A tile's steps may be those of several blocks, each with a sum of its own.
     parts = max((t * steps + steps - 1) // share - t * steps // share + 1 for t in range(tiles))
-    x_order = order(x.astype(jnp.bfloat16), w.values.dtype)
-    x_order = jnp.pad(x_order, ((0, T - M), (0, 0)))
+    x_order = x.astype(jnp.bfloat16)
+    if not w.interleaved:
+        x_order = order(x_order, w.values.dtype)
+    if not w.interleaved or _dispatch.interpreted("gpu"):  # else TMA's, which fills up with zeros
+        x_order = jnp.pad(x_order, ((0, T - M), (0, 0)))
     # One scale for each row of all tiles: loads are not clipped.
     scales = jnp.pad(repeat_to(w.scales, (N, G)), ((0, -N % tile), (0, 0)))
     wide = min(T, 16)  # rows of x whose results are stored at a time
@@ -211,6 +216,8 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
         def _feed():
             _set_registers(c, False)
 
+            everything = pl.ds(lax.axis_index("wg") * 0, T)  # T rows of which there may be M
+
             @pl.loop(0, turns(0, end))
             def _(i):
                 slot = _slot(i, c)
@@ -226,7 +233,7 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
                             pl.when((k == 0) | (here == start))(lambda: plgpu.async_prefetch(scales_ref.at[own]))
                         at = pl.ds(pl.multiple_of(k * step, step), step)
                         plgpu.copy_gmem_to_smem(w_ref.at[own, at], w_smem.at[d, slot], full.at[d, slot])
-                        plgpu.copy_gmem_to_smem(x_ref.at[:, at], x_smem.at[d, slot], full.at[d, slot])
+                        plgpu.copy_gmem_to_smem(x_ref.at[everything, at], x_smem.at[d, slot], full.at[d, slot])
 
             for d in range(c.depth):  # all slots are free before the block ends
 

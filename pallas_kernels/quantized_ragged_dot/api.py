@@ -54,7 +54,7 @@ def quantized_ragged_dot(
     dtype = _check(lhs, rhs, group_sizes, preferred_element_type)
     if rhs.inputs is not None:
         lhs = lhs * _inputs(rhs, group_sizes, lhs)
-    rhs = prepare(rhs)
+    rhs = prepare(rhs.natural())
     backend = _choose(lhs, rhs, dtype, implementation)
     if 0 in (*lhs.shape, *rhs.shape):
         return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)

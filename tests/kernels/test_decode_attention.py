@@ -137,7 +137,8 @@ def test_pages_of_4_to_16_bits(rng, implementation, pages_dtype, scales):
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """The Mosaic kernel on two multiprocessors: enough to cut sequences, few enough for the interpreter."""
+    """The Mosaic kernel that cuts sequences, on two multiprocessors: few enough for the interpreter."""
+    monkeypatch.setattr(mosaic_gpu, "fits", lambda inputs: False)
     tuned = mosaic_gpu.tuned
     monkeypatch.setattr(mosaic_gpu, "tuned", lambda *sizes: dataclasses.replace(tuned(*sizes), blocks=2))
 
@@ -158,6 +159,37 @@ def small_gpu(monkeypatch):
 )  # fmt: skip
 def test_mosaic_gpu(rng, small_gpu, sizes):
     check(rng, "mosaic_gpu", bound=1e-2, dtype=jnp.bfloat16, **sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"lengths": [200, 5, 0, 64], "page": 64, "H": 64, "N": 6, "K": 3},
+        {"lengths": [330, 3, 190], "T": 4, "page": 16, "H": 64, "K": 1, "sinks": True,
+         "options": {"window": 150, "soft_cap": 5.0}},
+        {"lengths": [700], "page": 128, "H": 128, "N": 8, "K": 2, "sinks": True},  # the slots of tiles go round
+        {"lengths": [66, 150], "T": 8, "page": 64, "H": 128, "N": 8, "K": 1},  # 64 rows
+    ],
+    ids=["ragged", "window", "long", "64 rows"],
+)  # fmt: skip
+def test_mosaic_gpu_short(rng, sizes):
+    """The kernel that has a sequence's head in one block."""
+    check(rng, "mosaic_gpu", bound=1e-2, dtype=jnp.bfloat16, **sizes)
+
+
+@pytest.mark.parametrize("implementation", [*PLAIN, "mosaic_gpu"])
+def test_table_counts_from_the_first_page(rng, implementation):
+    dtype = jnp.bfloat16 if implementation == "mosaic_gpu" else jnp.float32
+    page = int(rng.choice([32, 128]))
+    (q, k, v, table, lengths), _, _ = case(rng, lengths=[100, 30], page=page, H=64, dtype=dtype)
+    table = table[:, : -(-100 // page)]
+    interpreter = plgpu.force_gpu_interpret_mode() if implementation == "mosaic_gpu" else contextlib.nullcontext()
+    with interpreter:
+        run = jax.jit(lambda *a, first=None: decode_attention(*a, first_page=first, implementation=implementation))
+        want = run(q, k, v, table, lengths)
+        before = lambda x: jnp.concatenate([jnp.full((3, *x.shape[1:]), jnp.nan, x.dtype), x])
+        got = run(q, before(k), before(v), table, lengths, first=jnp.int32(3))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 @pytest.mark.parametrize("window", [None, 100])

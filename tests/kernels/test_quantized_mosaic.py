@@ -83,6 +83,23 @@ def test_few_rows(rng, M, N, K, format, group, options):
 
 
 @pytest.mark.parametrize(
+    ("format", "group"), [("int4", 128), ("uint4", 32), ("int8", None), ("float8_e4m3fn", 64), ("float4_e2m1fn", None)]
+)
+def test_interleaved_weights_are_the_same(rng, format, group):
+    """K permuted ahead of time: the kernel takes it as it is, and all else takes it back."""
+    M, N, K = int(rng.choice([1, 5, 8])), 72, 384
+    w, x = weight(rng, N, K, format, group, scale_dtype=jnp.float32), rows(rng, M, K)
+    laid = w.interleave()
+    assert laid.interleaved and laid.interleave() is laid and (laid.values != w.values).any()
+    check(x, w, run(x, laid))
+    np.testing.assert_array_equal(laid.natural().values, w.values)
+    np.testing.assert_array_equal(laid.dequantize(), w.dequantize())
+    for name in ("xla", "reference"):
+        ours, theirs = (quantized_matmul(x, q, implementation=name) for q in (laid, w))
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+
+
+@pytest.mark.parametrize(
     ("config", "N", "K"),
     [
         (few.Config(2, 2, 2, blocks=3), 128, 2816),  # a tile of three blocks, the last with fewer steps

@@ -12,9 +12,10 @@ import jaxscale
 from jaxscale.config import ModelConfig
 from jaxscale.generate import decode_step, generate, prefill
 from jaxscale.mesh import make_mesh
-from jaxscale.models import cache, decoder
+from jaxscale.models import cache, decoder, unstacked
 from jaxscale.models.unstacked import unstack
 from jaxscale.params import init_params
+from jaxscale.quantize.files import load_quantized, save_quantized
 from jaxscale.quantize.recipe import Recipe, Rounding
 from jaxscale.sharding import compute_spec
 from sharding_rules.rules import MEGATRON_FSDP
@@ -66,6 +67,23 @@ def test_layers_apart_are_the_same_model(rng, params):
     assert "wqkv" in apart["layers"][1]["attn"] and "wq" not in apart["layers"][1]["attn"]
     np.testing.assert_allclose(steps(apart, tokens), want, rtol=1e-4, atol=1e-4)
     assert set(unstack(params, join=False)["layers"][0]["mlp"]) == {"w_gate", "w_up", "w_down"}
+
+
+def test_weights_laid_out_for_a_kernel_are_the_same_model(rng, params, monkeypatch, tmp_path):
+    """Other backends and files take the layout back."""
+    monkeypatch.setattr(unstacked, "quantized_matmul_implementation", lambda x, w: "mosaic_gpu")
+    params = jaxscale.quantize(params, ["w4a16-g16", "w8a16"][rng.integers(2)], SPECS)
+    tokens = jnp.asarray(rng.integers(1, 64, size=(2, 8)), jnp.int32)
+    apart, laid = unstack(params, interleave=False), unstack(params)
+    weights = [w["mlp"]["w_down"] for w in laid["layers"]]
+    assert all(w.interleaved for w in weights) and not apart["layers"][0]["mlp"]["w_down"].interleaved
+    np.testing.assert_allclose(steps(laid, tokens), steps(apart, tokens), rtol=1e-4, atol=1e-4)
+    spec = SPECS["layers"]["mlp"]["w_down"]
+    spec = {"w": dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])}
+    save_quantized({"w": weights[0]}, tmp_path / "w")
+    np.testing.assert_array_equal(
+        load_quantized(tmp_path / "w", spec)["w"].values, apart["layers"][0]["mlp"]["w_down"].values
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3])
