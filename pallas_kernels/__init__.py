@@ -3,6 +3,7 @@
 from pallas_kernels.attention.api import attention, attention_backward, attention_implementation
 from pallas_kernels.attention.float8 import attention_float8
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
+from pallas_kernels.float8_grads.api import float8_grads_implementation, gated_grads, round_both
 from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
@@ -18,6 +19,8 @@ __all__ = [
     "attention_implementation",
     "decode_attention",
     "decode_attention_implementation",
+    "float8_grads_implementation",
+    "gated_grads",
     "norm_rope",
     "norm_rope_implementation",
     "quantize_array",
@@ -28,6 +31,7 @@ __all__ = [
     "ragged_dot",
     "ragged_dot_implementation",
     "ragged_dots",
+    "round_both",
     "spread_rows",
     "spread_rows_implementation",
 ]
