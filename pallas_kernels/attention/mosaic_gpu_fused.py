@@ -50,6 +50,12 @@ _STRIDED_SHAPE = (16, 256)
 _STRIDED = plgpu.Layout.WG_STRIDED(_STRIDED_SHAPE, 2)
 
 
+def pays(inputs: Inputs) -> bool:
+    """Where it was faster than two kernels on a device: not with groups of heads, nor with tables made there."""
+    hidden = inputs.q_positions, inputs.q_segment_ids, inputs.window
+    return inputs.q.shape[2] == inputs.k.shape[2] and all(x is None for x in hidden)
+
+
 def fused(inputs: Inputs, options: Options, config: Config, do, lse, delta):
     """dq, dk, dv; lse and delta are [B, N, T], lse in powers of two."""
 

@@ -59,7 +59,7 @@ def tuned(H: int, Hv: int) -> Config:
     if max(H, Hv) > 128:
         return Config(block_kv=64, split_dkv=True)
     if max(H, Hv) == 64:
-        return Config(block_q_dkv=128, fused=True)
+        return Config(block_kv_dq=128, block_q_dkv=128, fused=True)
     return Config(stages_dq=3, stages_dkv=3)
 
 

@@ -1,6 +1,6 @@
 """The backward of attention for Hopper GPUs: one kernel for dq, one for dk and dv, both in the shape of the forward.
-At head_dim 64 one for all three (mosaic_gpu_fused.py); above 128 one for dv, and dq and dk from the gradient of the
-logits that it stores (mosaic_gpu_stored.py).
+At head_dim 64 one for all three where that is faster (mosaic_gpu_fused.py); above 128 one for dv, and dq and dk from
+the gradient of the logits that it stores (mosaic_gpu_stored.py).
 
 Each output has one writer and one order of summation, so gradients repeat bit by bit. The two kernels together do seven
 matmuls where five would do; at head_dim 128 the kernel of five is slower than these two (docs/LOG.md).
@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
+from pallas_kernels.attention import mosaic_gpu_fused
 from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges, rows_to
 from pallas_kernels.attention.inputs import Inputs, Options
-from pallas_kernels.attention.mosaic_gpu_fused import fused
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
     ROWS,
@@ -44,8 +44,8 @@ from pallas_kernels.attention.mosaic_gpu_stored import BLOCK, Stored, multiply
 @functools.partial(jax.jit, static_argnames=("options", "config"), inline=True)  # see `launch`
 def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
     """dq, dk, dv; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
-    if config.fused:
-        return fused(inputs, options, config, do, lse, delta)
+    if config.fused and mosaic_gpu_fused.pays(inputs):
+        return mosaic_gpu_fused.fused(inputs, options, config, do, lse, delta)
     if config.split_dkv and (stored := Stored.of(inputs, options)):
         dv, dlogits = _dkv(inputs, options, config, do, lse, delta, False, True, stored)
         return *(multiply(inputs, options, stored, dlogits, x) for x in ("dq", "dk")), dv
