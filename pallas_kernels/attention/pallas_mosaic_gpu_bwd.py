@@ -17,8 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention import mosaic_gpu_fused
-from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, query_ranges, rows_to
+from pallas_kernels.attention.blocks import pad_inputs, pad_to, query_ranges, rows_to
 from pallas_kernels.attention.inputs import Inputs, Options
+from pallas_kernels.attention.mosaic_gpu_dq import backward_dq
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
     ROWS,
@@ -49,127 +50,8 @@ def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
     if config.split_dkv and (stored := Stored.of(inputs, options)):
         dv, dlogits = _dkv(inputs, options, config, do, lse, delta, False, True, stored)
         return *(multiply(inputs, options, stored, dlogits, x) for x in ("dq", "dk")), dv
-    dq = _backward_dq(inputs, options, config, do, lse, delta)
+    dq = backward_dq(inputs, options, config, do, lse, delta)
     return dq, *_backward_dkv(inputs, options, config, do, lse, delta)
-
-
-def _backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> jax.Array:
-    """dq [B, T, N, H]; lse and delta are [B, N, T], lse in powers of two."""
-    B, T, N, H = inputs.q.shape
-    K, Hv = inputs.k.shape[2], inputs.v.shape[3]
-    S = inputs.k.shape[1]
-    dtype = inputs.q.dtype
-    wgs, bkv, stages = config.warpgroups_bwd, config.block_kv_dq, config.stages_dq
-    tile = wgs * ROWS
-    padded = pad_inputs(inputs, tile, bkv)
-    do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
-    tiles = padded.q.shape[1] // tile
-    ranges = rows_to(key_ranges(inputs, options, ROWS, bkv), tiles * wgs)
-    mask = Mask(padded, options, S, padded.k.shape[1])
-    grid, locate = make_grid(B, N, tiles, S * (H + Hv) * 2 * K // N)
-    c = options.scale * LOG2E
-
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
-        aux, (dq_ref, smem, q_barriers, k_barriers, v_barriers, k_free, v_free) = refs[:-7], refs[-7:]
-        q_smem, do_smem, k_smem, v_smem, mask_smem = smem
-        wg = lax.axis_index("wg")
-        b, n, t = locate()
-        t = tiles - 1 - t
-        lo, hi = bounds_together(ranges_ref, b, t, wgs)
-
-        @pl.when(wg < wgs)
-        def _compute():
-            set_registers(wgs, 240)
-            q_start = pl.multiple_of(t * tile + wg * ROWS, ROWS)
-            rows = pl.ds(q_start, ROWS)
-            q, do = q_smem.at[wg], do_smem.at[wg]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q, q_barriers.at[wg])
-            plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do, q_barriers.at[wg])
-            reduced = plgpu.Layout.WGMMA.reduce(1)
-            lse = plgpu.load(lse_ref.at[b, n, rows], layout=reduced, optimized=False)
-            delta = plgpu.load(delta_ref.at[b, n, rows], layout=reduced, optimized=False)
-            down = mask.down(aux, b, rows)
-
-            def step(j, dq, masked):
-                slot = slot_of(j - lo, stages)
-                plgpu.barrier_wait(v_barriers.at[slot])
-
-                def products(s_ref, dp_ref):
-                    plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
-                    plgpu.wgmma(dp_ref, do, v_smem.at[slot].transpose((1, 0)))
-                    s, slope = cap_logits(plgpu.wgmma_accumulator_load(s_ref, wait_n=1), options)
-                    s = mask.add_bias(aux, s, b, n, q_start, j * bkv)
-                    p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
-                    if masked:
-                        p = jnp.where(mask.keep(down, mask_smem, slot, s.shape, q_start, j * bkv), p, 0.0)
-                    p = before(p, j + 1 < hi, k_barriers.at[slot_of(j + 1 - lo, stages)])
-                    dp = plgpu.wgmma_accumulator_load(dp_ref)
-                    ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
-                    return (ds if slope is None else ds * slope).astype(dtype)
-
-                block = accumulator(bkv)
-                ds = pl.run_scoped(products, block, block)
-                plgpu.barrier_arrive(v_free.at[slot])
-                dq = mma(dq, ds, k_smem.at[slot])
-                plgpu.barrier_arrive(k_free.at[slot])
-                return dq
-
-            def skip(j):
-                """A block that the other warpgroup visits alone."""
-                slot = slot_of(j - lo, stages)
-                plgpu.barrier_wait(v_barriers.at[slot])
-                plgpu.barrier_arrive(v_free.at[slot])
-                plgpu.barrier_arrive(k_free.at[slot])
-                pl.when(j + 1 < hi)(lambda: plgpu.barrier_wait(k_barriers.at[slot_of(j + 1 - lo, stages)]))
-
-            plgpu.barrier_wait(q_barriers.at[wg])
-            pl.when(lo < hi)(lambda: plgpu.barrier_wait(k_barriers.at[0]))
-            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
-            pl.loop(lo, mine[0])(skip)
-            dq = plgpu.layout_cast(jnp.full((ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
-            dq = three_loops(step, mine, dq)
-            pl.loop(mine[3], hi)(skip)
-            q[...] = (dq * options.scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, n])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == wgs)
-        def _feed():
-            set_registers(wgs, 24)
-            k_head = lax.div(n, jnp.int32(N // K))
-
-            def copy(i, ref, smem, slot, barriers):
-                keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
-                plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], barriers.at[slot])
-
-            def copy_k(i, slot):
-                copy(i, k_ref, k_smem, slot, k_barriers)
-                keys = pl.ds(pl.multiple_of((lo + i) * bkv, bkv), bkv)
-                mask.feed(aux, b, keys, mask_smem, slot, k_barriers.at[slot])
-
-            copy_v = lambda i, slot: copy(i, v_ref, v_smem, slot, v_barriers)
-            feed_ring(hi - lo, stages, (v_free, copy_v), (k_free, copy_k))
-
-    smem = (
-        tiled((wgs, ROWS, H), dtype),
-        tiled((wgs, ROWS, Hv), dtype),
-        tiled((stages, bkv, H), dtype),
-        tiled((stages, bkv, Hv), dtype),
-        mask.smem(stages, bkv),
-    )
-    k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
-    free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
-    (dq,) = launch(
-        kernel,
-        "attention_dq",
-        [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
-        grid,
-        (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), k_full, v_full, free, free),
-        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *mask.arrays),
-        wgs + 1,
-    )
-    return dq[:, :T]
 
 
 def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> tuple[jax.Array, jax.Array]:

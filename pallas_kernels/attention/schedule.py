@@ -1,6 +1,7 @@
 """Which tiles each block of a persistent kernel computes: one block for each multiprocessor, one tile after another."""
 
 import heapq
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,14 @@ def deal(steps, B: int, heads: int, together: int):
         heapq.heappush(free, (at + int(steps[0, x % tiles]) + 1, block))
     most = max(map(len, lists))
     return np.asarray([[len(x), *x, *[0] * (most - len(x))] for x in lists], np.int32)
+
+
+def tile_steps(ranges, wgs: int):
+    """The steps of tiles [B or 1, tiles], from a table with a row for each of a tile's warpgroups."""
+    xp: Any = np if isinstance(ranges, np.ndarray) else jnp
+    lo, _, _, hi = xp.moveaxis(ranges.reshape(len(ranges), -1, wgs, 4), 3, 0)
+    end = hi.max(axis=2)
+    return end - xp.minimum(xp.where(lo < hi, lo, end[..., None]).min(axis=2), end)
 
 
 def _deal_unknown(steps: jax.Array, B: int, heads: int, together: int) -> jax.Array:

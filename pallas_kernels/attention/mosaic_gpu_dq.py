@@ -1,0 +1,200 @@
+"""The gradient of the queries, for Hopper GPUs, persistent as the forward is.
+
+One block for each multiprocessor computes one tile after another; the next tile's loads start before this one's output
+has left. Up to head_dim 128 a warpgroup holds its rows of q and do in registers: both matmuls that read them then take
+half of the shared memory's bandwidth, and the next tile's q and do may arrive as soon as these are read.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _dispatch
+from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, rows_to
+from pallas_kernels.attention.inputs import Inputs, Options
+from pallas_kernels.attention.mosaic_gpu_pieces import (
+    LOG2E,
+    ROWS,
+    Config,
+    Mask,
+    accumulator,
+    before,
+    bounds_alone,
+    bounds_together,
+    cap_logits,
+    find_tile,
+    heads_at_once,
+    launch,
+    mma,
+    set_registers,
+    slot_of,
+    three_loops,
+    tiled,
+)
+from pallas_kernels.attention.schedule import deal, tile_steps
+
+
+def backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> jax.Array:
+    """dq [B, T, N, H]; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
+    B, T, N, H = inputs.q.shape
+    K, Hv = inputs.k.shape[2], inputs.v.shape[3]
+    S = inputs.k.shape[1]
+    dtype = inputs.q.dtype
+    wgs, bkv, stages = config.warpgroups_bwd, config.block_kv_dq, config.stages_dq
+    held = max(H, Hv) <= 128  # q and do in registers
+    tile = wgs * ROWS
+    padded = pad_inputs(inputs, tile, bkv)
+    do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
+    tiles = padded.q.shape[1] // tile
+    ranges = rows_to(key_ranges(inputs, options, ROWS, bkv), tiles * wgs)
+    mask = Mask(padded, options, S, padded.k.shape[1])
+    schedule = deal(tile_steps(ranges, wgs), B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
+    c = options.scale * LOG2E
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, schedule_ref, *refs):
+        aux, (dq_ref, smem, q_full, q_free, k_full, v_full, k_free, v_free) = refs[:-8], refs[-8:]
+        q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, mask_smem, *out_smem = smem
+        wg = lax.axis_index("wg")
+        count = schedule_ref[lax.axis_index("block"), 0] + 0
+        place = functools.partial(find_tile, schedule_ref, heads=N, tiles=tiles)
+
+        def work(w, done):
+            """One tile; `done` counts the blocks of keys of those before it."""
+            b, n, t = place(w)
+            lo, hi = bounds_together(ranges_ref, b, t, wgs)
+            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
+            q_start = pl.multiple_of(t * tile + wg * ROWS, ROWS)
+            rows = pl.ds(q_start, ROWS)
+            down = mask.down(aux, b, rows)
+            slot = lambda j: slot_of(done + j - lo, stages)
+            plgpu.barrier_wait(q_full)
+            reduced = plgpu.Layout.WGMMA.reduce(1)
+            lse, delta = (plgpu.load(x.at[wg], layout=reduced, optimized=False) for x in (lse_smem, delta_smem))
+            q, do = q_smem.at[wg], do_smem.at[wg]
+            if held:
+                q, do = (plgpu.load(x, layout=plgpu.Layout.WGMMA) for x in (q, do))
+                plgpu.barrier_arrive(q_free)
+
+            def step(j, dq, masked):
+                plgpu.barrier_wait(v_full.at[slot(j)])
+
+                def products(s_ref, dp_ref):
+                    s = _product(s_ref, q, k_smem.at[slot(j)].transpose((1, 0)))
+                    dp = _product(dp_ref, do, v_smem.at[slot(j)].transpose((1, 0)))
+                    s, slope = cap_logits(s(1), options)
+                    s = mask.add_bias(aux, s, b, n, q_start, j * bkv)
+                    p = jnp.exp2(s * c - lax.broadcast_in_dim(lse, s.shape, [0]))
+                    if masked:
+                        p = jnp.where(mask.keep(down, mask_smem, slot(j), s.shape, q_start, j * bkv), p, 0.0)
+                    p = before(p, j + 1 < hi, k_full.at[slot(j + 1)])
+                    ds = p * (dp(0) - lax.broadcast_in_dim(delta, s.shape, [0]))
+                    return (ds if slope is None else ds * slope).astype(dtype)
+
+                ds = pl.run_scoped(products, accumulator(bkv), accumulator(bkv))
+                plgpu.barrier_arrive(v_free.at[slot(j)])
+                dq = mma(dq, ds, k_smem.at[slot(j)])
+                plgpu.barrier_arrive(k_free.at[slot(j)])
+                return dq
+
+            def skip(j):
+                """A block that the other warpgroup visits alone."""
+                plgpu.barrier_wait(v_full.at[slot(j)])
+                plgpu.barrier_arrive(v_free.at[slot(j)])
+                plgpu.barrier_arrive(k_free.at[slot(j)])
+                pl.when(j + 1 < hi)(lambda: plgpu.barrier_wait(k_full.at[slot(j + 1)]))
+
+            plgpu.barrier_wait(k_full.at[slot(lo)])
+            pl.loop(lo, mine[0])(skip)
+            dq = plgpu.layout_cast(jnp.full((ROWS, H), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+            dq = three_loops(step, mine, dq)
+            pl.loop(mine[3], hi)(skip)
+            leaving = (out_smem[0] if held else q_smem).at[wg]
+            if held:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has long left
+            leaving[...] = (dq * options.scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(leaving, dq_ref.at[b, rows, n])
+            if not held:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(q_free)
+            return done + hi - lo
+
+        @pl.when(wg < wgs)
+        def _compute():
+            set_registers(wgs, 240)
+            lax.fori_loop(0, count, work, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == wgs)
+        def _feed():
+            set_registers(wgs, 24)
+
+            def feed(w, done):
+                b, n, t = place(w)
+                lo, hi = bounds_together(ranges_ref, b, t, wgs)
+                k_head = lax.div(n, jnp.int32(N // K))
+                pl.when(w > 0)(lambda: plgpu.barrier_wait(q_free))
+                for x in range(wgs):
+                    rows = pl.ds(pl.multiple_of(t * tile + x * ROWS, ROWS), ROWS)
+                    for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
+                        plgpu.copy_gmem_to_smem(ref.at[b, rows, n], smem.at[x], q_full)
+                    for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
+                        plgpu.copy_gmem_to_smem(ref.at[b, n, rows], smem.at[x], q_full)
+
+                @pl.loop(lo, hi)
+                def _(j):
+                    i = done + j - lo
+                    slot = slot_of(i, stages)
+                    keys = pl.ds(pl.multiple_of(j * bkv, bkv), bkv)
+                    for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
+                        pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                        plgpu.copy_gmem_to_smem(ref.at[b, keys, k_head], smem.at[slot], full.at[slot])
+                        if ref is k_ref:
+                            mask.feed(aux, b, keys, mask_smem, slot, full.at[slot])
+
+                return done + hi - lo
+
+            done = lax.fori_loop(0, count, feed, jnp.int32(0))
+            plgpu.barrier_wait(q_free)
+
+            @pl.loop(jnp.maximum(done - stages, 0), done)
+            def _(i):
+                for free in (k_free, v_free):
+                    plgpu.barrier_wait(free.at[slot_of(i, stages)])
+
+    smem = (
+        tiled((wgs, ROWS, H), dtype),
+        tiled((wgs, ROWS, Hv), dtype),
+        tiled((stages, bkv, H), dtype),
+        tiled((stages, bkv, Hv), dtype),
+        plgpu.SMEM((wgs, ROWS), jnp.float32),
+        plgpu.SMEM((wgs, ROWS), jnp.float32),
+        mask.smem(stages, bkv),
+        *([tiled((wgs, ROWS, H), dtype)] if held else []),
+    )
+    k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
+    free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
+    (dq,) = launch(
+        kernel,
+        "attention_dq",
+        [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
+        {"block": len(schedule)},
+        (smem, plgpu.Barrier(num_arrivals=4 * wgs), plgpu.Barrier(num_arrivals=wgs), k_full, v_full, free, free),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, schedule, *mask.arrays),
+        wgs + 1,
+    )
+    return dq[:, :T]
+
+
+def _product(acc_ref, a: Any, b_ref):
+    """a @ b in flight, a in registers or shared memory; what it returns waits until only so many later ones are."""
+    if _dispatch.interpreted("gpu") and isinstance(a, jax.Array):  # whose wgmma takes no operand in registers
+        value = jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+        return lambda later: value
+    plgpu.wgmma(acc_ref, a, b_ref)
+    return lambda later: plgpu.wgmma_accumulator_load(acc_ref, wait_n=later)
