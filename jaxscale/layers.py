@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.config import RopeScaling
-from jaxscale.sharding import active_mesh, matmul, partitions, shard_map
+from jaxscale.sharding import active_mesh, matmul, matmuls, partitions, shard_map
 from pallas_kernels import norm_rope
 
 
@@ -58,12 +59,12 @@ def rope(
     return shard_map(local, out_specs=P(*partitions(x)))(x, norm, *angles)
 
 
-def gated_mlp(y: Float[Array, "B T D"], p: dict[str, Array], activation: str) -> Float[Array, "B T F"]:
+def gated_mlp(y: Float[Array, "B T D"], p: Mapping[str, Any], activation: str) -> Float[Array, "B T F"]:
     """The hidden layer of a gated MLP (Shazeer 2020): act(y W_gate) * (y W_up), with biases where there are any."""
     if "w_gate_up" in p:  # side by side
         gate, up = jnp.split(matmul("BTD,DF->BTF", y, p["w_gate_up"]), 2, axis=-1)
     else:
-        gate, up = matmul("BTD,DF->BTF", y, p["w_gate"]), matmul("BTD,DF->BTF", y, p["w_up"])
+        gate, up = matmuls(["BTD,DF->BTF"] * 2, (y, y), (p["w_gate"], p["w_up"]))
     if "b_gate" in p:
         gate, up = gate + p["b_gate"][None, None], up + p["b_up"][None, None]
     return act(gate, activation) * up

@@ -128,6 +128,14 @@ def matmul(subscripts: str, x: jax.Array, w: Any, **options: Any) -> jax.Array:
     return jnp.einsum(subscripts, x, w, **options) if own is None else own.matmul(subscripts, x, **options)
 
 
+def matmuls(subscripts: Sequence[str], xs: Sequence[jax.Array], ws: Sequence[Any]) -> Sequence[jax.Array]:
+    """A `matmul` for each weight; those of a kind that meet the same x may share what they do to it."""
+    first = as_weight(ws[0])
+    if first is None or any(x is not xs[0] for x in xs) or any(type(w) is not type(first) for w in ws):
+        return [matmul(s, x, w) for s, x, w in zip(subscripts, xs, ws, strict=True)]
+    return first.together(subscripts, xs[0], ws)
+
+
 class Weight:
     """A node in the place of a weight (a registered dataclass whose first field is `value`) that multiplies in its own
     way: it counts what passes, or rounds it first. What else it holds is small, and whole on every device."""
@@ -136,6 +144,14 @@ class Weight:
 
     def matmul(self, subscripts: str, x: jax.Array, **options: Any) -> jax.Array:
         raise NotImplementedError
+
+    def together(self, subscripts: Sequence[str], x: jax.Array, weights: Sequence[Any]) -> Sequence[jax.Array]:
+        """x times each of the weights, all of this class, itself the first."""
+        return [w.matmul(s, x) for s, w in zip(subscripts, weights, strict=True)]
+
+    def gated(self, y: jax.Array, p: dict[str, Any], activation: str) -> jax.Array | None:
+        """A gated MLP `p` as a whole, itself its w_down, sums over a split hidden layer still to be made; None: it is
+        made of its parts."""
 
     def cast(self, dtype: Any) -> Any:
         """The node as it is computed with in `dtype`."""

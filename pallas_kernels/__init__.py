@@ -3,6 +3,7 @@
 from pallas_kernels.attention.api import attention, attention_backward, attention_implementation
 from pallas_kernels.attention.float8 import attention_float8
 from pallas_kernels.decode_attention.api import decode_attention, decode_attention_implementation
+from pallas_kernels.float8_grads.api import float8_grads_implementation, gated_grads, round_both
 from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
 from pallas_kernels.peer_rows.api import collect_at_home, peer_rows_implementation, spread_from_peers
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
@@ -20,6 +21,8 @@ __all__ = [
     "collect_at_home",
     "decode_attention",
     "decode_attention_implementation",
+    "float8_grads_implementation",
+    "gated_grads",
     "norm_rope",
     "norm_rope_implementation",
     "peer_rows_implementation",
@@ -31,6 +34,7 @@ __all__ = [
     "ragged_dot",
     "ragged_dot_implementation",
     "ragged_dots",
+    "round_both",
     "spread_from_peers",
     "spread_rows",
     "spread_rows_implementation",

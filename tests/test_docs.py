@@ -148,6 +148,12 @@ def test_the_kernels_page_traces():
         },
         "import QuantizedArray, ": zeros(x=(B, 256), dense=(256, 128)),
         'dense, "int4", group=128)  # dense [G': {**rows, "group_sizes": rows["sizes"], **zeros(dense=(2, 128, 64))},
+        "import float8_grads_implementation, ": {
+            **zeros(x=(3, 128, 64), grad=(128, 64), gate=(128, 64), up=(128, 64)),
+            "scale": jnp.ones(3),
+            "scales": (jnp.ones(()),) * 3,
+            "jnp": jnp,
+        },
         "import norm_rope, ": {**zeros(x=(B, T, N, H)), "scale": jnp.ones(H), "cos": jnp.ones((B, T, H // 2))},
     }
     names: dict[str, Any] = {}

@@ -25,7 +25,7 @@ from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
 from jaxscale.parallel.pipeline import Pipeline
 from jaxscale.params import ParamSpec, constant, normal
-from jaxscale.sharding import active_mesh, constrain, einsum, enter, gather_params, matmul, saveable
+from jaxscale.sharding import active_mesh, as_weight, constrain, einsum, enter, gather_params, matmul, matmuls, saveable
 from pallas_kernels import attention
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -361,9 +361,8 @@ def _attention_block(p, y, cfg, local, positions, segment_ids, index, cache, rul
         q, k, v = jnp.split(matmul("BTD,DNH->BTNH", y, p["wqkv"]), ends, axis=2)
     else:
         y_q, y_kv = enter(y, INSIDE, (p["wq"], p["wk"]), rules)
-        q = matmul("BTD,DNH->BTNH", y_q, p["wq"])
-        k = matmul("BTD,DKH->BTKH", y_kv, p["wk"])
-        v = matmul("BTD,DKH->BTKH", y_kv, p["wv"])
+        products = "BTD,DNH->BTNH", "BTD,DKH->BTKH", "BTD,DKH->BTKH"
+        q, k, v = matmuls(products, (y_q, y_kv, y_kv), (p["wq"], p["wk"], p["wv"]))
     if cfg.qkv_bias:
         q, k, v = (x + p[b][None, None] for x, b in ((q, "bq"), (k, "bk"), (v, "bv")))
     angles = rope_angles(positions, *_rotation(cfg, local))
@@ -407,8 +406,13 @@ def _attention_output(p, o, cfg, rules):
 
 def mlp_block(p, y, cfg, rules):
     (y,) = enter(y, INSIDE, (p["w_gate_up" if "w_gate_up" in p else "w_up"],), rules)
-    h = gated_mlp(y, p, cfg.activation)
-    out = einsum("BTF,FD->BTD", h, p["w_down"], axes=RESIDUAL, rules=rules)
+    own = as_weight(p["w_down"])
+    out = None if own is None else own.gated(y, p, cfg.activation)
+    if out is None:
+        h = gated_mlp(y, p, cfg.activation)
+        out = einsum("BTF,FD->BTD", h, p["w_down"], axes=RESIDUAL, rules=rules)
+    else:
+        out = constrain(out, RESIDUAL, rules)
     return out + p["b_down"][None, None] if cfg.mlp_bias else out
 
 

@@ -12,6 +12,7 @@ import pytest
 import jaxscale
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxscale.layers import gated_mlp
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params, path_name
@@ -25,9 +26,11 @@ from jaxscale.quantize.training import (
     parse_precision,
     round_at_random,
     round_to,
+    round_weight,
     rounded,
 )
 from jaxscale.run import load_run, run
+from jaxscale.sharding import matmuls
 from jaxscale.train import abstract_train_state, make_train_state, make_train_step
 from pallas_kernels.quantized_matmul.array import FORMATS
 from sharding_rules.rules import MEGATRON_FSDP
@@ -64,7 +67,7 @@ def nearest(x, format, rows=False):
 def test_a_matmul_and_its_gradients_are_those_of_rounded_operands(rng, name):
     p = dataclasses.replace(PRECISIONS[name], stochastic=False)
     x, w, ct = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 32), (32, 16), (2, 5, 16)))
-    run = lambda x, w: RoundedWeight(w, None, p).matmul("BTD,DF->BTF", x)
+    run = lambda x, w: round_weight(w, (-2,), None, p).matmul("BTD,DF->BTF", x)
     out, pull = jax.vjp(run, jnp.asarray(x), jnp.asarray(w))
     dx, dw = pull(jnp.asarray(ct))
     q_x, q_w = nearest(x, p.activations, p.rows), nearest(w, p.weights)
@@ -150,7 +153,7 @@ def test_delayed_scales_are_the_largest_numbers_of_the_steps_before(rng):
     history = jnp.zeros((2, HISTORY))
     for _ in range(3):
         x, ct = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 32), (2, 5, 16)))
-        run = lambda h, x=x: RoundedWeight(w, h, precision).matmul("BTD,DF->BTF", x)
+        run = lambda h, x=x: round_weight(w, (-2,), h, precision).matmul("BTD,DF->BTF", x)
         out, pull = jax.vjp(run, history)
         top = float(history[0].max()) or 448.0
         scale = 2.0 ** np.ceil(np.log2(top / 448))
@@ -162,9 +165,62 @@ def test_delayed_scales_are_the_largest_numbers_of_the_steps_before(rng):
         np.testing.assert_array_equal(new[:, 1:], history[:, :-1])
         history = new
     x = jnp.asarray(rng.normal(size=(2, 5, 32)), jnp.float32)
-    out = lambda h: RoundedWeight(w, h, precision).matmul("BTD,DF->BTF", x)
+    out = lambda h: round_weight(w, (-2,), h, precision).matmul("BTD,DF->BTF", x)
     spoilt = history.at[:, -2:].set(jnp.asarray([jnp.inf, jnp.nan]))  # by a step that was not finite
     np.testing.assert_array_equal(out(spoilt), out(history))
+
+
+def history_of(rng, top_x, top_grad):
+    """Largest numbers of past steps, [2, HISTORY]."""
+    return jnp.asarray(rng.uniform(0.1, 1, size=(2, HISTORY)) * [[top_x], [top_grad]], jnp.float32)
+
+
+def test_weights_that_meet_the_same_activations_round_them_alike(rng):
+    """To the largest of their histories; each keeps its own."""
+    precision = PRECISIONS["fp8"]
+    x = jnp.asarray(rng.normal(size=(2, 5, 32)), jnp.float32)
+    ws = [jnp.asarray(rng.normal(size=(32, n)), jnp.float32) for n in (16, 8)]
+    histories = [history_of(rng, 5.0, 3.0), history_of(rng, 50.0, 0.1)]
+    both = lambda hs: matmuls(
+        ["BTD,DF->BTF"] * 2, (x, x), [round_weight(w, (-2,), h, precision) for w, h in zip(ws, hs, strict=True)]
+    )
+    outs, pull = jax.vjp(both, histories)
+    cts = tuple(jnp.asarray(rng.normal(size=out.shape), jnp.float32) for out in outs)
+    shared = jnp.maximum(*(h.at[1].set(0) for h in histories))
+    for out, w, new, old, ct in zip(outs, ws, pull(cts)[0], histories, cts, strict=True):
+        alone = round_weight(w, (-2,), shared, precision).matmul("BTD,DF->BTF", x)
+        np.testing.assert_array_equal(out, alone)
+        np.testing.assert_allclose(new[:, 0], [jnp.abs(x).max(), jnp.abs(ct).max()], rtol=1e-6)
+        np.testing.assert_array_equal(new[:, 1:], old[:, :-1])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_mlp_as_a_whole_is_the_sum_of_its_parts(rng, activation):
+    precision, (D, F) = PRECISIONS["fp8"], (32, 48)
+    x, ct = (jnp.asarray(rng.normal(size=(2, 5, D)), jnp.float32) for _ in range(2))
+    shapes = {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)}
+    values = {n: jnp.asarray(rng.normal(size=s) * s[0] ** -0.5, jnp.float32) for n, s in shapes.items()}
+    histories = {n: history_of(rng, 4.0, 4.0) for n in shapes}
+
+    def run(whole, x, values, histories):
+        p = {n: round_weight(w, (-2,), histories[n], precision) for n, w in values.items()}
+        if whole:
+            out = p["w_down"].gated(x, p, activation)
+            assert out is not None
+            return out
+        return p["w_down"].matmul("BTF,FD->BTD", gated_mlp(x, p, activation))
+
+    (got, pull), (want, pull_parts) = (
+        jax.vjp(functools.partial(run, whole), x, values, histories) for whole in (True, False)
+    )
+    # Float32 numbers differ in their last bits: few fall to the other side of a tie, by a step of the format.
+    near = lambda a, b: np.linalg.norm(np.subtract(a, b)) < 0.02 * np.linalg.norm(b)
+    assert near(got, want)
+    whole, parts = pull(ct), pull_parts(ct)
+    assert all(jax.tree.leaves(jax.tree.map(near, whole, parts)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, 1:], b[:, 1:]), whole[2], parts[2])
+    bias = {"b_gate": jnp.zeros(F), **{n: round_weight(w, (-2,), histories[n], precision) for n, w in values.items()}}
+    assert bias["w_down"].gated(x, bias, activation) is None  # which it does not add
 
 
 def test_the_gradient_of_scales_replaces_them(rng):
