@@ -225,8 +225,7 @@ def _grouped(
             _set_registers(c, 24)
 
             def one_tile(i, done):
-                group, start, column, _, end, steps = tile(i)
-                units = lax.div(end - start + UNIT - 1, jnp.int32(UNIT))
+                group, start, column, _, _, steps = tile(i)
 
                 def copy(k, slot):
                     for i, (lhs_ref, matrices) in enumerate(operands):
@@ -239,17 +238,10 @@ def _grouped(
                 def copy_term(lhs_ref, matrices, k, slot):
                     step = pl.ds(pl.multiple_of(k * UNIT, UNIT), UNIT)
                     columns = pl.ds(pl.multiple_of(column, width), width)
-                    for at in range(0, c.warpgroups * c.rows, c.rows):
-                        # Units of the group alone: blocks together are close to what L2 can read.
-                        mine = jnp.clip(units - at // UNIT, 0, c.rows // UNIT)
-                        pl.when(mine == 0)(lambda: plgpu.barrier_arrive(full.at[slot]))
-                        for height in range(UNIT, c.rows + 1, UNIT):
-
-                            @pl.when(mine == height // UNIT)
-                            def _(at=at, height=height):
-                                rows = lhs_ref.at[pl.ds(pl.multiple_of(start + at, ALIGN), height), step]
-                                plgpu.copy_gmem_to_smem(rows, a_smem.at[slot, pl.ds(at, height)], full.at[slot])
-
+                    for w in range(c.warpgroups):
+                        rows = pl.ds(pl.multiple_of(start + w * c.rows, ALIGN), c.rows)
+                        a = a_smem.at[slot, pl.ds(w * c.rows, c.rows)]
+                        plgpu.copy_gmem_to_smem(lhs_ref.at[rows, step], a, full.at[slot])
                     for i, rhs_ref in enumerate(matrices):
                         b = rhs_ref.at[group, columns, step] if transposed else rhs_ref.at[group, step, columns]
                         plgpu.copy_gmem_to_smem(b, b_smem.at[slot, i], full.at[slot])
