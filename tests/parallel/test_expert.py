@@ -189,6 +189,9 @@ def test_remote_copies_meet_every_routing(copies, rng):
 @pytest.mark.parametrize("mesh", REMOTE)
 def test_remote_copies_everywhere(mesh, copies, rng):
     _remote(rng, mesh)
+    check(rng, mesh, "remote_copy", "expert_choice", length=2, top_k=E)
+    check(rng, mesh, "remote_copy", "one device", length=6, chunks=3)
+    check(rng, "ep=8", "two_level", "random", hosts=2)  # and inside of hosts
 
 
 def _remote(rng, mesh):
