@@ -8,9 +8,7 @@ A table of microseconds (medians over calls issued back to back) and of the byte
 
 import argparse
 import pathlib
-import statistics
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
@@ -18,21 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import runner
 from pallas_kernels.float8_grads.api import BACKENDS, float8_grads_implementation, gated_grads, round_both
 
-TURNS, CALLS = 5, 20
 GRADIENTS, FORWARD = jnp.float8_e5m2, jnp.float8_e4m3fn
-
-
-def seconds(f, args) -> float:
-    turns = []
-    for _ in range(TURNS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            out = f(*args)
-        jax.block_until_ready(out)
-        turns.append((time.perf_counter() - start) / CALLS)
-    return statistics.median(turns)
 
 
 def main() -> None:
@@ -40,6 +27,8 @@ def main() -> None:
     for name, default in (("rows", 16384), ("width", 2048), ("hidden", 8192)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        raise SystemExit(f"gradients.py times kernels for GPUs. This is {jax.default_backend()}")
     key, scale = jax.random.key(0), jnp.float32(2.0**-8)
     new = lambda i, width: jax.random.normal(jax.random.fold_in(key, i), (args.rows, width), jnp.bfloat16)
     grads = [new(i, args.hidden) for i in range(3)]
@@ -58,9 +47,9 @@ def main() -> None:
             want = got if want is None else want
             off = max(float((a != b).mean()) for a, b in zip(got, want, strict=True))
             assert off < 1e-3, f"{name} on {backend}: {off:.1e} of the numbers are others"
-            took = seconds(compiled, arrays)
-            rate = arrays[0].size * width / took / 1e12
-            print(f"{name:14}{backend:8}{took * 1e6:10.1f}{rate:8.2f}  {off:.1e}", flush=True)
+            ms, _ = runner.measure(compiled, *arrays)
+            rate = arrays[0].size * width / ms / 1e9
+            print(f"{name:14}{backend:8}{ms * 1e3:10.1f}{rate:8.2f}  {off:.1e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
+from pallas_kernels.attention.mosaic_gpu_pieces import LOG2E, ROWS, mma, tiled
 from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths, placed, scales_of_tokens
-from pallas_kernels.decode_attention.mosaic_gpu_pieces import LOG2E, ROWS, SM_COUNT, TILE, iota, mma, tiled
+from pallas_kernels.decode_attention.mosaic_gpu_pieces import SM_COUNT, TILE, iota
 from pallas_kernels.decode_attention.pallas_mosaic_gpu_short import decode_attention_short, fits
 from pallas_kernels.decode_attention.schedule import Schedule, make_schedule
 

@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.attention.mosaic_gpu_pieces import LOG2E, ROWS, mma, tiled
 from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths
-from pallas_kernels.decode_attention.mosaic_gpu_pieces import LOG2E, ROWS, SM_COUNT, TILE, iota, mma, tiled
+from pallas_kernels.decode_attention.mosaic_gpu_pieces import SM_COUNT, TILE, iota
 
 _MOST = 2048  # tokens that the page table can hold: with more, sequences are cut
 
