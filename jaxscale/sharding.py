@@ -26,9 +26,8 @@ ROUNDED = "rounded_matmul"  # checkpoint name of what a matmul of operands in 8 
 CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
 WIDTHS = frozenset({"embed", "latent"})  # what a matrix is multiplied along or gives, beside heads and hidden layers
 RESTING = MEGATRON_FSDP.spill  # mesh axes that say where a parameter rests, not how it is computed with
-STAGES = frozenset(
-    {"pp", "dp"}
-)  # inside a pipeline they are Manual, the others as outside (jaxscale.parallel.pipeline)
+# Inside a pipeline's stage these are Manual, the others as outside (jaxscale.parallel.pipeline).
+STAGES = frozenset({"pp", "dp"})
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:

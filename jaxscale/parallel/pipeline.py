@@ -172,9 +172,8 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
         x, out = lax.scan(functools.partial(layer, mine), x, chunk)
         return x, jax.tree.map(lambda o: jnp.where(busy, o / (K * size), jnp.zeros_like(o)), out), r
 
-    if (
-        v > 1
-    ):  # else each tick would keep the chunk of weights that it met; so it keeps what came in, and computes again
+    if v > 1:
+        # Else each tick would keep the chunk of weights that it met: it keeps what came in, and is computed again.
         compute = jax.checkpoint(compute, prevent_cse=False)
 
     def tick(state, t):
@@ -196,9 +195,8 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
     (arrived, own, done, total), _ = lax.scan(tick, state, jnp.arange(last, dtype=jnp.int32))
     own = back(trade(last, arrived, own)[1])
     # A group is done when the next one has entered.
-    return jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own), jax.tree.map(
-        lambda x: x[None], total
-    )
+    whole = jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own)
+    return whole, jax.tree.map(lambda x: x[None], total)
 
 
 def _chunks(x, stage, size: int, v: int):

@@ -127,7 +127,6 @@ def estimate(
 
     Raises:
       ValueError: the mesh, the batch or the sequence does not divide, with what would.
-      NotImplementedError: the mesh has stages (pp).
     """
     pod = find_pod(pod) if isinstance(pod, str) else pod
     mesh = mesh.fill(pod.num_devices)
@@ -475,9 +474,8 @@ class _Step:
         # and their gradients, gathered weights and their gradients.
         keys = (self.keys - self.tokens) * self.kv_heads * self.kv_dim * self.item
         backward = self.residuals("none") + keys + 4 * rows + 2 * layer + tables
-        if (
-            self.remat != "none"
-        ):  # computed again they go through fusions: compiled steps hold none at the fullest moment
+        # Computed again they go through fusions: compiled steps hold none at the fullest moment.
+        if self.remat != "none":
             backward -= self.norms_kept()
         # Loss: head, logits in float32 and their gradient in the model's dtype, the rows and their gradient.
         loss = head + tables + self.loss_rows * self.vocab * (4 + self.item) + 3 * rows

@@ -35,9 +35,8 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
             return (matmul_few(values.astype(jnp.bfloat16), w, jnp.float32) * scales).astype(dtype)
         rounded = values.astype(jnp.float32).reshape(*scales.shape, -1) * scales[..., None]
         return matmul_few(rounded.reshape(x.shape).astype(jnp.bfloat16), w, dtype)
-    w_values = w.natural().values.astype(values.dtype)[
-        None
-    ]  # int4 is exact in both, and widening it a small part of the time
+    # int4 is exact in both, and widening it a small part of the time.
+    w_values = w.natural().values.astype(values.dtype)[None]
     return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32)[None], dtype)
 
 
