@@ -69,12 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from jaxscale.train import NonFiniteLoss, Preempted
+        expected = (ValueError, OSError, NotImplementedError, ImportError)
+        if not isinstance(error, expected):
+            from jaxscale.train import NonFiniteLoss, Preempted  # brings JAX, which a mistyped option need not wait for
 
-        if isinstance(error, Preempted):
-            print(error, file=sys.stderr)
-            return EXIT_PREEMPTED
-        expected = (ValueError, OSError, NotImplementedError, ImportError, NonFiniteLoss)
+            if isinstance(error, Preempted):
+                print(error, file=sys.stderr)
+                return EXIT_PREEMPTED
+            expected = NonFiniteLoss
         if os.environ.get("JAXSCALE_TRACEBACK") or not isinstance(error, expected):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.experimental.pallas.fuser  # part of jit's key: first imported in a trace, it makes the next call trace again
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
