@@ -16,19 +16,11 @@ from jaxscale.layers import gated_mlp
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params, path_name
+from jaxscale.quantize.delayed import HISTORY
 from jaxscale.quantize.recipe import parse_recipe
-from jaxscale.quantize.training import (
-    HISTORY,
-    PRECISIONS,
-    Precision,
-    RoundedWeight,
-    init_scales,
-    parse_precision,
-    round_at_random,
-    round_to,
-    round_weight,
-    rounded,
-)
+from jaxscale.quantize.rounded_weight import RoundedWeight, round_weight
+from jaxscale.quantize.rounding import round_at_random, round_to
+from jaxscale.quantize.training import PRECISIONS, Precision, init_scales, parse_precision, rounded
 from jaxscale.run import load_run, run
 from jaxscale.sharding import matmuls
 from jaxscale.train import abstract_train_state, make_train_state, make_train_step
