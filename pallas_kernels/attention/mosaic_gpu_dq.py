@@ -2,7 +2,8 @@
 
 One block for each multiprocessor computes one tile after another; the next tile's loads start before this one's output
 has left. Up to head_dim 128 a warpgroup holds its rows of q and do in registers: both matmuls that read them then take
-half of the shared memory's bandwidth, and the next tile's q and do may arrive as soon as these are read.
+half of the shared memory's bandwidth, and the next tile's q and do may arrive as soon as these are read. There the sums
+of do * o over a row, without which no logit has a gradient, are made on the way and left for the kernel of dk and dv.
 """
 
 import functools
@@ -39,17 +40,24 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
 from pallas_kernels.attention.schedule import deal, tile_steps
 
 
-def backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> jax.Array:
-    """dq [B, T, N, H]; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
+def backward_dq(
+    inputs: Inputs, options: Options, config: Config, do, lse, delta, o=None
+) -> tuple[jax.Array, jax.Array]:
+    """dq [B, T, N, H], and delta; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two.
+
+    o [B, T, N, Hv], up to head_dim 128: sum(do * o, -1) is added to delta.
+    """
     B, T, N, H = inputs.q.shape
     K, Hv = inputs.k.shape[2], inputs.v.shape[3]
     S = inputs.k.shape[1]
     dtype = inputs.q.dtype
     wgs, bkv, stages = config.warpgroups_bwd, config.block_kv_dq, config.stages_dq
     held = max(H, Hv) <= 128  # q and do in registers
+    assert held or o is None
     tile = wgs * ROWS
     padded = pad_inputs(inputs, tile, bkv)
     do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
+    outputs = () if o is None else (pad_to(o, 1, tile),)  # the forward's
     tiles = padded.q.shape[1] // tile
     ranges = rows_to(key_ranges(inputs, options, ROWS, bkv), tiles * wgs)
     mask = Mask(padded, options, S, padded.k.shape[1])
@@ -57,8 +65,10 @@ def backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta
     c = options.scale * LOG2E
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, schedule_ref, *refs):
-        aux, (dq_ref, smem, q_full, q_free, k_full, v_full, k_free, v_free) = refs[:-8], refs[-8:]
-        q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, mask_smem, *out_smem = smem
+        o_ref, refs = refs[: len(outputs)], refs[len(outputs) :]
+        aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
+        dq_ref, *sums_ref, smem, q_full, q_free, k_full, v_full, k_free, v_free = refs
+        q_smem, do_smem, k_smem, v_smem, mask_smem, out_smem, o_smem = smem
         wg = lax.axis_index("wg")
         count = schedule_ref[lax.axis_index("block"), 0] + 0
         place = functools.partial(find_tile, schedule_ref, heads=N, tiles=tiles)
@@ -72,13 +82,17 @@ def backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta
             rows = pl.ds(q_start, ROWS)
             down = mask.down(aux, b, rows)
             slot = lambda j: slot_of(done + j - lo, stages)
-            plgpu.barrier_wait(q_full)
             reduced = plgpu.Layout.WGMMA.reduce(1)
-            lse, delta = (plgpu.load(x.at[wg], layout=reduced, optimized=False) for x in (lse_smem, delta_smem))
+            # From global memory: shared memory is full, and they arrive under the wait for q.
+            lse, delta = (plgpu.load(x.at[b, n, rows], layout=reduced, optimized=False) for x in (lse_ref, delta_ref))
+            plgpu.barrier_wait(q_full)
             q, do = q_smem.at[wg], do_smem.at[wg]
             if held:
-                q, do = (plgpu.load(x, layout=plgpu.Layout.WGMMA) for x in (q, do))
+                q, do, *o = (plgpu.load(x, layout=plgpu.Layout.WGMMA) for x in (q, do, *(x.at[wg] for x in o_smem)))
                 plgpu.barrier_arrive(q_free)
+                for x in o:
+                    delta += jnp.sum(do.astype(jnp.float32) * x.astype(jnp.float32), axis=1)
+                    sums_ref[0].at[b, n, rows][...] = delta
 
             def step(j, dq, masked):
                 plgpu.barrier_wait(v_full.at[slot(j)])
@@ -141,10 +155,8 @@ def backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta
                 pl.when(w > 0)(lambda: plgpu.barrier_wait(q_free))
                 for x in range(wgs):
                     rows = pl.ds(pl.multiple_of(t * tile + x * ROWS, ROWS), ROWS)
-                    for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
+                    for ref, smem in ((q_ref, q_smem), (do_ref, do_smem), *zip(o_ref, o_smem)):
                         plgpu.copy_gmem_to_smem(ref.at[b, rows, n], smem.at[x], q_full)
-                    for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
-                        plgpu.copy_gmem_to_smem(ref.at[b, n, rows], smem.at[x], q_full)
 
                 @pl.loop(lo, hi)
                 def _(j):
@@ -172,23 +184,26 @@ def backward_dq(inputs: Inputs, options: Options, config: Config, do, lse, delta
         tiled((wgs, ROWS, Hv), dtype),
         tiled((stages, bkv, H), dtype),
         tiled((stages, bkv, Hv), dtype),
-        plgpu.SMEM((wgs, ROWS), jnp.float32),
-        plgpu.SMEM((wgs, ROWS), jnp.float32),
         mask.smem(stages, bkv),
-        *([tiled((wgs, ROWS, H), dtype)] if held else []),
+        [tiled((wgs, ROWS, H), dtype)] if held else [],
+        [tiled((wgs, ROWS, Hv), dtype) for _ in outputs],
     )
     k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
     free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
-    (dq,) = launch(
+    q_full = plgpu.Barrier(num_arrivals=(2 + len(outputs)) * wgs)
+    dq, *sums = launch(
         kernel,
         "attention_dq",
-        [jax.ShapeDtypeStruct(padded.q.shape, dtype)],
+        [
+            jax.ShapeDtypeStruct(padded.q.shape, dtype),
+            *(jax.ShapeDtypeStruct(delta.shape, jnp.float32) for _ in outputs),
+        ],
         {"block": len(schedule)},
-        (smem, plgpu.Barrier(num_arrivals=4 * wgs), plgpu.Barrier(num_arrivals=wgs), k_full, v_full, free, free),
-        (padded.q, padded.k, padded.v, do, lse, delta, ranges, schedule, *mask.arrays),
+        (smem, q_full, plgpu.Barrier(num_arrivals=wgs), k_full, v_full, free, free),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, schedule, *outputs, *mask.arrays),
         wgs + 1,
     )
-    return dq[:, :T]
+    return dq[:, :T], (*sums, delta)[0][:, :, :T]
 
 
 def _product(acc_ref, a: Any, b_ref):

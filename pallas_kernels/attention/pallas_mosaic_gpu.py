@@ -92,7 +92,7 @@ def backward(inputs: Inputs, options: Options, do: jax.Array, lse: jax.Array, de
     inputs = _whole_widths(inputs)
     config = tuned(inputs.q.shape[3], inputs.v.shape[3])
     rows = pad_to(do, 3, 64), lse.swapaxes(1, 2) * LOG2E, delta.swapaxes(1, 2)
-    dq, dk, dv = pallas_mosaic_gpu_bwd.backward(inputs, options, config, *rows)
+    dq, dk, dv, _ = pallas_mosaic_gpu_bwd.backward(inputs, options, config, *rows)
     return dq[..., :H], dk[..., :H], dv[..., :Hv]
 
 
@@ -117,16 +117,15 @@ def _attention_bwd(options: Options, config: Config, residuals, cotangents):
     do, dlse = cotangents
     unseen = lse == -jnp.inf
     dlse = jnp.where(unseen, 0.0, dlse.swapaxes(1, 2))  # a merge of blocks may send nan to a row that saw nothing
-    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
+    finite = jnp.where(unseen, 0.0, lse)
+    dq, dk, dv, delta = pallas_mosaic_gpu_bwd.backward(inputs, options, config, do, finite * LOG2E, -dlse, o)
     dsinks = None
     if inputs.sinks is not None:
         p_sink = jnp.exp(inputs.sinks.astype(jnp.float32)[None, :, None] - lse)
         dsinks = -jnp.sum(p_sink * delta, axis=(0, 2)).astype(inputs.sinks.dtype)
-    lse = jnp.where(unseen, 0.0, lse)
     dbias = None
     if inputs.bias is not None:  # by XLA, which leaves it out where no one asks for it
-        dbias = bias_gradient(inputs, options, do, lse.swapaxes(1, 2), delta.swapaxes(1, 2))
-    dq, dk, dv = pallas_mosaic_gpu_bwd.backward(inputs, options, config, do, lse * LOG2E, delta)
+        dbias = bias_gradient(inputs, options, do, finite.swapaxes(1, 2), delta.swapaxes(1, 2))
     none = dict.fromkeys(Inputs._fields[5:])
     return (inputs._replace(q=dq, k=dk, v=dv, bias=dbias, sinks=dsinks, **none),)
 

@@ -40,18 +40,25 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     tiled,
 )
 from pallas_kernels.attention.mosaic_gpu_stored import BLOCK, Stored, multiply
+from pallas_kernels.attention.schedule import longest_first, tile_steps
 
 
 @functools.partial(jax.jit, static_argnames=("options", "config"), inline=True)  # see `launch`
-def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta):
-    """dq, dk, dv; do [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two."""
-    if config.fused and mosaic_gpu_fused.pays(inputs):
-        return mosaic_gpu_fused.fused(inputs, options, config, do, lse, delta)
+def backward(inputs: Inputs, options: Options, config: Config, do, lse, delta, o=None):
+    """dq, dk, dv, and delta; do and o [B, T, N, Hv]; lse and delta are [B, N, T], lse in powers of two.
+
+    o: sum(do * o, -1) is added to delta.
+    """
+    fused = config.fused and mosaic_gpu_fused.pays(inputs)
+    if o is not None and (fused or config.split_dkv):  # where dq is alone, its kernel does it
+        delta, o = delta + jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32), None
+    if fused:
+        return *mosaic_gpu_fused.fused(inputs, options, config, do, lse, delta), delta
     if config.split_dkv and (stored := Stored.of(inputs, options)):
         dv, dlogits = _dkv(inputs, options, config, do, lse, delta, False, True, stored)
-        return *(multiply(inputs, options, stored, dlogits, x) for x in ("dq", "dk")), dv
-    dq = backward_dq(inputs, options, config, do, lse, delta)
-    return dq, *_backward_dkv(inputs, options, config, do, lse, delta)
+        return *(multiply(inputs, options, stored, dlogits, x) for x in ("dq", "dk")), dv, delta
+    dq, delta = backward_dq(inputs, options, config, do, lse, delta, o)
+    return dq, *_backward_dkv(inputs, options, config, do, lse, delta), delta
 
 
 def _backward_dkv(inputs: Inputs, options: Options, config: Config, do, lse, delta) -> tuple[jax.Array, jax.Array]:
@@ -94,17 +101,23 @@ def _dkv(
     tiles = padded.k.shape[1] // tile
     mask = Mask(padded, options, S, padded.k.shape[1], keys_down=True)
     grid, locate = make_grid(B, K, tiles, T * (H + Hv) * 2 * G)
+    order = ()  # of the tiles of a group, whose last ones leave multiprocessors idle; as they stand, if known ahead
+    if not isinstance(ranges, np.ndarray):
+        order = (longest_first(tile_steps(ranges, wgs), np.arange(tiles, dtype=np.int32)),)
     c = options.scale * LOG2E
     widths = {x: width for x, width, want in (("dv", Hv, want_dv), ("dk", H, want_dk)) if want}
     want_dp = want_dk or stored is not None
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
         places_ref, refs = refs[: len(places)], refs[len(places) :]
+        order_ref, refs = refs[: len(order)], refs[len(order) :]
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         *out_refs, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free = refs
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, mask_smem, *ds_smem = smem
         wg = lax.axis_index("wg")
         b, k_head, t = locate()
+        for x in order_ref:
+            t = x[lax.rem(b, jnp.int32(x.shape[0])), t] + 0
         lo, hi = bounds_together(ranges_ref, b, t, wgs)
 
         @pl.when(wg < wgs)
@@ -238,7 +251,7 @@ def _dkv(
         [jax.ShapeDtypeStruct(x, dtype) for x in shapes + ([stored.shape(inputs)] if stored else [])],
         grid,
         (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), q_full, do_full, free, free),
-        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *places, *mask.arrays),
+        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *places, *order, *mask.arrays),
         wgs + 1,
     )
     return [x[:, :S] for x in reversed(out[: len(widths)])] + out[len(widths) :]

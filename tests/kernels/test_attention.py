@@ -493,6 +493,10 @@ def test_every_tile_has_a_block(rng):
             assert all((np.diff(x) <= 0).all() for x in costs)
         sums = [x.sum() for x in costs]
         assert max(sums) <= np.mean(sums) + tiles
+        names = rng.permutation(100 + tiles)[:tiles].astype(np.int32)
+        for row, order in zip(steps, np.asarray(schedule.longest_first(jnp.asarray(steps), names))):
+            np.testing.assert_array_equal(np.sort(order), np.sort(names))
+            assert (np.diff(row[[list(names).index(x) for x in order]]) <= 0).all()
 
 
 def test_mosaic_tpu_causal_documents(rng, monkeypatch):
