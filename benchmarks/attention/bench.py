@@ -108,15 +108,14 @@ def arrays(work: Work, seed: int, dtype="bfloat16"):
 def make(work: Work, implementation: str, variant: str, blocks: int = 132):
     """The function q, k, v -> o; `blocks` of a persistent kernel."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     if implementation == "cudnn":
         return functools.partial(jax.nn.dot_product_attention, is_causal=work.causal, implementation="cudnn")
     if implementation == "tokamax":
         import tokamax
 
-        return functools.partial(tokamax.dot_product_attention, is_causal=work.causal)
+        # Its kernel for Hopper by name: left to itself it may fall back to another.
+        return functools.partial(tokamax.dot_product_attention, is_causal=work.causal, implementation="mosaic")
 
     gpu = importlib.import_module("pallas_kernels.attention.pallas_mosaic_gpu")
     from pallas_kernels import attention
@@ -124,13 +123,19 @@ def make(work: Work, implementation: str, variant: str, blocks: int = 132):
     base = TUNED.setdefault("tuned", gpu.tuned)(work.H, work.Hv)
     importlib.import_module("pallas_kernels.attention.schedule").SM_COUNT = blocks
     gpu.tuned = lambda H, Hv: dataclasses.replace(base, **VARIANTS[variant])
+    return functools.partial(attention, **hidden(work), implementation=implementation)
+
+
+def hidden(work: Work) -> dict:
+    """The arguments of `attention` that hide keys."""
+    import jax.numpy as jnp
+    import numpy as np
+
     ids = None
     if work.documents:
         row = np.repeat(np.arange(1, work.documents + 1), lengths(work)).astype(np.int32)
         ids = jnp.asarray(np.broadcast_to(row, (work.B, work.T)))
-    return functools.partial(
-        attention, causal=work.causal, window=work.window, segment_ids=ids, implementation=implementation
-    )
+    return {"causal": work.causal, "window": work.window, "segment_ids": ids}
 
 
 def with_backward(f):

@@ -58,6 +58,7 @@ CASES = {
     "h256 sinks": Case(2, 700, 16, 4, 256, 256, window=128, sinks=True, kernels=STORED),
     "h256 packed": Case(1, 1500, 16, 4, 256, 256, documents=7, soft_cap=50.0, kernels=APART),
     "mla": Case(2, 1000, 16, 16, 192, 128, kernels=STORED),
+    "mla packed": Case(1, 1500, 16, 4, 192, 128, documents=7, restart=True, kernels=APART),
     "mla both sides": Case(1, 1300, 16, 4, 192, 128, causal=False, window=(200, 70), kernels=STORED),
     "h128 gqa": Case(2, 1024, 32, 8, 128, 128, cudnn=True),
     "h128 ragged": Case(2, 999, 32, 8, 128, 128),

@@ -14,18 +14,18 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from benchmarks import runner
-from benchmarks.attention.bench import WORKS, Work, arrays, flops
+from benchmarks.attention.bench import WORKS, Work, arrays, flops, hidden
 
 JOB_SECONDS = 60
-NAMES = ("h128", "h128 full", "h128 16k", "gqa 32/8", "h64")
+NAMES = ("h128", "h128 full", "h128 16k", "gqa 32/8", "h64", "packed 16 in 16k", "window 1024 in 32k")
 
 
 def attend(work: Work, implementation: str):
     from pallas_kernels import attention, attention_float8
 
     if implementation == "bfloat16":
-        return functools.partial(attention, causal=work.causal, implementation="mosaic_gpu")
-    return functools.partial(attention_float8, causal=work.causal, implementation=implementation)
+        return functools.partial(attention, **hidden(work), implementation="mosaic_gpu")
+    return functools.partial(attention_float8, **hidden(work), implementation=implementation)
 
 
 def do(job) -> dict:
@@ -47,12 +47,14 @@ def do(job) -> dict:
         alone = sum(sum(us) for kernel, us in kernels.items() if "attention" in kernel) / 1e3
         return {"fwd": runner.measure(f, *x)[0], "alone": alone}
     # Long enough that blocks have several tiles of all lengths.
-    x = arrays(dataclasses.replace(work, B=1, T=4000, N=8, K=8 * work.K // work.N), 1)[:3]
+    window = 300 if work.window else None
+    work = dataclasses.replace(work, B=1, T=4000, N=8, K=8 * work.K // work.N, window=window)
+    x = arrays(work, 1)[:3]
     f = jax.jit(attend(work, implementation))
     got = f(*x)
     with jax.default_matmul_precision("highest"):
         rounded = jax.jit(attend(work, "xla"))(*x)
-        exact = jax.jit(functools.partial(attention, causal=work.causal, implementation="xla"))(
+        exact = jax.jit(functools.partial(attention, **hidden(work), implementation="xla"))(
             *(a.astype(jnp.float32) for a in x)
         )
     added, whole = runner.errors(got, rounded)[0], runner.errors(got, exact)[0]

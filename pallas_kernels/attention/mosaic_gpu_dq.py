@@ -61,7 +61,7 @@ def backward_dq(
     tiles = padded.q.shape[1] // tile
     ranges = rows_to(key_ranges(inputs, options, ROWS, bkv), tiles * wgs)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(tile_steps(ranges, wgs), B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
+    schedule = deal(tile_steps(ranges, wgs), B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N, share=2))
     c = options.scale * LOG2E
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, schedule_ref, *refs):

@@ -1,10 +1,10 @@
 """Attention for Hopper GPUs (sm90), written in Pallas Mosaic GPU: bfloat16 and float16.
 
-Forward: a block holds two warpgroups of 64 queries each and one that feeds them Q, K and V through TMA. Where it is
-known while tracing what hides keys, there is one block for each multiprocessor, which computes one tile of 128 queries
-after another: the next one's Q and first K and V arrive while this one's output leaves. Which key blocks a tile visits
-stands in a small table, made before the kernel from whatever hides keys (causal, window, segments, positions): blocks
-outside of its range cost nothing, blocks inside of the full range are not masked.
+Forward: a block holds two warpgroups of 64 queries each (three at head_dim 64, whose exponentials take longer than its
+matmuls) and one that feeds them Q, K and V through TMA. There is one block for each multiprocessor, which computes one
+tile of queries after another: the next one's Q and first K and V arrive while this one's output leaves. Which key
+blocks a tile visits stands in a small table, made before the kernel from whatever hides keys (causal, window, segments,
+positions): blocks outside of its range cost nothing, blocks inside of the full range are not masked.
 
 The backward kernels stand in pallas_mosaic_gpu_bwd.py, mosaic_gpu_fused.py and mosaic_gpu_stored.py.
 
@@ -59,7 +59,7 @@ def tuned(H: int, Hv: int) -> Config:
     if max(H, Hv) > 128:
         return Config(block_kv=64, split_dkv=True)
     if max(H, Hv) == 64:
-        return Config(block_kv_dq=128, block_q_dkv=128, fused=True)
+        return Config(warpgroups=3, block_kv_dq=128, block_q_dkv=128, fused=True)
     return Config(stages_dq=3, stages_dkv=3)
 
 
@@ -143,12 +143,14 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     K, Hv = inputs.k.shape[2], inputs.v.shape[3]
     S = inputs.k.shape[1]
     dtype = inputs.q.dtype
-    tile, bkv, stages = 2 * ROWS, config.block_kv, config.stages
-    padded = pad_inputs(inputs, tile, bkv)
-    tiles = padded.q.shape[1] // tile
+    wgs, bkv, stages = config.warpgroups, config.block_kv, config.stages
+    tile = wgs * ROWS
+    padded = pad_inputs(inputs, ROWS, bkv)
+    queries = padded.q.shape[1]
+    tiles = -(-queries // tile)
     ranges = key_ranges(inputs, options, tile, bkv)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(ranges[..., 3] - ranges[..., 0], B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N))
+    schedule = deal(ranges[..., 3] - ranges[..., 0], B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N, share=2))
     c = options.scale * LOG2E
     buffers = 2 if max(H, Hv) <= 128 else 1  # of q: the next tile's arrives under this tile's work
 
@@ -160,6 +162,12 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         count = schedule_ref[lax.axis_index("block"), 0] + 0
         find = functools.partial(find_tile, schedule_ref, heads=N, tiles=tiles)
 
+        def start_of(t, x):
+            """The first row of a warpgroup; one past the end does the last rows once more, so that no tile is filled
+            up in memory."""
+            start = t * tile + x * ROWS
+            return pl.multiple_of(jnp.minimum(start, queries - ROWS) if queries % tile else start, ROWS)
+
         def place(w):
             b, n, t = find(w)
             lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
@@ -168,7 +176,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         def work(w, done):
             """One tile; `done` counts the blocks of keys of those before it."""
             b, n, t, (lo, full_lo, full_hi, hi) = place(w)
-            q_start = pl.multiple_of(t * tile + wg * ROWS, ROWS)
+            q_start = start_of(t, wg)
             rows = pl.ds(q_start, ROWS)
             buffer = slot_of(w, buffers)
             q = q_smem.at[buffer, wg]
@@ -266,25 +274,25 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 plgpu.barrier_arrive(q_free.at[0])
             return done + hi - lo
 
-        @pl.when(wg < 2)
+        @pl.when(wg < wgs)
         def _compute():
-            set_registers(2, 240)
+            set_registers(wgs, 240 if wgs == 2 else 160)
             lax.fori_loop(0, count, work, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
             if buffers > 1:
                 plgpu.barrier_arrive(q_free.at[slot_of(count - 1, buffers)])
 
-        @pl.when(wg == 2)
+        @pl.when(wg == wgs)
         def _feed():
-            set_registers(2, 24)
+            set_registers(wgs, 24 if wgs == 2 else 32)
 
             def feed(w, done):
                 b, n, t, (lo, _, _, hi) = place(w)
                 k_head = lax.div(n, jnp.int32(N // K))
                 buffer = slot_of(w, buffers)
                 pl.when(w >= buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
-                for x in (0, 1):
-                    rows = pl.ds(pl.multiple_of(t * tile + x * ROWS, ROWS), ROWS)
+                for x in range(wgs):
+                    rows = pl.ds(start_of(t, x), ROWS)
                     plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[buffer, x], q_barriers.at[buffer])
 
                 @pl.loop(lo, hi)
@@ -315,24 +323,27 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 plgpu.barrier_wait(q_free.at[slot_of(w, buffers)])
 
     smem = (
-        tiled((buffers, 2, ROWS, H), dtype),
+        tiled((buffers, wgs, ROWS, H), dtype),
         tiled((stages, bkv, H), dtype),
         tiled((stages, bkv, Hv), dtype),
-        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((wgs, ROWS), jnp.float32),
         mask.smem(stages, bkv),
-        *([] if Hv == H else [tiled((2, ROWS, Hv), dtype)]),
+        *([] if Hv == H else [tiled((wgs, ROWS, Hv), dtype)]),
     )
     k_full, v_full = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1 + len(mask.across), 1))
-    free = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    q_full = plgpu.Barrier(num_arrivals=2, num_barriers=buffers)
-    Tp = tiles * tile
+    free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
+    q_full = plgpu.Barrier(num_arrivals=wgs, num_barriers=buffers)
     o, lse = launch(
         kernel,
         "attention_fwd",
-        [jax.ShapeDtypeStruct((B, Tp, N, Hv), dtype), jax.ShapeDtypeStruct((B, N, Tp), jnp.float32)],
+        [
+            jax.ShapeDtypeStruct((B, queries, N, Hv), dtype),
+            jax.ShapeDtypeStruct((B, N, queries), jnp.float32),
+        ],
         {"block": len(schedule)},
         (smem, q_full, k_full, v_full, q_full, free, free),
         (padded.q, padded.k, padded.v, ranges, schedule, _sinks(inputs), *mask.arrays),
+        wgs + 1,
     )
     return o[:, :T], lse[:, :, :T]
 
