@@ -6,6 +6,7 @@ from pallas_kernels.decode_attention.api import decode_attention, decode_attenti
 from pallas_kernels.float8_grads.api import float8_grads_implementation, gated_grads, round_both
 from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
 from pallas_kernels.peer_rows.api import collect_at_home, peer_rows_implementation, spread_from_peers
+from pallas_kernels.quantize_rows.api import quantize_rows, quantize_rows_implementation
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from pallas_kernels.ragged_all_to_all.api import ragged_all_to_all, ragged_all_to_all_implementation
@@ -27,6 +28,8 @@ __all__ = [
     "norm_rope_implementation",
     "peer_rows_implementation",
     "quantize_array",
+    "quantize_rows",
+    "quantize_rows_implementation",
     "quantized_matmul",
     "quantized_matmul_implementation",
     "ragged_all_to_all",

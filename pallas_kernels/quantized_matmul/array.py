@@ -248,26 +248,6 @@ def round_to(w: jax.Array, scales: jax.Array, offsets: jax.Array | None, format:
     return (q - ZERO if format == "uint4" else q).astype(dtype)
 
 
-def quantize_rows(
-    x: jax.Array, groups: int, dtype: Activations, outliers: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Activations [M, K] -> values [M, K] in int8 or float8 and float32 scales [M, groups]; a row of zeros has 0.
-
-    Values of 4 bits, -7 to 7, are int8 too: what they are multiplied in where no matmul of 4 bits is to be had.
-
-    Args:
-      outliers: bool [groups]: where dtype is int4, the groups that keep 8 bits.
-    """
-    high: float | jax.Array = FORMATS[dtype][2]
-    if outliers is not None:
-        high = jnp.where(outliers, FORMATS["int8"][2], high)[None]
-    x = x.astype(jnp.float32).reshape(x.shape[0], groups, -1)
-    scales = jnp.abs(x).max(axis=-1) / high
-    values = round_to(x, scales, None, "int8" if dtype == "int4" else dtype).reshape(x.shape[0], -1)
-    # XLA drops a float that is made narrow and wide again: xla_allow_excess_precision, on by default.
-    return values if values.dtype == jnp.int8 else jax.lax.optimization_barrier(values), scales
-
-
 def repeat_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """`x`, each dim of which divides that of `shape`, with every entry repeated as often as it takes."""
     for dim, size in enumerate(shape):

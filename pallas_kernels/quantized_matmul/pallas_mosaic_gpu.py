@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
-from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_rows
+from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import matmul_few, unfit_few
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_many import matmul_many, unfit_many
 

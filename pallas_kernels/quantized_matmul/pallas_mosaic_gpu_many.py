@@ -185,21 +185,21 @@ def matmul_many(
                     first = i * promote
 
                     def scope(acc_ref):
+                        scales = None
                         for j in range(promote):
                             slot = slot_of(done + first + j, c)
                             plgpu.barrier_wait(full.at[slot])
+                            if scaled:  # what is waited for last is the product alone
+                                scales = plgpu.load(s_smem.at[slot, own], layout=row_layout) * w_scale
                             multiply(slot, acc_ref)
                             if j:
                                 plgpu.wgmma_wait(1)
                                 plgpu.barrier_arrive(free.at[slot_of(done + first + j - 1, c)])
-                        return acc_ref[...]
+                        return acc_ref[...], scales
 
-                    acc = pl.run_scoped(scope, plgpu.ACC(shape, kind))
-                    slot = slot_of(done + first + promote - 1, c)
-                    if scaled:
-                        acc *= rowwise(plgpu.load(s_smem.at[slot, own], layout=row_layout) * w_scale)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return total + acc, following
+                    acc, scales = pl.run_scoped(scope, plgpu.ACC(shape, kind))
+                    plgpu.barrier_arrive(free.at[slot_of(done + first + promote - 1, c)])
+                    return total + (acc if scales is None else acc * rowwise(scales)), following
 
                 total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
                 start = tile_of(0) if scaled else jnp.float32(1)

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_rows, repeat_to
+from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 
 _LANES = 128
 _ROWS, _COLUMNS, _DEPTH = 256, 512, 1024  # of the largest blocks

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_rows
+from pallas_kernels.quantize_rows.xla import quantize_rows
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 
 
 def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton
 from pallas_kernels._triton import cover, dot, inside, load, store
-from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_rows, repeat_to
+from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 
 _MOST = 256  # rows of x in 16 bits: with more, XLA, which dequantizes in memory, is as fast
 _MOST_CHANNELS = 16  # for 8 bits with scales of channels, which XLA widens on the way

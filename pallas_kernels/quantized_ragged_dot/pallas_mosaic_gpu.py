@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
-from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_rows
+from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_many import matmul_many, unfit_many
 from pallas_kernels.quantized_ragged_dot.pallas_mosaic_gpu_few import grouped_few, unfit_few
 from pallas_kernels.ragged_dot import pallas_mosaic_gpu as dense

@@ -9,7 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_rows, repeat_to
+from pallas_kernels.quantize_rows.xla import quantize_rows
+from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 from pallas_kernels.ragged_dot import xla
 from pallas_kernels.ragged_dot.schedule import bounds, row_groups
 

@@ -15,8 +15,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import QuantizedArray, quantize_array, ragged_dot, ragged_dot_implementation, ragged_dots
+from pallas_kernels.quantize_rows.xla import quantize_rows
 from pallas_kernels.quantized_matmul import pallas_mosaic_gpu_many as many
-from pallas_kernels.quantized_matmul.array import Format, quantize_rows
+from pallas_kernels.quantized_matmul.array import Format
 from pallas_kernels.quantized_ragged_dot import pallas_mosaic_gpu_few as few
 from pallas_kernels.ragged_dot import pallas_mosaic_gpu as dense_kernel
 
