@@ -76,7 +76,7 @@ class MetricsFile(Callback):
 
     def on_start(self, step: int, steps: int) -> None:
         kept = [m for m in read_metrics(self.path) if m["step"] <= step]
-        self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        write_whole(self.path, "".join(json.dumps(m) + "\n" for m in kept))
         self.file = self.path.open("a")
 
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -182,16 +182,23 @@ class Progress(Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a line cut off by a crash is left out."""
+    """The lines of a metrics.jsonl; what a crash cut off or left as other bytes is left out."""
     if not path.exists():
         return []
     out = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             out.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return out
+    return [m for m in out if isinstance(m, dict) and "step" in m]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or as it was, whenever the process ends."""
+    part = path.with_name(f"{path.name}.tmp")
+    part.write_text(text)
+    part.replace(path)
 
 
 def plot_loss(metrics: list[dict[str, float]], picture: Path, marks: dict[str, float] | None = None) -> None:

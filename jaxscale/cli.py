@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: "try again", which is what a scheduler should do
 EXIT_USER_ERROR = 2
@@ -134,6 +134,18 @@ class GenerateOptions:
     raw: bool = False
     """continue the prompt as it stands: no chat template"""
 
+    def __post_init__(self):  # before a model is read, which takes long; `generate` says the rest
+        if not self.model or not self.prompt:
+            raise ValueError(f"model={self.model!r} and prompt={self.prompt}: name a model and at least one prompt")
+        if self.max_new_tokens < 1 or (self.top_k is not None and self.top_k < 1):
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} and top_k={self.top_k} must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0 (the likeliest token) or a positive number")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p do nothing at temperature=0; set temperature=1.0, or drop them")
+
 
 def _generate(args: list[str]) -> int:
     options = _parse(GenerateOptions, args, "jaxscale generate")
@@ -146,8 +158,14 @@ def _generate(args: list[str]) -> int:
     from jaxscale.config import MeshConfig
     from jaxscale.generate import generate, stream_text
     from jaxscale.mesh import make_mesh
+    from jaxscale.models.cache import CacheFormat
+    from jaxscale.quantize.recipe import parse_recipe
 
     log = Console(stderr=True)
+    if options.cache not in ("", *(known := get_args(CacheFormat))):
+        raise ValueError(f"--cache {options.cache!r} is unknown; use one of {', '.join(known)}, or leave it out")
+    if options.quantize not in ("", "stored"):
+        parse_recipe(options.quantize)
     sizes = MeshConfig.parse(options.mesh)
     if not options.mesh:
         mesh = make_mesh(devices=jax.devices()[:1])
@@ -212,6 +230,8 @@ def _convert(args: list[str]) -> int:
     recipe = options.quantize
     require_new(options.out)  # before the work
     if recipe != "stored" and parse_recipe(recipe).method != "rtn":
+        if not Path(options.text).is_file():  # before the model is read
+            raise ValueError(f"{recipe} needs a calibration set: --text FILE, a text file; {options.text!r} is none")
         model = _calibrated(_load(options.model, None), recipe, options)
     else:
         model = _load(options.model, None, recipe)
@@ -229,8 +249,6 @@ def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
     from jaxscale.quantize.recipe import parse_recipe
     from pallas_kernels import QuantizedArray
 
-    if not Path(options.text).is_file():
-        raise ValueError(f"{recipe} needs a calibration set: --text FILE, a text file; {options.text!r} is none")
     quantized = lambda x: isinstance(x, QuantizedArray)
     if any(map(quantized, jax.tree.leaves(model.params, is_leaf=quantized))):
         raise ValueError(f"{options.model} is quantized already; {recipe} takes the model that it was made from")
@@ -391,9 +409,10 @@ def _absent(option: str, cfg: Any) -> str:
 def _words(framed: str) -> str:
     """What the option parser says, out of its frame (of lines or, where the terminal has none, of dashes)."""
     text = " ".join(re.sub("[╭╰╮╯│─]|-{3,}", " ", framed.partition("For full helptext")[0]).split())
-    # What it could not read, an option or a part of the configuration, belongs to the message; the class of the whole
-    # configuration does not.
-    return re.sub(r"^Value error Error parsing (?:[A-Z]\w+: )?", "", text)
+    # What it could not read, an option or a part of the configuration, belongs to the message; the title of its frame,
+    # the class of the whole configuration and a second copy of the help do not.
+    text = re.sub(r"^(Value error Error parsing (?:[A-Z]\w+: )?|Invalid choice |Missing argument )", "", text)
+    return text.partition(" Argument helptext:")[0].rstrip(".")
 
 
 def _options(cls: type, prefix: str = "--") -> list[str]:
@@ -463,6 +482,8 @@ def _simulate(args: list[str]) -> list[str]:
     """Take `--simulate N` out of the arguments; it must act before JAX looks at its devices."""
     if "--simulate" not in args:
         return args
+    if args.count("--simulate") > 1:
+        raise ValueError("--simulate is given twice; give it once, as in --simulate 8")
     at = args.index("--simulate")
     count = args[at + 1] if at + 1 < len(args) else ""
     if not count.isdecimal() or int(count) < 1:
@@ -491,8 +512,9 @@ def _mesh(cfg: Any, args: list[str]) -> tuple[Any, list[str]]:
 def _nearest(name: str, names: Any) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    bare = {n.lstrip("-"): n for n in names}  # dashes that all options share make none of them alike
+    close = difflib.get_close_matches(name.lstrip("-"), list(bare), n=1)
+    return f" (did you mean {bare[close[0]]!r}?)" if close else ""
 
 
 if __name__ == "__main__":

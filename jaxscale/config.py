@@ -28,6 +28,7 @@ _NUMBER = _Range(lambda x: -math.inf < x < math.inf, "finite")
 _POSITIVE = _Range(lambda x: 0 < x < math.inf, "positive and finite")
 _NOT_NEGATIVE = _Range(lambda x: 0 <= x < math.inf, "at least 0 and finite")
 _FRACTION = _Range(lambda x: 0 <= x < 1, "at least 0 and less than 1")
+_SHARE = _Range(lambda x: 0 <= x <= 1, "between 0 and 1")
 _SEED = _Range(lambda n: 0 <= n < 2**63, "at least 0 and less than 2**63")
 
 
@@ -423,7 +424,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require(self, _POSITIVE, "learning_rate", "eps")
-        _require(self, _NOT_NEGATIVE, "warmup_steps", "final_fraction", "weight_decay")
+        _require(self, _NOT_NEGATIVE, "warmup_steps", "weight_decay")
+        _require(self, _SHARE, "final_fraction")
         _require(self, _FRACTION, "b1", "b2")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; inf clips nothing")
@@ -447,6 +449,10 @@ class DataConfig:
         _require(self, _SEED, "seed")
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2: each token is asked for the next")
+        if not self.source or not self.suffixes:
+            raise ValueError(
+                f"source={self.source!r} with suffixes={self.suffixes} names no text; stdlib is always there"
+            )
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout={self.holdout} must lie between 0 and 1")
         kind, _, size = self.tokenizer.partition(":")
@@ -485,6 +491,14 @@ class CheckpointConfig:
             raise ValueError(
                 f"checkpoint remote_every={self.remote_every} needs remote and a multiple of every={self.every}"
             )
+        for host in self.memory_hosts:
+            name, _, port = host.rpartition(":")
+            if not name or not port.isdecimal() or not 0 < int(port) < 2**16:
+                raise ValueError(f"memory_hosts: {host!r} is not address:port, as in 10.0.0.7:9100")
+        if self.memory_hosts and self.memory_every is None:
+            raise ValueError("memory_hosts are named but nothing is kept there; set memory_every, as in 10")
+        if self.remote is not None and not re.match(r"\w+://\S|\{", self.remote):
+            raise ValueError(f"remote={self.remote!r} is no address; write it as in s3://bucket/path, gs://bucket/path")
         hosts = max(1, len(self.memory_hosts))
         if not 0 <= self.memory_lost < hosts:
             raise ValueError(
@@ -521,6 +535,8 @@ class TrainConfig:
         _require(self, _COUNT, "steps", "accum_steps", "loss_chunk", "eval_every", "eval_batches", "log_every")
         _require(self, _NOT_NEGATIVE, "z_loss")
         _require(self, _SEED, "seed")
+        if not self.out:
+            raise ValueError("out is empty; name the directory that the run is written to, as in runs/default")
         try:
             re.compile(self.precision_skip)
         except re.error as error:

@@ -1,5 +1,6 @@
 """Meshes: the six axes, always all present, every one Explicit (shardings are part of array types)."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +22,13 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     Takes a MeshConfig or sizes by name, as in `make_mesh(fsdp=4, tp=2)`; one size may be -1 and takes what is left.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or an axis has another name.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if odd := sizes.keys() - {field.name for field in dataclasses.fields(MeshConfig)}:
+        raise ValueError(
+            f"mesh {', '.join(sorted(odd))}: the axes are {' '.join(MESH_AXES)}, as in make_mesh(fsdp=4, tp=2)"
+        )
     config = (config or MeshConfig(**sizes)).fill(len(devices))
     shape = tuple(getattr(config, axis) for axis in MESH_AXES)
     kind = devices[0].platform

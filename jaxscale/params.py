@@ -105,7 +105,16 @@ def param_shardings(specs: Any, mesh: Any, rules: Rules) -> Any:
 
 
 def resolve_param(spec: ParamSpec, mesh: Any, rules: Rules) -> Resolution:
-    """Where one parameter rests, and why if not where the rules ask."""
+    """Where one parameter rests, and why if not where the rules ask.
+
+    Raises:
+      ValueError: an array or a shape in the place of a ParamSpec.
+    """
+    if not isinstance(spec, ParamSpec):
+        raise ValueError(
+            f"a tree of ParamSpec is wanted but it holds a {type(spec).__name__}, which has no logical axes; "
+            "jaxscale.fsdp_shardings(params, mesh) and sharding_rules.search shard the parameters of any function"
+        )
     return resolve_spec(spec.shape, spec.axes, rules.params, dict(mesh.shape), rules.spill)
 
 

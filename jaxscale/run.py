@@ -1,15 +1,27 @@
 """A whole run from one TrainConfig: data, mesh, parameters, training, checkpoints. Starting it again resumes it."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxscale.callbacks import Checkpoints, LossPlot, MetricsFile, Progress, TensorBoard, Validate, peak_flops
+from jaxscale.callbacks import (
+    Checkpoints,
+    LossPlot,
+    MetricsFile,
+    Progress,
+    TensorBoard,
+    Validate,
+    peak_flops,
+    write_whole,
+)
 from jaxscale.config import ModelConfig, TrainConfig, from_dict
 from jaxscale.data import load_tokenizer, make_dataset
 from jaxscale.mesh import hosts_along, make_mesh
@@ -20,9 +32,10 @@ from jaxscale.parallel import expert as over_ep
 from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
-from jaxscale.params import fallback_notes, init_params, num_params
+from jaxscale.params import fallback_notes, init_params, num_params, resolve_param
 from jaxscale.plan.check import check_config
 from jaxscale.quantize import training as quantized
+from jaxscale.sharding import axes_of
 from jaxscale.train import (
     Callback,
     TrainState,
@@ -55,19 +68,18 @@ def run(
     out = Path(cfg.out)
     mesh = make_mesh(cfg.mesh)
     check_config(cfg, mesh.size)
+    specs = decoder.param_specs(cfg.model)
+    _check_memory(specs, mesh, rules)
     precision, scales = _precision(cfg)
     index, count = share = batch_share(mesh, cfg.data.batch_size, rules)
     where = {"process_index": index, "process_count": count}
     first = jax.process_index() == 0
     saved = out / "tokenizer.json"
+    begins = not saved.exists()
     tokenizer = _tokenizer_of(cfg, saved)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)  # before the corpus is read: it may not be possible
     data, held_out = (make_dataset(cfg.data, split=s, tokenizer=tokenizer, **where) for s in ("train", "valid"))
-    if data.tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {data.tokenizer.vocab_size} tokens but model.vocab_size={cfg.model.vocab_size}; "
-            f"set --model.vocab-size {data.tokenizer.vocab_size} or more"
-        )
-    specs = decoder.param_specs(cfg.model)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     console.print(
         f"{cfg.model.name}: {num_params(specs):,} parameters; mesh {cfg.mesh.fill(mesh.size)} of {mesh.size} "
@@ -121,14 +133,14 @@ def run(
         _, parts = decoder.loss_fn(params, batch, model, rules=rules, **options)
         return parts["nll"], parts["weight"]
 
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        if tokenizer is None:
+    levels = open_levels(out / "checkpoints", cfg.checkpoint)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
+        opened.push(levels)
+        levels.claim()  # before anything is written beside what another run writes
+        if first and begins:
             whole = saved.with_suffix(".tmp")  # other processes may look while it is written
             data.tokenizer.save(whole)
             whole.replace(saved)
-    levels = open_levels(out / "checkpoints", cfg.checkpoint)
-    with jax.set_mesh(mesh):
         if levels.latest_step() is None:
             key, param_key = jax.random.split(jax.random.key(cfg.seed))
             state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key, scales)
@@ -136,6 +148,10 @@ def run(
         else:
             # Delayed scales are part of the state and are read as they were saved; another precision begins its own.
             then = levels.metadata()["config"]
+            if changes := _changes(then, json.loads(json.dumps(dataclasses.asdict(cfg)))):
+                console.print(
+                    f"changed since the last checkpoint: {', '.join(changes)}", style="yellow", highlight=False
+                )
             then = {name: then.get(name, getattr(cfg, name)) for name in ("precision", "precision_skip")}
             before = _precision(dataclasses.replace(cfg, **then))[1]
             state = levels.restore(abstract_train_state(specs, optimizer, mesh, rules, before))
@@ -149,7 +165,7 @@ def run(
         batches = data.batches(position)  # before anything is written: it may not fit
         ahead = batches.state()["batch"] - int(state.step)  # where the batch size has changed, steps are no batches
         if first:
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
         def metadata(step: int) -> dict[str, Any]:
             return {"config": dataclasses.asdict(cfg), "data": data.state(step + ahead), "mesh": dict(mesh.shape)}
@@ -168,6 +184,7 @@ def run(
             TensorBoard(out / "tensorboard", cfg.log_every),
             LossPlot(out / "metrics.jsonl", out / "loss.png"),
         )
+        opened.pop_all()  # Checkpoints ends them from here on
         return fit(
             state,
             make_train_step(loss_fn, optimizer, accum_steps=cfg.accum_steps, compiler_options=options or None),
@@ -208,7 +225,7 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     out = Path(out)
     if not (out / "config.json").exists():
         raise ValueError(f"{out} holds no run: there is no config.json; give the directory that `jaxscale train` wrote")
-    train = from_dict(TrainConfig, json.loads((out / "config.json").read_text()))
+    train = from_dict(TrainConfig, _read_config(out / "config.json"))
     optimizer = make_optimizer(train.optimizer, train.steps)
     with Checkpointer(out / "checkpoints") as checkpointer:
         target = abstract_train_state(decoder.param_specs(train.model), optimizer, mesh, rules, _precision(train)[1])
@@ -218,22 +235,72 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     )
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no JSON ({error}); remove it and start the run's command again, which writes it anew"
+        ) from None
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """What of a configuration another one says otherwise; what leaves the result alone is not compared."""
+    out = []
+    for name in then.keys() & now.keys() - ({"out", "mesh", "checkpoint", "log_every"} if not where else set()):
+        old, new = then[name], now[name]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            out += _changes(old, new, f"{where}{name}.")
+        elif old != new:
+            out.append(f"{where}{name} {old} -> {new}")
+    return sorted(out)
+
+
+def _check_memory(specs: Any, mesh: jax.sharding.Mesh, rules: Rules) -> None:
+    """Refuses a model whose parameters and Adam's two moments alone are more than the devices hold."""
+    need = 0
+    for spec in jax.tree.leaves(specs):
+        parts = math.prod(mesh.shape[axis] for axis in axes_of(resolve_param(spec, mesh, rules).spec))
+        need += 3 * math.prod(spec.shape) // parts * jax.numpy.dtype(spec.dtype).itemsize
+    device = jax.local_devices()[0]
+    have = (device.memory_stats() or {}).get("bytes_limit")
+    if have is None and device.platform == "cpu":
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    if have is not None and need > have:
+        raise ValueError(
+            f"{num_params(specs):,} parameters with Adam's moments need {need / 2**30:.1f} GiB on each of {mesh.size} "
+            f"device(s), which have {have / 2**30:.1f}; use more devices, fsdp or tp that splits them, or a "
+            "smaller model (`jaxscale plan` says what fits)"
+        )
+
+
 def _tokenizer_of(cfg: TrainConfig, saved: Path) -> Any:
-    """The tokenizer that the run in `saved`'s directory began with, None where there is none yet.
+    """The tokenizer that the run in `saved`'s directory began with, else the one that cfg names; None where that is to
+    be trained on the corpus.
 
     Raises:
-      ValueError: cfg names another one.
+      ValueError: the run began with another one than cfg names, or the model has fewer tokens than it.
     """
-    if not saved.exists():
-        return None
-    config = saved.parent / "config.json"
-    began = json.loads(config.read_text())["data"]["tokenizer"] if config.exists() else cfg.data.tokenizer
-    if began != cfg.data.tokenizer:
+    named, config = cfg.data.tokenizer, saved.parent / "config.json"
+    kind, _, size = named.partition(":")
+    tokenizer = None
+    if saved.exists():
+        began = _read_config(config)["data"]["tokenizer"] if config.exists() else named
+        if began != named:
+            raise ValueError(
+                f"{saved.parent} was begun with tokenizer={began!r} but this run says {named!r}; "
+                f"set --data.tokenizer {began}, or another --out"
+            )
+        tokenizer = load_tokenizer(saved)
+    elif kind != "bpe":
+        tokenizer = load_tokenizer(named)
+    ids = int(size) if tokenizer is None else tokenizer.vocab_size
+    if ids > cfg.model.vocab_size:
         raise ValueError(
-            f"{saved.parent} was begun with tokenizer={began!r} but this run says {cfg.data.tokenizer!r}; "
-            f"set --data.tokenizer {began}, or another --out"
+            f"the tokenizer {named} has {ids} tokens but model.vocab_size={cfg.model.vocab_size}; "
+            f"set --model.vocab-size {ids} or more"
         )
-    return load_tokenizer(saved)
+    return tokenizer
 
 
 def _precision(cfg: TrainConfig) -> tuple[Any, Any]:

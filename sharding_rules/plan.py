@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules.applied import Cut, applied
@@ -94,6 +94,10 @@ class Plan:
     def compute_specs(self) -> Any:
         """The tree of PartitionSpecs that parameters have in computation, after stored parts are gathered."""
         return self._tree([leaf.computed for leaf in self.leaves])
+
+    def shardings(self, mesh: Mesh) -> Any:
+        """`specs` as NamedShardings on `mesh`: what jax.device_put, or jaxscale's parity(shardings=...), takes."""
+        return self._tree([NamedSharding(mesh, leaf.spec) for leaf in self.leaves])
 
     def _tree(self, values: Sequence[Any]) -> Any:
         if self.treedef is None:

@@ -45,6 +45,10 @@ def model(**changes):
         ),
         (lambda: TrainConfig(model=presets.tiny(), seed=2**63), r"less than 2\*\*63, such as 0"),
         (lambda: OptimizerConfig(clip_norm=math.nan), "clip_norm=nan must be positive; inf clips nothing"),
+        (lambda: OptimizerConfig(final_fraction=5), "final_fraction=5 must be between 0 and 1, such as 0.1"),
+        (lambda: DataConfig(source=""), "source='' .* names no text; stdlib is always there"),
+        (lambda: DataConfig(suffixes=()), r"suffixes=\(\) names no text"),
+        (lambda: TrainConfig(model=presets.tiny(), out=""), "out is empty; name the directory"),
         (lambda: RopeScaling(kind="llama3", factor=8, low_freq_factor=4), "low_freq_factor=4 must be less than"),
         (
             lambda: TrainConfig(model=presets.tiny(), data=DataConfig(seq_len=4096)),

@@ -9,6 +9,7 @@ from jaxscale.config import ModelConfig
 from jaxscale.mesh import make_abstract_mesh, make_mesh
 from jaxscale.models import decoder, presets
 from jaxscale.params import ParamSpec, abstract_params, constant, init_params, normal, num_params, param_shardings
+from jaxscale.sharding import explain
 from sharding_rules.rules import MEGATRON_FSDP
 
 # Parameters as published: the safetensors index of each repository, tied heads counted once; the text model of Gemma 3.
@@ -118,3 +119,13 @@ def test_abstract_params_are_the_parameters_without_memory():
 def test_a_spec_names_every_dim():
     with pytest.raises(ValueError, match="differ in length"):
         ParamSpec((2, 3), ("embed",), normal(1.0))
+
+
+def test_what_has_no_logical_axes_is_refused_with_what_takes_it():
+    """Parameters of a function that is not the library's, given where specs are wanted."""
+    mesh = make_mesh(fsdp=8)
+    for ask in (lambda p: explain(p, mesh), lambda p: init_params(jax.random.key(0), p, mesh, MEGATRON_FSDP)):
+        with pytest.raises(ValueError, match=r"holds a ArrayImpl, which has no logical axes; jaxscale.fsdp_shardings"):
+            ask({"w": jnp.ones((8, 8))})
+    with pytest.raises(ValueError, match=r"mesh data: the axes are pp dp fsdp ep cp tp, as in make_mesh\(fsdp=4, tp=2"):
+        make_mesh(data=8)

@@ -134,6 +134,12 @@ class Levels:
                 store.copy(step)
         return bool(due)
 
+    def claim(self) -> None:
+        """Raises OSError where steps cannot be written to the disk, or another process writes them there."""
+        for level in self.levels:
+            if isinstance(level.store, Checkpointer):
+                level.store.claim()
+
     @property
     def every(self) -> int:
         """The largest interval that meets all levels' own."""

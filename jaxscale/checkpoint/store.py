@@ -108,7 +108,7 @@ class Checkpointer:
             return False
         copied = json.loads(json.dumps(dict(metadata or {})))
         try:
-            self._prepare()
+            self.claim()
             path = os.fspath(self.directory / str(step))
             # Orbax agrees on the path with collectives, which must not race with those of the training step.
             started = arrays.start_save(path, snapshot.copies) if jax.process_count() > 1 else None
@@ -269,8 +269,13 @@ class Checkpointer:
             f"the newest complete step is {'none' if newest is None else newest}"
         )
 
-    def _prepare(self) -> None:
-        """Before the first save: the directory, without what a killed writer left in it."""
+    def claim(self) -> None:
+        """Makes the directory, without what a killed writer left in it, this process's to write until `close`; a save
+        does so too, but a run wants to know before its first.
+
+        Raises:
+          OSError: it cannot be written, or another process writes to it.
+        """
         if isinstance(self.directory, RemotePath):
             raise NotImplementedError(
                 f"steps are not written to {self.directory} directly; save them to a directory that all processes "

@@ -46,10 +46,12 @@ def make_dataset(
             f"batch_size={cfg.batch_size} is not divisible by the {process_count} processes; "
             f"use a multiple of {process_count}"
         )
+    kind, _, size = cfg.tokenizer.partition(":")
+    if tokenizer is None and kind != "bpe":
+        tokenizer = load_tokenizer(cfg.tokenizer)  # before the corpus is read: there may be none
     corpus = scan_corpus(cfg)
     if tokenizer is None:
-        kind, _, size = cfg.tokenizer.partition(":")
-        tokenizer = corpus_bpe(corpus, int(size)) if kind == "bpe" else load_tokenizer(cfg.tokenizer)
+        tokenizer = corpus_bpe(corpus, int(size))
     dataset = Dataset(
         cfg=cfg,
         split=split,

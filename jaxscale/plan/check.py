@@ -76,6 +76,8 @@ def check_config(cfg: TrainConfig, num_devices: int) -> None:
     rows, seq_len = cfg.data.batch_size, cfg.data.seq_len
     mesh.check_rows(rows, cfg.accum_steps)
     over_pp.plan(mesh, cfg.model, rows, cfg.accum_steps)
+    if cfg.model.moe is not None and (copies := cfg.model.moe.num_replicas):
+        raise ValueError(f"num_replicas={copies} copies of experts would drift apart in training; set num_replicas=0")
     if mesh.pp > 1 and cfg.precision:
         raise NotImplementedError(
             f"precision={cfg.precision} does not run over pp={mesh.pp}: its scales would be those of micro-batches; "

@@ -116,6 +116,10 @@ def test_options_of_the_command_line(monkeypatch):
         ({"memory_every": 0}, "memory_every=0 must be at least 1"),
         ({"remote_every": 100}, "remote_every=100 needs remote and a multiple of every=100"),
         ({"remote": "s3://b/c", "remote_every": 150}, "remote_every=150 needs remote and a multiple of every=100"),
+        ({"memory_hosts": ("a:9100",)}, "named but nothing is kept there; set memory_every"),
+        ({"memory_every": 1, "memory_hosts": ("a:9100", "b")}, "'b' is not address:port, as in 10.0.0.7:9100"),
+        ({"memory_every": 1, "memory_hosts": ("a:65536",)}, "'a:65536' is not address:port"),
+        ({"remote": "bucket/run"}, "remote='bucket/run' is no address; write it as in s3://bucket/path"),
         ({"memory_lost": 1}, r"memory_lost=1 of 1 host\(s\) must lie in 0..0; name more memory_hosts"),
     ],
 )

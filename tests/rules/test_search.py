@@ -137,6 +137,9 @@ def test_a_plan_loads_back(saved):
     assert loaded.rules == plan.rules
     flat = jax.tree.leaves(plan.specs, is_leaf=lambda x: isinstance(x, P))
     assert list(Plan.load(path).specs.values()) == flat
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = jax.tree.leaves(loaded.shardings(mesh))
+    assert [s.spec for s in placed] == flat and {s.mesh for s in placed} == {mesh}
 
 
 def test_segments_are_saved(tmp_path):

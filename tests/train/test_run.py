@@ -126,6 +126,10 @@ def test_a_run_goes_on_as_something_else_or_is_refused(config):
         run(of(seq_len=16), console=quiet())
     with pytest.raises(ValueError, match="divisor of 24"):
         run(of(batch_size=16), console=quiet())
+    with Checkpointer(_path(config) / "checkpoints") as other:
+        other.claim()
+        with pytest.raises(OSError, match="a directory has one writer"):
+            run(dataclasses.replace(config, seed=1), console=quiet())
     assert (_path(config) / "config.json").read_text() == written
 
     halves = of(batch_size=4)
@@ -138,7 +142,10 @@ def test_a_run_goes_on_as_something_else_or_is_refused(config):
     with Checkpointer(_path(config) / "checkpoints") as ckpt:
         position = ckpt.metadata()["data"]
     assert (position["batch"], position["batch_size"]) == (3 * 2 + 2, 4)
-    assert "resumed from step 4" in console.export_text()
+    said = console.export_text(clear=False)
+    assert (
+        "resumed from step 4" in said and "changed since the last checkpoint: precision fp8 -> , steps 4 -> 5" in said
+    )
     run(dataclasses.replace(halves, steps=5), console=console)
     assert "nothing is left to do of --steps 5" in console.export_text()
 
@@ -157,6 +164,11 @@ def test_tokenizer_larger_than_the_model(config):
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
     with pytest.raises(ValueError, match=r"256 tokens but model.vocab_size=100; set --model.vocab-size 256"):
         run(small, console=quiet())
+
+
+def test_a_torn_metrics_file_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.5}\n\0\0\xff\n3\n{}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
 
 
 def test_metrics_hold_what_they_should(config):
