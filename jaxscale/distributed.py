@@ -16,7 +16,8 @@ def initialize() -> None:
     hosts set, for each process, JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
-      ValueError: only some of the three variables are set, one is not a number, or a process id is out of range.
+      ValueError: only some of the three variables are set, one is not a number, a process id is out of range, or the
+        address has no port.
       ImportError: a Kubernetes Job without the package through which JAX asks it for its pods.
     """
     if jax.distributed.is_initialized():
@@ -29,7 +30,10 @@ def initialize() -> None:
         num, index = (_number(name) for name in _PLAIN[1:])
         if not 0 <= index < num:
             raise ValueError(f"JAX_PROCESS_ID={index} is not in 0..{num - 1} (JAX_NUM_PROCESSES={num})")
-        jax.distributed.initialize(os.environ[_PLAIN[0]], num, index)
+        address = os.environ[_PLAIN[0]]
+        if not address.rpartition(":")[2].isdecimal():
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS={address!r} has no port; write it as in 10.0.0.1:1234")
+        jax.distributed.initialize(address, num, index)
     elif _in_cluster():
         jax.distributed.initialize()
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import itertools
+import logging
 import operator
 import os
 import threading
@@ -17,6 +18,10 @@ from jaxscale.checkpoint.checksum import crc32_share, crc32_whole
 # Orbax 0.12 keeps the id of its current operation per process: a second save makes the first one's threads wait for the
 # wrong directory. One at a time, then, from its start to its end.
 ONE_OPERATION = threading.Lock()
+
+# Each of Orbax's threads prints the stack of what stopped a save, a full disk say, before the save's own error, which
+# this package reports in a line, says the same.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run()" not in str(record.msg))
 
 ITEM = "state"  # the folder of a step that holds the arrays
 OWNER: dict[str, Any] = {

@@ -93,6 +93,10 @@ def test_plain_hosts(asked, monkeypatch):
     [
         ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID set but JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES missing"),
         ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "8"}, r"not in 0\.\.7"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "h", "JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "0"},
+            "'h' has no port; write it",
+        ),
         ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "-1"}, "'-1' is not a number"),
         ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "'two' is not a num"),
     ],
