@@ -34,6 +34,8 @@ from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import fallback_notes, init_params, num_params, resolve_param
 from jaxscale.plan.check import check_config
+from jaxscale.plan.estimate import pipeline_of
+from jaxscale.plan.hardware import pod_of
 from jaxscale.quantize import training as quantized
 from jaxscale.sharding import axes_of
 from jaxscale.train import (
@@ -95,7 +97,9 @@ def run(
         context, why = plan(split, cfg.model, cfg.data.batch_size, cfg.data.seq_len)
         console.print(f"sequences over {why}", highlight=False)
 
-    pipeline = over_pp.plan(split, cfg.model, cfg.data.batch_size, cfg.accum_steps)
+    sizes = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "accum_steps": cfg.accum_steps}
+    sizes |= {"remat": cfg.remat, "loss_chunk": cfg.loss_chunk, "rules": rules}
+    pipeline = pipeline_of(cfg.model, split, pod_of(mesh.devices.ravel().tolist()), **sizes)
     if split.pp > 1:
         idle = over_pp.bubble(pipeline, split.pp)
         console.print(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ ROUNDED = "rounded_matmul"  # checkpoint name of what a matmul of operands in 8 
 CASTS = ("pvary", "reduced_vary_cast_p", "vary_unreduced_cast_p")
 WIDTHS = frozenset({"embed", "latent"})  # what a matrix is multiplied along or gives, beside heads and hidden layers
 RESTING = MEGATRON_FSDP.spill  # mesh axes that say where a parameter rests, not how it is computed with
-# Inside a pipeline's stage these are Manual, the others as outside (jaxscale.parallel.pipeline).
-STAGES = frozenset({"pp", "dp"})
+# Inside a pipeline's stage these may be Manual, the others are as outside (jaxscale.parallel.pipeline, pipeline_step).
+STAGES = frozenset({"pp", "dp", "fsdp"})
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:
@@ -140,6 +140,9 @@ class Weight:
     way: it counts what passes, or rounds it first. What else it holds is small, and whole on every device."""
 
     value: Any
+    largest: ClassVar[
+        tuple[str, ...]
+    ] = ()  # fields whose gradient is the largest of those of micro-batches, not their sum
 
     def matmul(self, subscripts: str, x: jax.Array, **options: Any) -> jax.Array:
         raise NotImplementedError

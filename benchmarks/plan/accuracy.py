@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import rows as benchmark
+from steps import model_of
 
 # model, pod, mesh, rows, tokens of a row, remat, micro-batches
 ROWS = [
@@ -47,12 +48,11 @@ ROWS = [
 def measure(row: tuple, args: argparse.Namespace) -> dict:
     """Compiles one row in this process."""
     from jaxscale.config import MeshConfig
-    from jaxscale.models.presets import preset
     from jaxscale.plan.aot import compile_step
 
     name, pod, mesh, rows, seq_len, remat, accum = row
     compiled = compile_step(
-        preset(name),
+        model_of(name),
         MeshConfig.parse(mesh),
         pod,
         batch_size=rows,
@@ -72,12 +72,27 @@ def measure(row: tuple, args: argparse.Namespace) -> dict:
     }
 
 
-def table(path: Path) -> str:
-    """Markdown: the newest measurement of each row beside today's estimate."""
+def compared(record: dict) -> tuple[float, float, float, float]:
+    """Of a device, in bytes: memory that the compiler plans and today's estimate of it; what is sent, the same."""
     from jaxscale.config import MeshConfig
-    from jaxscale.models.presets import preset
     from jaxscale.plan.estimate import estimate
 
+    name, pod, mesh, rows, seq_len, remat, accum = record["row"]
+    guess = estimate(
+        model_of(name),
+        MeshConfig.parse(mesh),
+        pod,
+        batch_size=rows,
+        seq_len=seq_len,
+        remat=remat,
+        accum_steps=accum,
+    )
+    memory, payload = sum(record["memory"].values()), sum(r["bytes"] for r in record["census"])
+    return memory, guess.memory.total, payload, sum(t.bytes for t in guess.transfers)
+
+
+def table(path: Path) -> str:
+    """Markdown: the newest measurement of each row beside today's estimate."""
     lines = [
         "| model | pod | mesh | rows x tokens | remat | memory: compiler | estimate | | payload: compiler | estimate | "
         "| seconds | host |",
@@ -85,25 +100,12 @@ def table(path: Path) -> str:
     ]
     for record in benchmark.newest(path, ROWS):
         name, pod, mesh, rows, seq_len, remat, accum = record["row"]
-        guess = estimate(
-            preset(name),
-            MeshConfig.parse(mesh),
-            pod,
-            batch_size=rows,
-            seq_len=seq_len,
-            remat=remat,
-            accum_steps=accum,
-        )
-        memory = sum(record["memory"].values())
-        payload = sum(r["bytes"] for r in record["census"])
-        moved = sum(t.bytes for t in guess.transfers)
+        memory, guess, payload, moved = compared(record)
         micro = f", {accum} micro-batches" if accum > 1 else ""
-        compared = (
-            f"{payload / 1e9:.1f} GB | {moved / 1e9:.1f} | {moved / payload - 1:+.1%}" if payload else "- | - | -"
-        )
+        both = f"{payload / 1e9:.1f} GB | {moved / 1e9:.1f} | {moved / payload - 1:+.1%}" if payload else "- | - | -"
         lines.append(
             f"| {name} | {pod} | {mesh} | {rows} x {seq_len}{micro} | {remat} | {memory / 1e9:.2f} GB | "
-            f"{guess.memory.total / 1e9:.2f} | {guess.memory.total / memory - 1:+.1%} | {compared} | "
+            f"{guess / 1e9:.2f} | {guess / memory - 1:+.1%} | {both} | "
             f"{record['seconds']:.0f}{', quick' if record.get('quick') else ''} | "
             f"{record['host_bytes'] / 1e9:.1f} GB |"
         )

@@ -56,8 +56,9 @@ def measure(row: tuple) -> dict:
     from jaxscale.models import decoder
     from jaxscale.optim import make_optimizer
     from jaxscale.parallel import context
-    from jaxscale.parallel import pipeline as over_pp
     from jaxscale.parallel.context_cost import Context
+    from jaxscale.plan.estimate import pipeline_of
+    from jaxscale.plan.hardware import pod_of
     from sharding_rules.rules import MEGATRON_FSDP
 
     name, count, mesh_text, rows, seq_len, remat, accum = row
@@ -65,7 +66,8 @@ def measure(row: tuple) -> dict:
     mesh = make_mesh(config, jax.devices()[:count])
     tx = make_optimizer(OptimizerConfig(), 1000)
     over_cp = Context(config.cp_strategy, config.cp_layout) if config.cp > 1 else None
-    pipeline = over_pp.plan(config, model, rows, accum)
+    sizes = {"batch_size": rows, "seq_len": seq_len, "remat": remat, "accum_steps": accum, "loss_chunk": 2048}
+    pipeline = pipeline_of(model, config, pod_of(jax.devices()[:count]), **sizes, rules=MEGATRON_FSDP)
     loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, context=over_cp, pipeline=pipeline)
     options = context.compiler_options(jax.default_backend()) if config.cp > 1 else None
     step = make_train_step(loss_fn, tx, accum_steps=accum, compiler_options=options)

@@ -24,7 +24,8 @@ from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel import tensor
 from jaxscale.parallel.context_cost import Context
 from jaxscale.parallel.pipeline import Pipeline
-from jaxscale.params import ParamSpec, constant, normal
+from jaxscale.parallel.pipeline_step import Task, scored
+from jaxscale.params import ParamSpec, constant, normal, path_name
 from jaxscale.sharding import active_mesh, as_weight, constrain, einsum, enter, gather_params, matmul, matmuls, saveable
 from pallas_kernels import attention
 from sharding_rules.rules import MEGATRON_FSDP, Rules
@@ -87,41 +88,63 @@ def loss_fn(
       parts: nll, and weight: the number of labels, by which micro-batches are averaged; of a mixture of experts also
         what `moe.losses` reports.
     """
-    if cfg.tie_embeddings:  # gathered once for both uses, so that their gradients are added before they are scattered
-        table = _gather(params["embed"], param_specs(cfg)["embed"], cfg, batch["tokens"].shape, rules)
+    tokens, labels, segment_ids = batch["tokens"], batch["labels"], batch.get("segment_ids")
+    stages = _stages()
+    if cfg.tie_embeddings and stages == 1:
+        # Gathered once for both uses, so that their gradients are added before they are scattered.
+        table = _gather(params["embed"], param_specs(cfg)["embed"], cfg, tokens.shape, rules)
         params = params | {"embed": table}
-    x, _, routing = _hidden(
+    counted = constrain((labels >= 0).astype(jnp.float32), ("batch", "seq"), rules)
+    weight = counted.sum()
+    targets = {"labels": labels, "share": counted / jnp.maximum(weight, 1.0)}
+
+    def finish(params, x, targets):
+        """Of any tokens, `share` each of the loss."""
+        x, labels = _final_norm(params, x, cfg, rules), targets["labels"]
+        share = constrain(targets["share"], ("batch", "seq"), rules)
+        with jax.named_scope("loss"):
+            head = _head(params, cfg, labels.shape, rules)
+            nll, lse = tensor.token_losses(x, head, labels, chunk=chunk, logit_soft_cap=cfg.logit_soft_cap, rules=rules)
+            loss = mean_nll = (nll * share).sum()
+            if z_loss:
+                loss = loss + z_loss * (lse * lse * share).sum()
+        return loss, {"nll": mean_nll}
+
+    # What routers do adds to the loss of each micro-batch on its own, or only when all have passed.
+    adds_up = cfg.moe is None or (
+        stages > 1 and moe.adds_up(cfg, over_pp.micro_rows(pipeline, depth(cfg), len(tokens)))
+    )
+
+    def through(layer, carry, stacked, rows):
+        if stages == 1:
+            carry, routing = jax.lax.scan(functools.partial(layer, rows), carry, stacked)
+            return *finish(params, carry[0], targets), routing
+        task = Task(layer, finish, take=lambda carry: carry[0], cast=functools.partial(_cast, cfg))
+        unit = jnp.ones((), jnp.float32)
+        if cfg.moe is not None:
+            unit = moe.unit(cfg, tokens.size, segment_ids)
+            task = task._replace(weigh=functools.partial(moe.layer_loss, cfg) if adds_up else None)
+        ends = {name: params[name] for name in ("final_norm", "embed" if cfg.tie_embeddings else "head")}
+        return scored(task, carry, stacked, rows, ends, targets, unit, pipeline)
+
+    loss, parts, routing = _layers(
         params,
-        batch["tokens"],
+        tokens,
         cfg,
-        segment_ids=batch.get("segment_ids"),
+        through,
+        segment_ids=segment_ids,
         positions=batch.get("positions"),
         rules=rules,
         remat=remat,
         context=context,
-        pipeline=pipeline,
     )
-    labels = batch["labels"]
-    with jax.named_scope("loss"):
-        nll, lse = tensor.token_losses(
-            x,
-            _head(params, cfg, labels.shape, rules),
-            labels,
-            chunk=chunk,
-            logit_soft_cap=cfg.logit_soft_cap,
-            rules=rules,
-        )
-        counted = constrain((labels >= 0).astype(jnp.float32), ("batch", "seq"), rules)
-        weight = counted.sum()
-        scale = 1.0 / jnp.maximum(weight, 1.0)
-        mean_nll = (nll * counted).sum() * scale
-        loss = mean_nll
-        if z_loss:
-            loss = loss + z_loss * (lse * lse * counted).sum() * scale
-    parts = {"nll": mean_nll, "weight": weight}
+    parts = {**parts, "weight": weight}
     if routing is not None:
         extra, metrics = moe.losses(routing, cfg)
-        loss, parts = loss + extra, parts | metrics
+        loss, parts = loss if adds_up else loss + extra, parts | metrics
+    bias = params["layers"]["moe"]["router"].get("balance_bias") if cfg.moe else None
+    if routing is not None and bias is not None:
+        loss = loss + moe.bias_balancing(bias, routing)
     return loss, parts
 
 
@@ -167,10 +190,26 @@ def hidden(
     return x, cache
 
 
-def _hidden(
+def _hidden(params, tokens, cfg: ModelConfig, *, rules: Rules = MEGATRON_FSDP, cache=None, pipeline=None, **options):
+    """As `hidden`, and what the routers of all layers did."""
+    if (stages := _stages()) > 1 and (cache is not None or options.get("trace")):
+        what = "a cache" if cache is not None else "a trace of the routers"
+        raise ValueError(f"{what} takes no pipeline, and the mesh has pp={stages}; use one with pp=1")
+
+    def through(layer, carry, stacked, rows):
+        if stages > 1:
+            return over_pp.scan(layer, carry, stacked, rows, pipeline)
+        return jax.lax.scan(functools.partial(layer, rows), carry, stacked)
+
+    (x, cache, _), routing = _layers(params, tokens, cfg, through, rules=rules, cache=cache, **options)
+    return _final_norm(params, x, cfg, rules), cache, routing
+
+
+def _layers(
     params,
     tokens,
     cfg: ModelConfig,
+    through,
     *,
     segment_ids=None,
     positions=None,
@@ -178,14 +217,9 @@ def _hidden(
     rules: Rules = MEGATRON_FSDP,
     remat: Remat = "none",
     context: Context | None = None,
-    pipeline: Pipeline | None = None,
     trace: bool = False,
 ):
-    """As `hidden`, and what the routers of all layers did."""
-    stages = 1 if (mesh := active_mesh()) is None else mesh.shape["pp"]
-    if stages > 1 and (cache is not None or trace):
-        what = "a cache" if cache is not None else "a trace of the routers"
-        raise ValueError(f"{what} takes no pipeline, and the mesh has pp={stages}; use one with pp=1")
+    """What `through` (layer, carry, stacked, rows) returns of the last stack of layers, once it has come there."""
     specs = param_specs(cfg)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
@@ -210,7 +244,8 @@ def _hidden(
     # The whole cache is carried and each layer writes its slots in place; scanned over, it would be copied every step.
     indices, local = jnp.arange(cfg.num_layers, dtype=jnp.int32), jnp.asarray(cfg.local_layers)
     rows = positions, segment_ids
-    carry, routing, start = (x, cache, moe.no_logits(cfg, tokens.shape, rules)), None, 0
+    carry, start = (x, cache, moe.no_logits(cfg, tokens.shape, rules)), 0
+    result: Any = None
     for name, kind, count in stacks(cfg):
         body = functools.partial(layer, name, kind)
         if isinstance(params[name], tuple):  # as `unstacked` lays them out: to generate, nothing else is returned
@@ -218,20 +253,46 @@ def _hidden(
             for i, p in enumerate(params[name], start):
                 carry, _ = body(rows, carry, (p, np.int32(i), local[i]))  # constant: no kernel computes from it
             start += count
+            result = carry, None
             continue
         if remat != "none" or active_mesh() is not None:
             body = jax.checkpoint(body, policy=functools.partial(saveable, remat), prevent_cse=False)
         part = slice(start, start + count)
         stacked = params[name], indices[part], local[part]
-        if stages > 1 and name == "layers":
-            carry, routing = over_pp.scan(body, carry, stacked, rows, pipeline)
-        else:  # those before the layers with experts too, of which each stage computes its share of the batch
-            carry, routing = jax.lax.scan(functools.partial(body, rows), carry, stacked)
+        if name == "layers":
+            return through(body, carry, stacked, rows)
+        # Those before the layers with experts, of which each stage computes its share of the batch.
+        carry, _ = jax.lax.scan(functools.partial(body, rows), carry, stacked)
         start += count
-    x, cache, _ = carry
+    return result
+
+
+def _final_norm(params, x, cfg, rules):
     with jax.named_scope("final_norm"):
-        scale = gather_params(params["final_norm"], specs["final_norm"], jnp.float32, rules=rules)
-        return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset), cache, routing
+        scale = gather_params(params["final_norm"], param_specs(cfg)["final_norm"], jnp.float32, rules=rules)
+        return rms_norm(x, scale, eps=cfg.norm_eps, offset=cfg.norm_offset)
+
+
+def _stages() -> int:
+    return 1 if (mesh := active_mesh()) is None else mesh.shape["pp"]
+
+
+def _cast(cfg: ModelConfig, params: Any) -> Any:
+    """Parameters, of layers or others, in the dtypes that they are computed with, as they are gathered."""
+
+    def one(path, x):
+        name = path_name(path)
+        if (own := as_weight(x)) is not None:
+            return own.cast(jnp.dtype(cfg.dtype))
+        whole = "router" in name or name == "final_norm" or not jnp.issubdtype(x.dtype, jnp.inexact)
+        return x if whole else x.astype(cfg.dtype)
+
+    return jax.tree.map_with_path(one, params, is_leaf=lambda x: as_weight(x) is not None)
+
+
+def depth(cfg: ModelConfig) -> int:
+    """How many layers a pipeline splits."""
+    return stacks(cfg)[-1][2]
 
 
 def stacks(cfg: ModelConfig) -> list[tuple[str, ModelConfig, int]]:

@@ -12,7 +12,7 @@ from jaxscale.layers import gated_mlp
 from jaxscale.models import routing
 from jaxscale.parallel.expert import apply_experts, gather_experts
 from jaxscale.params import ParamSpec, constant, normal, path_name
-from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, shard_map
+from jaxscale.sharding import active_mesh, compute_spec, constrain, einsum, enter, gather_params, partitions, shard_map
 from sharding_rules.rules import Rules
 
 RESIDUAL = ("batch", "norm_seq", "embed")
@@ -60,9 +60,6 @@ def block(
         )
     out = beside(out, p, y, chosen, cfg, rules)
     stats = _stats(logits, chosen, mask, m, rules)
-    if "balance_bias" in p["router"]:
-        bias = p["router"]["balance_bias"]
-        stats["bias"] = bias - jax.lax.stop_gradient(bias)
     if trace:
         stats["experts"] = chosen.experts
     return out, stats, logits if m.gating_residual else None
@@ -97,8 +94,7 @@ def activation(cfg: ModelConfig) -> str:
 
 
 def losses(stats: dict[str, Array], cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
-    """(what is added to the loss, metrics) of the stacked [L, ...] statistics of `block`, of the whole batch or their
-    mean over micro-batches; means over layers.
+    """(what is added to the loss, metrics) of the stacked [L, ...] statistics of `block`; means over layers.
 
     Metrics: router_balance (1 when even), router_z, router_entropy in nats, router_dropped (share of the choices),
     router_load (the busiest expert's share of the choices over an even one).
@@ -109,13 +105,40 @@ def losses(stats: dict[str, Array], cfg: ModelConfig) -> tuple[Array, dict[str, 
     balance = stats["balance"] if "balance" in stats else _balance(load, stats["prob"], stats["tokens"], m)
     mean = {"balance": (balance / total).mean()} | mean
     extra = m.balance_weight * mean["balance"] + m.router_z_weight * mean["z"]
-    if "bias" in stats:
-        # Zero, with the gradient of loss-free balancing (arXiv 2408.15664): descent lowers the bias of busy experts.
-        extra = (
-            extra + (stats["bias"] * jax.lax.stop_gradient(jnp.sign(load - load.mean(axis=-1, keepdims=True)))).sum()
-        )
     busiest = (load.max(axis=-1) / jnp.maximum(load.mean(axis=-1), 1e-9)).mean()
     return extra, {f"router_{name}": x for name, x in mean.items()} | {"router_load": busiest}
+
+
+def bias_balancing(bias: Array, stats: dict[str, Array]) -> Array:
+    """Zero, with the gradient of loss-free balancing (arXiv 2408.15664) of bias [L, E]: descent lowers that of busy
+    experts."""
+    over = jax.lax.stop_gradient(stats["load"] - stats["load"].mean(axis=-1, keepdims=True))
+    if active_mesh() is not None:
+        over = jax.reshard(over, jax.sharding.PartitionSpec(*partitions(bias)))
+    return ((bias - jax.lax.stop_gradient(bias)) * jnp.sign(over)).sum()
+
+
+def adds_up(cfg: ModelConfig, rows: int) -> bool:
+    """Whether `losses` of a batch is the sum of `layer_loss` over its parts of so many rows.
+
+    It is not where the load of the whole batch is balanced.
+    """
+    m = _moe(cfg)
+    return not m.balance_weight or (m.balance_rows is not None and rows % m.balance_rows == 0)
+
+
+def layer_loss(cfg: ModelConfig, stats: dict[str, Array]) -> Array:
+    """What a layer's `stats` of any rows add to the loss, in `unit`s."""
+    m = _moe(cfg)
+    z = m.router_z_weight * stats["z"]
+    return z + m.balance_weight * stats["balance"] if m.balance_weight else z
+
+
+def unit(cfg: ModelConfig, size: int, segment_ids: Array | None) -> Array:
+    """One over the number of layers, and of tokens: of all `size` but padding."""
+    tokens = jnp.float32(size) if segment_ids is None else (segment_ids > 0).sum().astype(jnp.float32)
+    layers = cfg.num_layers - _moe(cfg).first_dense
+    return 1.0 / (layers * jnp.maximum(tokens, 1e-9))
 
 
 def with_bias_balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:

@@ -19,19 +19,21 @@ each way, over links that work both ways.
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.config import MeshConfig, ModelConfig
-from jaxscale.sharding import STAGES, active_mesh, axes_of, partitions
+from jaxscale.parallel.pipeline_parts import PP, choose, chunks, collect, deal, exchanges, index, shift, whole, zeros
+from jaxscale.sharding import active_mesh, axes_of, partitions
 
-PP, DP = "pp", "dp"
+DP = "dp"
+Once = Literal["nothing", "weights", "gradients"]
 Layer = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -40,6 +42,7 @@ class Pipeline(NamedTuple):
 
     micro_batches: int | None = None  # None: the most that divide, up to four for each stage
     interleave: int = 1  # chunks of layers on each stage
+    once: Once = "nothing"  # what training does once a step, not in each tick: scattering gradients includes gathering
 
 
 def scan(layer: Layer, carry: Any, stacked: Any, rows: Any, pipeline: Pipeline | None = None) -> tuple[Any, Any]:
@@ -52,8 +55,8 @@ def scan(layer: Layer, carry: Any, stacked: Any, rows: Any, pipeline: Pipeline |
       rows: a tree of integer arrays [B, ...], laid out as the carry is.
 
     Returns:
-      the carry after all layers; out of each layer [L, ...], the mean over micro-batches and dp (without pp: that of
-      the batch).
+      the carry after all layers; out of each layer [L, ...], added over micro-batches and dp: what a layer reports is a
+      sum over rows.
 
     Raises:
       ValueError: layers or rows that do not divide.
@@ -61,28 +64,39 @@ def scan(layer: Layer, carry: Any, stacked: Any, rows: Any, pipeline: Pipeline |
     mesh = active_mesh()
     if mesh is None or mesh.shape[PP] == 1:
         return lax.scan(functools.partial(layer, rows), carry, stacked)
-    size, (first, *_) = mesh.shape[PP], jax.tree.leaves(carry)
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-    where = partitions(first)[:1]
-    if PP not in axes_of(where):
-        raise ValueError(f"{first.shape[0]} rows are not split over pp={size}; use a multiple of {mesh.size} rows")
-    held = first.shape[0] // int(np.prod([mesh.shape[a] for a in axes_of(where)]))
-    plan = resolve(pipeline or Pipeline(), size, depth, held)
-    deal = lambda x: _deal(x, count(plan) // size)
+    size, depth = mesh.shape[PP], jax.tree.leaves(stacked)[0].shape[0]
+    plan = resolve(pipeline or Pipeline(), size, depth, held_rows(carry))
+    split = lambda x: deal(x, count(plan) // size)
     with jax.named_scope("deal"):
-        micro = jax.tree.map(deal, carry)
-        everywhere = jax.tree.map(lambda x: _whole(deal(x), 0), rows)
+        micro = jax.tree.map(split, carry)
+        everywhere = jax.tree.map(lambda x: whole(split(x), 0), rows)
     run = functools.partial(_stage, layer, plan, size)
     stages = jax.reshard(jnp.arange(size, dtype=jnp.int32), P(PP))
     stacked = jax.tree.map(lambda x: jax.reshard(x, P(PP, *partitions(x)[1:])), stacked)
     # Unchecked: jax 0.11.2 lays what a shard_map inside keeps for its gradient over an axis that is Manual already.
     # Gradients of what an axis does not split (layers over dp) are then summed over it, once, where they come out.
     dp = DP if mesh.shape[DP] > 1 else None
-    manual = jax.shard_map(run, out_specs=(P(PP, None, dp), P(dp, None, PP)), axis_names=set(STAGES), check_vma=False)
+    manual = jax.shard_map(run, out_specs=(P(PP, None, dp), P(dp, None, PP)), axis_names={PP, DP}, check_vma=False)
     with jax.named_scope("pipeline"):
         micro, out = manual(stages, micro, everywhere, stacked)
-    carry = jax.tree.map(lambda x, like: _collect(x, partitions(like)), micro, carry)
-    return carry, jax.tree.map(lambda x: jax.reshard(x, P()).mean(axis=0).reshape(depth, *x.shape[3:]), out)
+    carry = jax.tree.map(lambda x, like: collect(x, partitions(like)), micro, carry)
+    return carry, jax.tree.map(lambda x: jax.reshard(x, P()).sum(axis=0).reshape(depth, *x.shape[3:]), out)
+
+
+def held_rows(carry: Any) -> int:
+    """How many rows of the batch a device holds, outside of the stages.
+
+    Raises:
+      ValueError: they are not split over pp.
+    """
+    mesh, first = active_mesh(), jax.tree.leaves(carry)[0]
+    assert mesh is not None
+    over = axes_of(partitions(first)[:1])
+    if PP not in over:
+        raise ValueError(
+            f"{first.shape[0]} rows are not split over pp={mesh.shape[PP]}; use a multiple of {mesh.size} rows"
+        )
+    return first.shape[0] // math.prod(mesh.shape[a] for a in over)
 
 
 def resolve(pipeline: Pipeline, size: int, depth: int, rows: int) -> Pipeline:
@@ -108,7 +122,16 @@ def resolve(pipeline: Pipeline, size: int, depth: int, rows: int) -> Pipeline:
             f"micro_batches={micro} do not share out {rows * size} rows of each replica over pp={size}; use one of "
             f"{fits}"
         )
-    return Pipeline(micro, pipeline.interleave)
+    return pipeline._replace(micro_batches=micro)
+
+
+def micro_rows(pipeline: Pipeline | None, depth: int, rows: int) -> int:
+    """How many of the batch's `rows` a device holds of a micro-batch in a stage (of those along ep together)."""
+    mesh = active_mesh()
+    assert mesh is not None
+    held = rows // math.prod(mesh.shape[a] for a in ("pp", "dp", "fsdp", "ep"))
+    found = resolve(pipeline or Pipeline(), mesh.shape[PP], depth, held)
+    return rows // (count(found) * mesh.shape[DP] * mesh.shape["fsdp"])
 
 
 def plan(mesh: MeshConfig, model: ModelConfig, batch_size: int, accum_steps: int = 1) -> Pipeline:
@@ -136,7 +159,7 @@ def bubble(pipeline: Pipeline, size: int) -> float:
 
 def chunks_moved(size: int, interleave: int) -> int:
     """How many chunks each stage sends to where they are computed with."""
-    return sum(any(s != d for s, d in perm) for _, _, perm in _exchanges(size, interleave))
+    return sum(any(s != d for s, d in perm) for _, _, perm in exchanges(size, interleave))
 
 
 def count(pipeline: Pipeline) -> int:
@@ -153,24 +176,24 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
     """
     v, K, (stage,) = plan.interleave, count(plan) // size, stage
     micro = jax.tree.map(lambda x: x[0], micro)
-    chunks = jax.tree.map(lambda x: _chunks(x, stage, size, v), stacked)
-    around = _shift(size, 1)
-    back = _shift(size, -1)
+    held = jax.tree.map(lambda x: chunks(x, stage, size, v), stacked)
+    around = shift(size, 1)
+    back = shift(size, -1)
 
     def trade(t, arrived, own):
         """On the first stage, while a group enters: the next of it for one that is done."""
         enters = (stage == 0) & (t % (v * size) < size)
-        return _choose(enters, own, arrived), _choose(enters, arrived, own)
+        return choose(enters, own, arrived), choose(enters, arrived, own)
 
     def compute(t, x):
         """What this stage has at tick t: micro-batch n in round r. While the pipeline fills and drains: nothing."""
         q = t - stage
         busy, r = (q >= 0) & (q < v * K * size), q % (v * size) // size
         group, place = jnp.clip(q // (v * size), 0, K - 1), q % size
-        mine = jax.tree.map(lambda x: _at(_at(x, place), group), rows)
-        chunk = jax.tree.map(lambda w: _at(w, r) if v > 1 else w[0], chunks)
+        mine = jax.tree.map(lambda x: index(index(x, place), group), rows)
+        chunk = jax.tree.map(lambda w: index(w, r) if v > 1 else w[0], held)
         x, out = lax.scan(functools.partial(layer, mine), x, chunk)
-        return x, jax.tree.map(lambda o: jnp.where(busy, o / (K * size), jnp.zeros_like(o)), out), r
+        return x, jax.tree.map(lambda o: jnp.where(busy, o, jnp.zeros_like(o)), out), r
 
     if v > 1:
         # Else each tick would keep the chunk of weights that it met: it keeps what came in, and is computed again.
@@ -179,7 +202,7 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
     def tick(state, t):
         arrived, own, done, total = state
         group, turn = t // (v * size), t % (v * size)
-        own = _choose(turn == 0, jax.tree.map(lambda x: _at(x, jnp.minimum(group, K - 1)), micro), own)
+        own = choose(turn == 0, jax.tree.map(lambda x: index(x, jnp.minimum(group, K - 1)), micro), own)
         x, own = trade(t, arrived, own)
         x, out, r = compute(t, x)
         total = jax.tree.map(lambda a, o: a.at[r].add(o), total, out)
@@ -187,96 +210,13 @@ def _stage(layer: Layer, plan: Pipeline, size: int, stage, micro, rows, stacked)
         done = jax.tree.map(lambda a, x: lax.dynamic_update_index_in_dim(a, x, group, 0), done, own)
         return (around(x), own, done, total), None
 
-    blank = jax.tree.map(lambda x: _zeros(jax.typeof(x[0])), micro)
-    done = jax.tree.map(lambda x: _zeros(jax.typeof(x), K + 1), blank)
+    blank = jax.tree.map(lambda x: zeros(jax.typeof(x[0])), micro)
+    done = jax.tree.map(lambda x: zeros(jax.typeof(x), K + 1), blank)
     out = jax.eval_shape(lambda x: compute(jnp.int32(0), x)[1], blank)
-    state = blank, blank, done, jax.tree.map(lambda x: _zeros(x, v), out)
+    state = blank, blank, done, jax.tree.map(lambda x: zeros(x, v), out)
     last = ticks(plan, size)
     (arrived, own, done, total), _ = lax.scan(tick, state, jnp.arange(last, dtype=jnp.int32))
     own = back(trade(last, arrived, own)[1])
     # A group is done when the next one has entered.
-    whole = jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own)
-    return whole, jax.tree.map(lambda x: x[None], total)
-
-
-def _chunks(x, stage, size: int, v: int):
-    """This stage's layers [L / p, ...] as [v, L / (p v), ...]: where there are several chunks, those c with c mod p =
-    stage instead of the v consecutive ones that rest here, one from and to each device at a time."""
-    x = x.reshape(v, x.shape[0] // v, *x.shape[1:])
-    if v == 1:
-        return x
-    out = x
-    for sends, receives, perm in _exchanges(size, v):
-        moved = lax.ppermute(_at(x, _at(jnp.asarray(sends), stage)), PP, perm)
-        out = lax.dynamic_update_index_in_dim(out, moved, _at(jnp.asarray(receives), stage), 0)
-    return out
-
-
-@functools.cache
-def _exchanges(size: int, v: int) -> list[tuple[list[int], list[int], list[tuple[int, int]]]]:
-    """Rounds in which every stage sends one of its chunks and receives one: (which it sends, as which it is received,
-    from where to where). Each stage has v to send and v to receive, so v rounds do (König)."""
-    left = {(c // v, c % size): [] for c in range(size * v)}
-    for c in range(size * v):
-        left[c // v, c % size].append(c)
-    rounds = []
-    for _ in range(v):
-        to = _matching(size, {(s, d) for (s, d), chunks in left.items() if chunks})
-        chunk = {s: left[s, d].pop() for d, s in to.items()}
-        received = [chunk[to[d]] // size for d in range(size)]
-        rounds.append(([chunk[s] % v for s in range(size)], received, [(s, d) for d, s in to.items()]))
-    return rounds
-
-
-def _matching(size: int, edges: set[tuple[int, int]]) -> dict[int, int]:
-    """receiver -> sender, each once."""
-    to: dict[int, int] = {}
-
-    def place(s: int, seen: set[int]) -> bool:
-        for d in range(size):
-            if (s, d) in edges and d not in seen:
-                seen.add(d)
-                if d not in to or place(to[d], seen):
-                    to[d] = s
-                    return True
-        return False
-
-    for s in range(size):
-        assert place(s, set())
-    return to
-
-
-def _deal(x, K: int):
-    """[B, ...] -> [p, K, b, ...]: of each device's rows K parts, one for each group of micro-batches. Nothing moves."""
-    first, *rest = partitions(x)
-    others = tuple(a for a in ((first,) if isinstance(first, str) else first) if a != PP)
-    split = lambda x: x.reshape(1, K, x.shape[0] // K, *x.shape[1:])
-    return jax.shard_map(split, out_specs=P(PP, None, others or None, *rest))(x)
-
-
-def _collect(x, layout):
-    """The inverse of `_deal`."""
-    return jax.shard_map(lambda x: x.reshape(-1, *x.shape[3:]), out_specs=P(*layout))(x)
-
-
-def _whole(x, dim: int):
-    """`x` with its dim `dim` on every stage."""
-    return jax.reshard(x, P(*(None if d == dim else e for d, e in enumerate(partitions(x)))))
-
-
-def _shift(size: int, by: int):
-    return lambda tree: jax.tree.map(lambda x: lax.ppermute(x, PP, [(s, (s + by) % size) for s in range(size)]), tree)
-
-
-def _at(x, i):
-    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
-
-
-def _choose(take, x, y):
-    return jax.tree.map(functools.partial(jnp.where, take), x, y)
-
-
-def _zeros(like, *lead: int):
-    """[*lead, *like.shape], laid out as `like`."""
-    spec = P(*[None] * len(lead), *like.sharding.spec.partitions) if like.sharding is not None else P()
-    return jnp.zeros((*lead, *like.shape), like.dtype, out_sharding=spec)
+    home = jax.tree.map(lambda a, x: jnp.concatenate([a[1:K], x[None]])[None], done, own)
+    return home, jax.tree.map(lambda x: x[None], total)

@@ -22,9 +22,8 @@ from jaxscale.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
-from jaxscale.parallel import pipeline as over_pp
 from jaxscale.plan.buffers import Held, held_at_peak
-from jaxscale.plan.estimate import Estimate, context_of
+from jaxscale.plan.estimate import Estimate, context_of, pipeline_of
 from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.plan.hlo import Census, Finding, census, compile_with_findings
 from jaxscale.table import Table, human_bytes
@@ -124,7 +123,8 @@ def compile_step(
     tx = make_optimizer(optimizer or OptimizerConfig(), steps)
     state = abstract_train_state(decoder.param_specs(model), tx, devices, rules)
     context = context_of(model, mesh, pod, batch_size=batch_size, seq_len=seq_len)
-    pipeline = over_pp.plan(mesh, model, batch_size, accum_steps)
+    sizes = {"batch_size": batch_size, "seq_len": seq_len, "remat": remat, "accum_steps": accum_steps}
+    pipeline = pipeline_of(model, mesh, pod, **sizes, loss_chunk=loss_chunk, rules=rules)
     options = {"chunk": loss_chunk, "rules": rules, "context": context, "pipeline": pipeline}
     loss_fn = functools.partial(decoder.loss_fn, cfg=model, remat=remat, **options)
     step = make_train_step(loss_fn, tx, accum_steps=accum_steps)

@@ -30,27 +30,13 @@ from jaxscale.parallel.context_layout import permute_batch
 from jaxscale.params import abstract_params
 from jaxscale.plan.aot import abstract_batch
 from jaxscale.plan.features import BASE, FEATURES, Feature
+from jaxscale.plan.hardware import DEVICES
 from jaxscale.quantize import training as quantized
 from jaxscale.quantize.apply import abstract_quantized
 from jaxscale.train import abstract_train_state, make_train_step
 from pallas_kernels import attention_implementation
 from pallas_kernels.attention.api import BACKENDS
 from sharding_rules.rules import MEGATRON_FSDP
-
-# What JAX calls one device of a kind, which is what kernels are chosen by.
-DEVICES = {
-    "h200": "NVIDIA H200",
-    "h100": "NVIDIA H100 80GB HBM3",
-    "b200": "NVIDIA B200",
-    "a100": "NVIDIA A100-SXM4-80GB",
-    "mi250x": "AMD Instinct MI250X",
-    "v4": "TPU v4",
-    "v5e": "TPU v5 lite",
-    "v5p": "TPU v5",
-    "v6e": "TPU v6 lite",
-    "tpu7x": "TPU7x",
-    "cpu": "cpu",
-}
 
 
 class Verdict(NamedTuple):

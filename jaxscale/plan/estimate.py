@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from jaxscale.config import CPStrategy, MeshConfig, ModelConfig
 from jaxscale.mesh import make_abstract_mesh
-from jaxscale.models import decoder
+from jaxscale.models import decoder, moe
 from jaxscale.models.cache import CACHE, cache_shapes
 from jaxscale.parallel import context_cost
 from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context
 from jaxscale.parallel.pipeline import Pipeline
 from jaxscale.params import path_name, resolve_param
+from jaxscale.plan import stages
 from jaxscale.plan.experts import place_experts
 from jaxscale.plan.hardware import Pod, find_pod
 from jaxscale.sharding import WIDTHS, axes_of
@@ -74,6 +75,7 @@ class Estimate(NamedTuple):
     pod: Pod
     remat: decoder.Remat
     accum_steps: int
+    pipeline: Pipeline | None
     memory: Memory
     transfers: tuple[Transfer, ...]
     flops: float  # of one device and step, what is computed again included
@@ -119,7 +121,7 @@ def estimate(
     loss_chunk: int = 2048,
     rules: Rules = MEGATRON_FSDP,
 ) -> Estimate:
-    """Estimates one step of AdamW on the library's decoder.
+    """Estimates one step of AdamW on the library's decoder. A pipeline does once a step what there is memory for.
 
     Args:
       batch_size: rows of a step over the whole mesh, each of seq_len tokens.
@@ -131,28 +133,54 @@ def estimate(
     pod = find_pod(pod) if isinstance(pod, str) else pod
     mesh = mesh.fill(pod.num_devices)
     check(model, mesh, batch_size=batch_size, seq_len=seq_len, accum_steps=accum_steps)
+    options = {"batch_size": batch_size, "seq_len": seq_len, "remat": remat, "accum_steps": accum_steps}
+    options |= {"loss_chunk": loss_chunk, "rules": rules}
+    for once in ("gradients", "weights", "nothing") if mesh.pp > 1 and mesh.fsdp > 1 else ("nothing",):
+        found = _estimate(model, mesh, pod, once=once, **options)
+        if found.fits:
+            break
+    return found
+
+
+def _estimate(
+    model: ModelConfig,
+    mesh: MeshConfig,
+    pod: Pod,
+    *,
+    batch_size: int,
+    seq_len: int,
+    remat: decoder.Remat,
+    accum_steps: int,
+    loss_chunk: int,
+    rules: Rules,
+    once: over_pp.Once,
+) -> Estimate:
     context = context_of(model, mesh, pod, batch_size=batch_size // accum_steps, seq_len=seq_len)
     make = functools.partial(_Step, model, mesh, seq_len=seq_len, remat=remat, loss_chunk=loss_chunk, rules=rules)
     make = functools.partial(make, context=context, hw=pod.hardware, tpu=pod.platform == "tpu")
     rows, pipeline = batch_size // accum_steps, None
     parts = [(accum_steps, make(batch_size=rows))]  # what runs how often in a step
     if mesh.pp > 1:
-        pipeline = over_pp.plan(mesh, model, batch_size, accum_steps)
+        pipeline = over_pp.plan(mesh, model, batch_size, accum_steps)._replace(once=once)
         micro = rows // over_pp.count(pipeline)
-        turns = accum_steps * over_pp.ticks(pipeline, mesh.pp)
-        parts = [(accum_steps, make(batch_size=rows, part="ends")), (turns, make(batch_size=micro, part="stage"))]
-    part = parts[-1][1]
-    memory = parts[0][1].memory(pod, accum_steps)
-    if pipeline is not None:
-        memory = _memory_of_stage(parts[0][1], part, pipeline, pod, accum_steps)
-    sent: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
-    for turns, one in parts:
-        for key, (count, size) in one.transfers(pod).items():
+        turns = model.moe is None or moe.adds_up(model, micro // (mesh.dp * mesh.fsdp))  # 1F1B, else all forward first
+        stage = make(batch_size=micro, part="turns" if turns else "stage")
+        ticks = accum_steps * over_pp.ticks(pipeline, mesh.pp)
+        parts = [(accum_steps, make(batch_size=rows, part="around" if turns else "ends")), (ticks, stage)]
+    ends, part = parts[0][1], parts[-1][1]
+    sent: dict[Any, tuple[float, float]] = {}
+
+    def add(found, times):
+        for key, (count, size) in found.items():
             old = sent.get(key, (0.0, 0.0))
-            sent[key] = old[0] + turns * count, old[1] + turns * size
+            sent[key] = old[0] + times * count, old[1] + times * size
+
+    for times, one in parts:
+        add(one.transfers(pod), times)
+    memory = ends.memory(pod, accum_steps)
     if pipeline is not None:
-        for key, (count, size) in _pipelined(part, pipeline, pod, accum_steps).items():
-            sent[key] = sent.get(key, (0.0, 0.0))[0] + count, sent.get(key, (0.0, 0.0))[1] + size
+        memory = Memory(**stages.memory(ends, part, pipeline, pod, accum_steps))
+        add(stages.transfers(ends, part, pipeline, pod), accum_steps)
     transfers = tuple(
         Transfer(kind, "+".join(axes), round(count), size, _seconds(pod, part.shape_of(axes), kind, axes, count, size))
         for (kind, axes), (count, size) in sent.items()
@@ -166,7 +194,7 @@ def estimate(
         flops += turns * (matmul + attention)
         compute += turns * (matmul + attention * over_cp.uneven / attention_rate(model)) / hw.flops
         moved += turns * one.activation_traffic()
-    moved += parts[0][1].state_traffic(memory, accum_steps)
+    moved += ends.state_traffic(memory, accum_steps)
     # Nothing is hidden on two H200s (measured), nor on v5e and v5p (compiled steps hold synchronous collectives alone).
     # Steps compiled for tpu7x start them early: those of parameters are taken to be hidden, the best case.
     beside = [] if over_cp.exposed is None else [t for t in transfers if t.axes == "cp" and t.kind in BESIDE_ATTENTION]
@@ -179,6 +207,7 @@ def estimate(
         pod=pod,
         remat=remat,
         accum_steps=accum_steps,
+        pipeline=pipeline,
         memory=memory,
         transfers=transfers,
         flops=flops,
@@ -190,51 +219,20 @@ def estimate(
     )
 
 
-def _pipelined(stage: "_Step", pipeline: Pipeline, pod: Pod, accum_steps: int) -> dict[Any, tuple[float, float]]:
-    """What a pipeline sends beside what its ticks and the ends do by themselves (jaxscale.parallel.pipeline)."""
-    size, v, ticks = stage.mesh.pp, pipeline.interleave, over_pp.ticks(pipeline, stage.mesh.pp)
-    row = stage.tokens / stage.mesh.tp * stage.model.embed_dim * stage.item
-    held = v * sum(leaf.held for leaf in stage.leaves)
-    # A micro-batch each way with each tick, forward and backward; chunks to where they are computed, gradients back.
-    moved = over_pp.chunks_moved(size, v)
-    found: dict[Any, tuple[float, float]] = {}
-    found["collective-permute", ("pp",)] = (4 * ticks + 2 + 2 * moved, (4 * ticks + 2) * row + 2 * moved * held / v)
-    if stage.mesh.dp > 1:
-        found["all-reduce", ("dp",)] = (1, held)
-    for leaf in stage.leaves:
-        if leaf.gathered:
-            # The forward pass gathers the weights of a stage once; with chunks each tick, computed again, a third time
-            # (XLA on CPU finds the second in it where remat is full).
-            again = leaf.matrix and (stage.remat != "full" or pod.platform != "cpu")
-            more = 1 - ticks if v == 1 else ticks * again
-            n, x = found.get(("all-gather", leaf.gathered), (0, 0.0))
-            found["all-gather", leaf.gathered] = n + more * leaf.depth, x + more * leaf.used
-    return {key: (accum_steps * n, accum_steps * x) for key, (n, x) in found.items()}
+def pipeline_of(model: ModelConfig, mesh: MeshConfig, pod: Pod | None, **sizes: Any) -> Pipeline:
+    """How a step's batch passes the stages: with `once` what there is memory for on `pod`.
 
-
-def _memory_of_stage(ends: "_Step", stage: "_Step", pipeline: Pipeline, pod: Pod, accum_steps: int) -> Memory:
-    """Of a device in a pipeline: what each tick was given is kept by each of its layers, or, with chunks, once."""
-    v, ticks = pipeline.interleave, over_pp.ticks(pipeline, stage.mesh.pp)
-    stacked = v * sum(leaf.held for leaf in stage.leaves)
-    params = stacked + sum(leaf.held for leaf in ends.leaves)
-    first = sum(leaf.held for leaf in ends.leaves if leaf.depth)
-    each = stage.layers * stage.residuals(stage.remat) if v == 1 else stage.residuals("full")
-    # This device's own rows: as they go in and as they come back.
-    own = 2 * ends.tokens / ends.mesh.tp * ends.model.embed_dim * ends.item
-    (backward, _), (outside, loss) = stage.working(pod), ends.working(pod)
-    if v > 1:  # a tick computed again keeps what it would have kept
-        backward += stage.layers * stage.residuals(stage.remat)
-    # The forward pass gathers the weights of the stage before its first tick, where it has one chunk.
-    gathered = sum(leaf.used for leaf in stage.leaves if leaf.gathered) if v == 1 else 0.0
-    return Memory(
-        params=params,
-        optimizer=2 * params,
-        gradients=stacked + first + (params if accum_steps > 1 else 0.0),
-        residuals=ticks * each + ends.layers * ends.residuals(ends.remat) + own,
-        weights=v * stage.weights(pod) + ends.weights(pod),
-        working=max(backward, loss, gathered, outside if ends.layers else 0.0),
-        batch=4 * 4 * accum_steps * ends.rows * ends.seq_len / ends.mesh.cp,
-    )
+    Args:
+      sizes: batch_size, seq_len, remat, accum_steps, loss_chunk, rules, as of `estimate`.
+    """
+    pipeline = over_pp.plan(mesh, model, sizes["batch_size"], sizes["accum_steps"])
+    if pod is None or mesh.pp == 1 or mesh.fsdp == 1:
+        return pipeline
+    try:
+        found = estimate(model, mesh, pod, **sizes).pipeline
+    except ValueError:  # such as heads that tp does not split, which are computed whole: what needs no memory
+        return pipeline
+    return found or pipeline
 
 
 def attention_rate(model: ModelConfig) -> float:
@@ -339,7 +337,8 @@ class _OverCp(NamedTuple):
 class _Step:
     """One micro-batch on one device. Sizes are bytes.
 
-    part: all of it; or what a device computes of it in one tick of a pipeline ("stage"), and outside ("ends").
+    part: all of it; or what a device computes of it in one tick of a pipeline ("stage") and outside ("ends"). Of 1F1B
+      "turns" and "around": what is gathered and scattered by hand, `jaxscale.plan.stages` deals with.
     """
 
     def __init__(
@@ -354,13 +353,14 @@ class _Step:
         context: Context | None = None,
         hw: Any = None,
         tpu: bool = False,
-        part: Literal["all", "stage", "ends"] = "all",
+        part: Literal["all", "ends", "stage", "around", "turns"] = "all",
     ):
         self.model: Any = model
         self.mesh, self.remat, self.rules, self.context = mesh, remat, rules, context
         self.sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
         self.item = jnp.dtype(model.dtype).itemsize
-        self.batch_axes = ("dp", "fsdp", "ep") if part == "stage" else ("pp", "dp", "fsdp", "ep")
+        self.by_turns = part == "turns"
+        self.batch_axes = ("dp", "fsdp", "ep") if part in ("stage", "turns") else ("pp", "dp", "fsdp", "ep")
         self.rows = batch_size // math.prod(self.sizes[a] for a in self.batch_axes)
         self.tokens = self.rows * seq_len // mesh.cp  # between the tp collectives
         gathered = context is None or context.strategy == "all_gather"
@@ -373,14 +373,21 @@ class _Step:
         self.kv_dim = model.head_dim + (model.mla.value_dim if model.mla else model.head_dim)  # of a key and its value
         self.leaves = _leaves(model, mesh, rules)
         self.depth = max(leaf.depth for leaf in self.leaves)  # layers that are alike: all, or those with experts
-        self.layers, self.ends = model.num_layers, part != "stage"
-        if part == "ends":
+        self.layers, self.ends = model.num_layers, part in ("all", "ends", "around")
+        if part in ("ends", "around"):
             self.layers -= self.depth
             self.leaves = tuple(leaf for leaf in self.leaves if leaf.depth != self.depth)
-        elif part == "stage":
+        elif not self.ends:
             staged = (leaf for leaf in self.leaves if leaf.depth == self.depth)
             self.leaves = tuple(leaf.of_chunk(mesh.pp, mesh.pp_interleave) for leaf in staged)
             self.layers = self.depth = self.depth // (mesh.pp * mesh.pp_interleave)
+        # The embedding, the last norm and the head, in this order.
+        tables = [leaf for leaf in self.leaves if not leaf.depth]
+        self.by_hand: list[_Leaf] = []
+        self.gathered = () if part == "turns" else self.leaves
+        if part == "around":
+            self.by_hand = tables[0 if model.tie_embeddings else 1 :]
+            self.gathered = (tables[0], *(leaf for leaf in self.leaves if leaf.depth))
         self.experts = None
         if model.moe is not None:
             hosts = model.moe.ep_hosts or (math.ceil(mesh.ep * mesh.cp * mesh.tp / hw.node) if hw else 1)
@@ -501,6 +508,12 @@ class _Step:
             loss = max(head + 4 * logits, 2 * head + self.item * logits) + 3 * rows
         return backward, loss
 
+    def working_of_turns(self, pod: Pod) -> float:
+        """Held at once by one layer's backward pass in a tick of 1F1B, whose sums are counted elsewhere."""
+        head = self.vocab * self.model.embed_dim * self.item
+        tables = head if self.model.tie_embeddings or pod.platform == "tpu" else 2 * head
+        return self.working(pod)[0] - tables
+
     def activation_traffic(self) -> float:
         """Bytes that a micro-batch moves beside its matmuls and attention: elementwise work of the layers, which passes
         once over what a layer could keep; what is kept, written and read; logits; weights cast forward and backward."""
@@ -530,7 +543,7 @@ class _Step:
                 old = found.get((kind, axes), (0, 0.0))
                 found[kind, axes] = old[0] + count, old[1] + size
 
-        for depth, matrix, experts, _, used, gathered in self.leaves:
+        for depth, matrix, experts, _, used, gathered in self.gathered:
             # A layer's weights are gathered again in the backward pass; norm scales are kept where all is kept.
             # Where all is kept, so are the experts' gathered weights: they pass a cast of types on the way.
             times = (2 if (matrix and not experts) or self.remat != "none" else 1) if depth else 1
@@ -559,6 +572,7 @@ class _Step:
         sums = 4 if self.remat != "full" else 6 if self.model.post_norms else 5
         if not self.ends:  # sums that a stage cannot leave partial (jaxscale.sharding.partial_sums), as they compile
             more, kind = {"cpu": (3, scatter), "cuda": (2, "all-gather")}.get(pod.platform, (0, scatter))
+            more = 0 if self.by_turns and pod.platform == "cuda" else more
             add(kind, ("tp",), more * L, more * L * rows)
         add("reduce-scatter", ("tp",), ends, ends * rows)  # the embedding's, explicit in its shard_map
         add(scatter, ("tp",), sums * L + ends, ((sums - 1) * L + ends) * rows + L * into)
@@ -659,7 +673,8 @@ class _Step:
         met = 1.0 if model.moe is None else model.moe.top_k / model.moe.num_routed * self.mesh.ep
         weights = [leaf for leaf in self.leaves if leaf.depth and leaf.matrix]
         layer = sum(leaf.used * (met if leaf.experts else 1.0) for leaf in weights) / self.item
-        once_more = 0 if self.ends or self.mesh.pp_interleave == 1 else 1  # ticks of chunks are computed again
+        # Ticks of chunks are computed again where they do not take turns.
+        once_more = 0 if self.ends or self.by_turns or self.mesh.pp_interleave == 1 else 1
         again = (self.remat == "full") + once_more
         matmul = 2 * t * layer * (3 + again)
         matmul += self.ends * 2 * t * self.vocab * model.embed_dim * (4 if self.looped_loss else 3)

@@ -3,8 +3,9 @@
 import difflib
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sharding_rules.hardware import Hardware, find_hardware
 
@@ -38,6 +39,20 @@ TPUS = {
 }
 MAX_GPUS = 2**20  # more than any machine has: every mesh of them is looked at
 GPUS = ("h200", "h100", "b200", "a100", "mi250x")
+# What JAX calls one device of a kind, which is what kernels are chosen by.
+DEVICES = {
+    "h200": "NVIDIA H200",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "b200": "NVIDIA B200",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "mi250x": "AMD Instinct MI250X",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+    "cpu": "cpu",
+}
 DATA = Path(__file__).parent / "data"  # KIND.toml: rates of kinds that sharding_rules has none of, with their sources
 
 
@@ -82,6 +97,18 @@ def find_pod(name: str, hardware: Hardware | None = None) -> Pod:
             f"--on {name!r}: {math.prod(grid):,} devices are more than any machine has; use up to {MAX_GPUS:,}"
         )
     return Pod(name, kind, "cpu" if kind == "cpu" else "cuda", grid, math.prod(grid), rates)
+
+
+def pod_of(devices: Sequence[Any]) -> Pod | None:
+    """These devices, hosts as they are numbered; None where there are no rates for their kind."""
+    kind = next((kind for kind, name in DEVICES.items() if name == devices[0].device_kind), None)
+    if kind is None:
+        return None
+    own, count = DATA / f"{kind}.toml", len(devices)
+    rates = Hardware.load(own) if own.exists() else find_hardware(kind)
+    hosts = len({d.process_index for d in devices})
+    platform = "cpu" if kind == "cpu" else "tpu" if kind in TPUS else "cuda"
+    return Pod(f"{kind}:{count}", kind, platform, (hosts, count // hosts), count, rates)
 
 
 def _exists(grid: tuple[int, ...], slices: _Slices) -> bool:

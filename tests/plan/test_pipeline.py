@@ -1,12 +1,13 @@
-"""Pipelines in the estimate: by hand, and the set-ups of the Frontier study (arXiv 2312.12705)."""
+"""Pipelines in the estimate: the set-ups of the Frontier study (arXiv 2312.12705)."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 
 from jaxscale.config import MeshConfig, ModelConfig
-from jaxscale.plan.estimate import estimate
-from jaxscale.plan.pipeline import estimate_pipeline, pipelines
+from jaxscale.plan.estimate import Estimate, estimate
+from jaxscale.plan.hardware import Pod, find_pod
 
 
 def gpt(name: str, layers: int, width: int, heads: int) -> ModelConfig:
@@ -25,49 +26,45 @@ def gpt(name: str, layers: int, width: int, heads: int) -> ModelConfig:
 
 
 # tp, pp, micro-batches of one row and nodes of eight dies: the study's launch files for 22B, 175B and 1T
-# (github.com/sajal-vt/Megatron-DeepSpeed-ORNL); 1,600 rows for 1T are from memory of the
-# paper. Optimizer state is split over the two replicas of 22B and 175B, which the library needs: it sums gradients in
-# float32 beside those of the running micro-batch.
+# (github.com/sajal-vt/Megatron-DeepSpeed-ORNL). For 1T it took 1,600 rows (from memory of the paper), of which stages
+# here share out 1,536. Optimizer state is split over the two replicas of 22B and 175B: sums are in float32 here.
 STUDY = [
-    (gpt("gpt-22b", 48, 6144, 48), "mi250x:2x8", "pp=8,fsdp=2", 640, 0.3838, 10),
-    (gpt("gpt-175b", 96, 12_288, 96), "mi250x:16x8", "pp=16,fsdp=2,tp=4", 1280, 0.3614, 4),
-    (gpt("gpt-1t", 128, 25_600, 128), "mi250x:128x8", "pp=64,dp=2,tp=8", 1600, 0.3196, 1),
+    (gpt("gpt-22b", 48, 6144, 48), "mi250x:2x8", "pp=8,fsdp=2", 640, 0.3838),
+    (gpt("gpt-175b", 96, 12_288, 96), "mi250x:16x8", "pp=16,fsdp=2,tp=4", 1280, 0.3614),
+    (gpt("gpt-1t", 128, 25_600, 128), "mi250x:128x8", "pp=64,dp=2,tp=8", 1536, 0.3196),
 ]
 
 
-@pytest.mark.parametrize(("model", "pod", "mesh", "rows", "theirs", "place"), STUDY)
-def test_the_set_ups_of_the_frontier_study_are_valid_and_near_the_top(model, pod, mesh, rows, theirs, place):
-    chosen = estimate_pipeline(model, MeshConfig.parse(mesh), pod, batch_size=rows, seq_len=2048)
+def of_rows(model: ModelConfig, mesh: MeshConfig, pod: Pod, rows: int, each: int) -> Estimate:
+    """The step with micro-batches of `each` rows on a device."""
+    count = rows // (mesh.dp * mesh.fsdp * each)
+    mesh = dataclasses.replace(mesh, pp_micro_batches=count if mesh.pp > 1 else None)
+    accum = max(1, count) if mesh.pp == 1 else 1
+    return estimate(model, mesh, pod, batch_size=rows, seq_len=2048, remat="full", accum_steps=accum)
+
+
+def meshes(model: ModelConfig, pod: Pod) -> Iterator[MeshConfig]:
+    for pp in (p for p in range(1, model.num_layers + 1) if model.num_layers % p == 0 == pod.num_devices % p):
+        for tp in (t for t in (1, 2, 4, 8) if pod.num_devices % (pp * t) == 0):
+            replicas = pod.num_devices // (pp * tp)
+            yield MeshConfig(pp=pp, dp=replicas, tp=tp)
+            if replicas > 1:
+                yield MeshConfig(pp=pp, fsdp=replicas, tp=tp)
+
+
+@pytest.mark.parametrize(("model", "pod", "mesh", "rows", "theirs"), STUDY)
+def test_the_set_ups_of_the_frontier_study_are_valid_and_near_the_top(model, pod, mesh, rows, theirs):
+    pod = find_pod(pod)
+    chosen = of_rows(model, MeshConfig.parse(mesh), pod, rows, 1)
+    found = []
+    for other in meshes(model, pod):
+        for each in (1, 2, 4):
+            try:
+                found.append(of_rows(model, other, pod, rows, each))
+            except ValueError:
+                continue
+    found = sorted((e for e in found if e.fits), key=lambda e: e.seconds)
     assert chosen.fits
-    found = pipelines(model, pod, batch_size=rows, seq_len=2048)
-    assert [p.mesh for p in found].index(chosen.mesh) < place
     # Large matmuls are taken at 0.7 of the peak; the study reached less. The order stays, not the figure.
     assert theirs < chosen.flops / chosen.seconds / 191.5e12 < 2 * theirs
-
-
-def test_a_pipeline_by_hand(rng):
-    model = gpt("small", 8, 256, 4)
-    rows = 8 * int(rng.integers(2, 6))
-    one = estimate_pipeline(model, MeshConfig(fsdp=4), "h200:1x4", batch_size=rows, seq_len=128)
-    whole = estimate(
-        model, MeshConfig(fsdp=4), "h200:1x4", batch_size=rows, seq_len=128, remat="full", accum_steps=rows // 4
-    )
-    assert one.bubble == 0 and one.memory == whole.memory.total and one.seconds <= whole.seconds
-    four = estimate_pipeline(model, MeshConfig(pp=4), "h200:1x4", batch_size=rows, seq_len=128)
-    assert four.micro_batches == rows and four.bubble == pytest.approx(3 / (rows + 3))
-    stage = estimate(
-        dataclasses.replace(model, num_layers=2),
-        MeshConfig(),
-        "h200:1x1",
-        batch_size=rows,
-        seq_len=128,
-        remat="full",
-        accum_steps=rows,
-    )
-    assert four.memory == stage.memory.total + 3 * stage.memory.residuals  # four micro-batches in flight
-    assert four.seconds > stage.seconds / (1 - four.bubble)
-
-
-def test_stages_of_unequal_depth_are_refused():
-    with pytest.raises(ValueError, match="num_layers=8 must be a multiple of pp=3"):
-        estimate_pipeline(gpt("small", 8, 256, 4), MeshConfig(pp=3), "h200:1x3", batch_size=8, seq_len=128)
+    assert chosen.seconds < 1.06 * found[0].seconds
