@@ -261,7 +261,7 @@ def small_blocks(monkeypatch, **gpu):
 
 
 def test_mosaic_gpu_causal_documents(rng, monkeypatch):
-    small_blocks(monkeypatch, block_kv=int(rng.choice([64, 128])))
+    small_blocks(monkeypatch, warpgroups=int(rng.choice([2, 3])), block_kv=int(rng.choice([64, 128])))
     ids = documents(rng, 1, 150, padding=20)
     kwargs = {"causal": True, "segment_ids": ids, "sinks": one(rng, (2,))}
     check(rng, "mosaic_gpu", 1, 150, 150, 2, 1, 64, 128, jnp.bfloat16, **kwargs)
