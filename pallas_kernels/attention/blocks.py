@@ -1,5 +1,6 @@
 """Which blocks of queries and keys meet: small tables with which a kernel skips the others; padding to blocks."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.attention.inputs import Inputs, Options
+
+_UNIT = 64
 
 
 def key_ranges(inputs: Inputs, options: Options, tile: int, block_kv: int):
@@ -18,6 +21,18 @@ def key_ranges(inputs: Inputs, options: Options, tile: int, block_kv: int):
 def query_ranges(inputs: Inputs, options: Options, block_q: int, tile: int):
     """[B or 1, key tiles, 4] int32: the same for the query blocks that a tile of keys visits."""
     return _ranges(*_meetings(inputs, options, block_q, tile, (slice(None), None), (..., None)))
+
+
+def key_table(inputs: Inputs, options: Options, tile: int, block_kv: int):
+    """`key_ranges`, with all tables of a call that are made on the device from one of 64 x 64: each is some kernels."""
+    if _known(inputs) or tile % _UNIT or block_kv % _UNIT:
+        return key_ranges(inputs, options, tile, block_kv)
+    return coarser(key_ranges(inputs, options, _UNIT, _UNIT), tile // _UNIT, block_kv // _UNIT)
+
+
+def _known(inputs: Inputs) -> bool:
+    """Whether nothing that hides keys is traced."""
+    return all(x is None for x in (inputs.q_positions, inputs.q_segment_ids, inputs.window))
 
 
 def _meetings(inputs: Inputs, options: Options, block_q: int, block_kv: int, q_at, kv_at):
@@ -31,8 +46,7 @@ def _meetings(inputs: Inputs, options: Options, block_q: int, block_kv: int, q_a
     q_at, kv_at: index [B, blocks] for the table.
     """
     T, S = inputs.q.shape[1], inputs.k.shape[1]
-    given = (inputs.q_positions, inputs.q_segment_ids, inputs.window)
-    xp: Any = np if all(x is None for x in given) else jnp
+    xp: Any = np if _known(inputs) else jnp
 
     def cut(x, block):
         """[B, blocks, block]; the last block repeats its last element."""
@@ -158,6 +172,13 @@ def _merge_ranges(a, b):
     return tuple(merge(x, y) for merge, x, y in zip((lax.min, lax.max, lax.min, lax.max, lax.add), a, b))
 
 
+def ends(lo: list, hi: list):
+    """The first of the blocks that any of some rows visits, and one past the last; not as reductions, each a kernel."""
+    xp: Any = np if isinstance(lo[0], np.ndarray) else jnp
+    end = functools.reduce(xp.maximum, hi)
+    return functools.reduce(xp.minimum, [end, *(xp.where(x < y, x, end) for x, y in zip(lo, hi, strict=True))]), end
+
+
 def pad_inputs(inputs: Inputs, block_q: int, block_kv: int) -> Inputs:
     """The queries filled up to whole blocks, and the keys; segment ids with 0."""
     queries = {x: getattr(inputs, x) for x in ("q", "q_segment_ids", "q_positions")}
@@ -176,6 +197,24 @@ def rows_to(ranges, rows: int):
     """A table with rows that visit nothing at its end, so that it has `rows`."""
     xp: Any = np if isinstance(ranges, np.ndarray) else jnp
     return xp.pad(ranges, ((0, 0), (0, rows - ranges.shape[1]), (0, 0)))
+
+
+def coarser(ranges, rows: int, blocks: int):
+    """The table of tiles that hold `rows` rows of a table each, and of blocks that hold so many of its blocks."""
+    xp: Any = np if isinstance(ranges, np.ndarray) else jnp
+    missing = -ranges.shape[1] % rows
+    lo, full_lo, full_hi, hi = (ranges[..., i] for i in range(4))
+    if missing:  # rows that see nothing, and of which all that is seen is seen
+        fill = [(lo, 0), (full_lo, 0), (full_hi, np.iinfo(np.int32).max), (hi, 0)]
+        lo, full_lo, full_hi, hi = (xp.pad(x, ((0, 0), (0, missing)), constant_values=value) for x, value in fill)
+    cut = lambda x: [x.reshape(len(ranges), -1, rows)[..., i] for i in range(rows)]
+    start, end = ends(cut(lo), cut(hi))
+    start, end = start // blocks, -(-end // blocks)
+    full_lo = -(-functools.reduce(xp.maximum, cut(full_lo)) // blocks)
+    full_hi = functools.reduce(xp.minimum, cut(full_hi)) // blocks
+    none = full_lo >= full_hi
+    full_lo, full_hi = (xp.where(none, end, x) for x in (full_lo, full_hi))
+    return xp.stack([start, full_lo, full_hi, end], axis=2).astype(np.int32)
 
 
 def pad_to(x: jax.Array, axis: int, block: int) -> jax.Array:

@@ -6,7 +6,6 @@ half of the shared memory's bandwidth, and the next tile's q and do may arrive a
 of do * o over a row, without which no logit has a gradient, are made on the way and left for the kernel of dk and dv.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to, rows_to
+from pallas_kernels.attention.blocks import key_table, pad_inputs, pad_to, rows_to
 from pallas_kernels.attention.inputs import Inputs, Options
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
@@ -25,19 +24,18 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     Mask,
     accumulator,
     before,
-    bounds_alone,
-    bounds_together,
     cap_logits,
-    find_tile,
     heads_at_once,
     launch,
     mma,
+    read_count,
+    read_tile,
     set_registers,
     slot_of,
     three_loops,
     tiled,
 )
-from pallas_kernels.attention.schedule import deal, tile_steps
+from pallas_kernels.attention.schedule import deal, describe, tile_steps
 
 
 def backward_dq(
@@ -59,25 +57,25 @@ def backward_dq(
     do, lse, delta = pad_to(do, 1, tile), pad_to(lse, 2, tile), pad_to(delta, 2, tile)
     outputs = () if o is None else (pad_to(o, 1, tile),)  # the forward's
     tiles = padded.q.shape[1] // tile
-    ranges = rows_to(key_ranges(inputs, options, ROWS, bkv), tiles * wgs)
+    ranges = rows_to(key_table(inputs, options, ROWS, bkv), tiles * wgs)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(tile_steps(ranges, wgs), B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N, share=2))
+    # Counted as the forward counts them: where its tiles are as large there is one schedule.
+    steps = tile_steps(key_table(inputs, options, tile, 2 * ROWS), 1)
+    schedule = deal(steps, B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N, share=2))
+    schedule = describe(schedule, ranges, N, wgs)
     c = options.scale * LOG2E
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, schedule_ref, *refs):
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, schedule_ref, *refs):
         o_ref, refs = refs[: len(outputs)], refs[len(outputs) :]
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         dq_ref, *sums_ref, smem, q_full, q_free, k_full, v_full, k_free, v_free = refs
         q_smem, do_smem, k_smem, v_smem, mask_smem, out_smem, o_smem = smem
         wg = lax.axis_index("wg")
-        count = schedule_ref[lax.axis_index("block"), 0] + 0
-        place = functools.partial(find_tile, schedule_ref, heads=N, tiles=tiles)
+        count = read_count(schedule_ref)
 
         def work(w, done):
             """One tile; `done` counts the blocks of keys of those before it."""
-            b, n, t = place(w)
-            lo, hi = bounds_together(ranges_ref, b, t, wgs)
-            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
+            b, n, t, lo, hi, mine = read_tile(schedule_ref, w, wg)
             q_start = pl.multiple_of(t * tile + wg * ROWS, ROWS)
             rows = pl.ds(q_start, ROWS)
             down = mask.down(aux, b, rows)
@@ -149,8 +147,7 @@ def backward_dq(
             set_registers(wgs, 24)
 
             def feed(w, done):
-                b, n, t = place(w)
-                lo, hi = bounds_together(ranges_ref, b, t, wgs)
+                b, n, t, lo, hi = read_tile(schedule_ref, w)[:5]
                 k_head = lax.div(n, jnp.int32(N // K))
                 pl.when(w > 0)(lambda: plgpu.barrier_wait(q_free))
                 for x in range(wgs):
@@ -200,7 +197,7 @@ def backward_dq(
         ],
         {"block": len(schedule)},
         (smem, q_full, plgpu.Barrier(num_arrivals=wgs), k_full, v_full, free, free),
-        (padded.q, padded.k, padded.v, do, lse, delta, ranges, schedule, *outputs, *mask.arrays),
+        (padded.q, padded.k, padded.v, do, lse, delta, schedule, *outputs, *mask.arrays),
         wgs + 1,
     )
     return dq[:, :T], (*sums, delta)[0][:, :, :T]

@@ -96,14 +96,16 @@ class Mask:
                     found[name] = jnp.where(found[name] == 0, jnp.iinfo(jnp.int32).min, found[name])
         return found
 
-    def keep(self, down, smem, slot, shape, q_start, kv_start):
-        """Which pairs of a block see each other: what `down` gave for its rows, and `smem` at `slot` for the rest."""
+    def keep(self, down, smem, slot, shape, q_start, kv_start, at: int = 0):
+        """Which pairs of a block see each other: what `down` gave for its rows, and `smem` at `slot` for the rest, from
+        the `at`-th on."""
         q_dim, kv_dim = self.q_dim, 1 - self.q_dim
         across = dict(zip(self.across, smem, strict=True))
 
         def along(name, dim):
             if name in across:
-                values = plgpu.load(across[name].at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                layout = plgpu.Layout.WGMMA.reduce(0)
+                values = plgpu.load(across[name].at[slot, pl.ds(at, shape[1])], layout=layout)
             else:
                 values = down[name]
             return lax.broadcast_in_dim(values, shape, [dim])
@@ -238,17 +240,15 @@ def read_bounds(ranges_ref, b, t):
     return tuple(ranges_ref[row, t, i] + 0 for i in range(4))
 
 
-def bounds_together(ranges_ref, b, t, wgs: int):
-    """The first of the blocks that the warpgroups of tile t visit, and one past the last; a row is 64 of the tile's."""
-    rows = [read_bounds(ranges_ref, b, t * wgs + w) for w in range(wgs)]
-    hi = functools.reduce(jnp.maximum, [row[3] for row in rows])
-    lo = functools.reduce(jnp.minimum, [jnp.where(row[0] < row[3], row[0], hi) for row in rows])
-    return lo, jnp.maximum(hi, lo + 1)  # a tile that sees nothing visits a block, of which no warpgroup takes note
+def read_count(schedule_ref):
+    """How many tiles this block of a persistent kernel has; see `schedule.describe`."""
+    return schedule_ref[lax.axis_index("block"), 0, 0] + 0
 
 
-def bounds_alone(ranges_ref, b, row, lo, hi):
-    """Those of one warpgroup, which skips what only the other one visits of [lo, hi)."""
-    return tuple(jnp.clip(x, lo, hi) for x in read_bounds(ranges_ref, b, row))
+def read_tile(schedule_ref, w, wg: Any = 0) -> Any:
+    """Batch, head, tile, first step and one past the last, and a warpgroup's bounds, of the w-th tile."""
+    read = lambda i: schedule_ref[lax.axis_index("block"), w + 1, i] + 0
+    return *(read(i) for i in range(5)), tuple(read(5 + 4 * wg + i) for i in range(4))
 
 
 def find_tile(schedule_ref, w, heads: int, tiles: int):

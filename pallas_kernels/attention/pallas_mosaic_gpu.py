@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention import pallas_mosaic_gpu_bwd
-from pallas_kernels.attention.blocks import key_ranges, pad_inputs, pad_to
+from pallas_kernels.attention.blocks import key_table, pad_inputs, pad_to, rows_to
 from pallas_kernels.attention.inputs import Inputs, Options, nameable
 from pallas_kernels.attention.mosaic_gpu_pieces import (
     LOG2E,
@@ -34,17 +34,17 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     accumulator,
     any_of_warp,
     cap_logits,
-    find_tile,
     heads_at_once,
     launch,
     mma,
-    read_bounds,
+    read_count,
+    read_tile,
     set_registers,
     slot_of,
     three_loops,
     tiled,
 )
-from pallas_kernels.attention.schedule import deal
+from pallas_kernels.attention.schedule import deal, describe, tile_steps
 from pallas_kernels.attention.xla import bias_gradient
 
 # A row's largest logit is taken anew, and what was summed scaled to it, once it has grown by this many powers of two:
@@ -148,19 +148,21 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
     padded = pad_inputs(inputs, ROWS, bkv)
     queries = padded.q.shape[1]
     tiles = -(-queries // tile)
-    ranges = key_ranges(inputs, options, tile, bkv)
+    ranges = rows_to(key_table(inputs, options, ROWS, ROWS), tiles * wgs)
     mask = Mask(padded, options, S, padded.k.shape[1])
-    schedule = deal(ranges[..., 3] - ranges[..., 0], B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N, share=2))
+    steps = tile_steps(key_table(inputs, options, tile, 2 * ROWS), 1)
+    schedule = deal(steps, B, N, heads_at_once(B * N, S * (H + Hv) * 2 * K // N, share=2))
+    schedule = describe(schedule, ranges, N, wgs, bkv // ROWS)
     c = options.scale * LOG2E
     buffers = 2 if max(H, Hv) <= 128 else 1  # of q: the next tile's arrives under this tile's work
 
-    def kernel(q_ref, k_ref, v_ref, ranges_ref, schedule_ref, sinks_ref, *refs):
+    def kernel(q_ref, k_ref, v_ref, schedule_ref, sinks_ref, *refs):
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         o_ref, lse_ref, smem, q_barriers, k_barriers, v_barriers, q_free, k_free, v_free = refs
         q_smem, k_smem, v_smem, lse_smem, mask_smem, *o_smem = smem
         wg = lax.axis_index("wg")
-        count = schedule_ref[lax.axis_index("block"), 0] + 0
-        find = functools.partial(find_tile, schedule_ref, heads=N, tiles=tiles)
+        count = read_count(schedule_ref)
+        read = functools.partial(read_tile, schedule_ref)
 
         def start_of(t, x):
             """The first row of a warpgroup; one past the end does the last rows once more, so that no tile is filled
@@ -168,14 +170,9 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
             start = t * tile + x * ROWS
             return pl.multiple_of(jnp.minimum(start, queries - ROWS) if queries % tile else start, ROWS)
 
-        def place(w):
-            b, n, t = find(w)
-            lo, full_lo, full_hi, hi = read_bounds(ranges_ref, b, t)
-            return b, n, t, (lo, full_lo, full_hi, jnp.maximum(hi, lo + 1))  # one that sees no block masks all of one
-
         def work(w, done):
             """One tile; `done` counts the blocks of keys of those before it."""
-            b, n, t, (lo, full_lo, full_hi, hi) = place(w)
+            b, n, t, lo, hi, (_, full_lo, full_hi, _) = read(w, wg)
             q_start = start_of(t, wg)
             rows = pl.ds(q_start, ROWS)
             buffer = slot_of(w, buffers)
@@ -191,11 +188,20 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
             l = plgpu.layout_cast(jnp.full((ROWS,), total, jnp.float32), reduced)
             acc = plgpu.layout_cast(jnp.full((ROWS, Hv), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
+            def hide(s, j, at):
+                """The 64 columns from `at` on, masked if any of them is hidden: half of a step of 128 mostly is not."""
+
+                def masked(s):
+                    keep = mask.keep(down, mask_smem, slot(j), s.shape, q_start, j * bkv + at, at)
+                    return jnp.where(keep, s, -jnp.inf)
+
+                unit = j * (bkv // ROWS) + at // ROWS
+                return lax.cond((unit < full_lo) | (unit >= full_hi), masked, lambda s: s, s[:, at : at + ROWS])
+
             def softmax(s, m, l, j, masked):
                 s = mask.add_bias(aux, cap_logits(s, options)[0], b, n, q_start, j * bkv)
                 if masked:
-                    keep = mask.keep(down, mask_smem, slot(j), s.shape, q_start, j * bkv)
-                    s = jnp.where(keep, s, -jnp.inf)
+                    s = jnp.concatenate([hide(s, j, at) for at in range(0, bkv, ROWS)], axis=1)
                 m_new = jnp.maximum(m, s.max(axis=1) * c)
                 grown, any_grown = any_of_warp(m_new > m + _SLACK)
                 m_new = jnp.where(grown, m_new, m)
@@ -257,7 +263,9 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
                 plgpu.barrier_arrive(k_free.at[slot(lo)])
             p = p.astype(dtype)
             plgpu.barrier_wait(v_barriers.at[slot(lo)])
-            inner = lo + 1, jnp.maximum(full_lo, lo + 1), jnp.maximum(full_hi, lo + 1), hi
+            parts = jnp.int32(bkv // ROWS)
+            start = jnp.clip(lax.div(full_lo + (parts - 1), parts), lo + 1, hi)  # of steps without a mask
+            inner = lo + 1, start, jnp.clip(lax.div(full_hi, parts), start, hi), hi
             acc, m, l, p = three_loops(step, inner, (acc, m, l, p))
             acc = mma(acc, p, v_smem.at[slot(hi - 1)])
             plgpu.barrier_arrive(v_free.at[slot(hi - 1)])
@@ -287,7 +295,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
             set_registers(wgs, 24 if wgs == 2 else 32)
 
             def feed(w, done):
-                b, n, t, (lo, _, _, hi) = place(w)
+                b, n, t, lo, hi = read(w)[:5]
                 k_head = lax.div(n, jnp.int32(N // K))
                 buffer = slot_of(w, buffers)
                 pl.when(w >= buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
@@ -342,7 +350,7 @@ def _forward(inputs: Inputs, options: Options, config: Config) -> tuple[jax.Arra
         ],
         {"block": len(schedule)},
         (smem, q_full, k_full, v_full, q_full, free, free),
-        (padded.q, padded.k, padded.v, ranges, schedule, _sinks(inputs), *mask.arrays),
+        (padded.q, padded.k, padded.v, schedule, _sinks(inputs), *mask.arrays),
         wgs + 1,
     )
     return o[:, :T], lse[:, :, :T]

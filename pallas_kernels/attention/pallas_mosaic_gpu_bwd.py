@@ -27,8 +27,6 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     Mask,
     accumulator,
     before,
-    bounds_alone,
-    bounds_together,
     cap_logits,
     feed_ring,
     launch,
@@ -40,7 +38,7 @@ from pallas_kernels.attention.mosaic_gpu_pieces import (
     tiled,
 )
 from pallas_kernels.attention.mosaic_gpu_stored import BLOCK, Stored, multiply
-from pallas_kernels.attention.schedule import longest_first, tile_steps
+from pallas_kernels.attention.schedule import in_turn
 
 
 @functools.partial(jax.jit, static_argnames=("options", "config"), inline=True)  # see `launch`
@@ -101,24 +99,20 @@ def _dkv(
     tiles = padded.k.shape[1] // tile
     mask = Mask(padded, options, S, padded.k.shape[1], keys_down=True)
     grid, locate = make_grid(B, K, tiles, T * (H + Hv) * 2 * G)
-    order = ()  # of the tiles of a group, whose last ones leave multiprocessors idle; as they stand, if known ahead
-    if not isinstance(ranges, np.ndarray):
-        order = (longest_first(tile_steps(ranges, wgs), np.arange(tiles, dtype=np.int32)),)
+    table = in_turn(ranges, wgs)
     c = options.scale * LOG2E
     widths = {x: width for x, width, want in (("dv", Hv, want_dv), ("dk", H, want_dk)) if want}
     want_dp = want_dk or stored is not None
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ranges_ref, *refs):
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, table_ref, *refs):
         places_ref, refs = refs[: len(places)], refs[len(places) :]
-        order_ref, refs = refs[: len(order)], refs[len(order) :]
         aux, refs = refs[: len(mask.arrays)], refs[len(mask.arrays) :]
         *out_refs, smem, kv_barriers, q_barriers, do_barriers, q_free, do_free = refs
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, mask_smem, *ds_smem = smem
         wg = lax.axis_index("wg")
-        b, k_head, t = locate()
-        for x in order_ref:
-            t = x[lax.rem(b, jnp.int32(x.shape[0])), t] + 0
-        lo, hi = bounds_together(ranges_ref, b, t, wgs)
+        b, k_head, turn = locate()
+        read = lambda i: table_ref[lax.rem(b, jnp.int32(table_ref.shape[0])), turn, i] + 0
+        t, lo, hi = (read(i) for i in range(3))
 
         @pl.when(wg < wgs)
         def _compute():
@@ -193,7 +187,7 @@ def _dkv(
                 pl.when(more)(lambda: plgpu.barrier_wait(q_barriers.at[slot_of(i + 1, stages)]))
 
             plgpu.barrier_wait(kv_barriers.at[wg])
-            mine = bounds_alone(ranges_ref, b, t * wgs + wg, lo, hi)
+            mine = tuple(read(3 + 4 * wg + i) for i in range(4))
             pl.when(lo < hi)(lambda: plgpu.barrier_wait(q_barriers.at[0]))
             zero = lambda width: plgpu.layout_cast(jnp.full((ROWS, width), 0.0, jnp.float32), plgpu.Layout.WGMMA)
 
@@ -251,7 +245,7 @@ def _dkv(
         [jax.ShapeDtypeStruct(x, dtype) for x in shapes + ([stored.shape(inputs)] if stored else [])],
         grid,
         (smem, plgpu.Barrier(num_arrivals=2, num_barriers=wgs), q_full, do_full, free, free),
-        (padded.q, padded.k, padded.v, do, lse, delta, ranges, *places, *order, *mask.arrays),
+        (padded.q, padded.k, padded.v, do, lse, delta, table, *places, *mask.arrays),
         wgs + 1,
     )
     return [x[:, :S] for x in reversed(out[: len(widths)])] + out[len(widths) :]

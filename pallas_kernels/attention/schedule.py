@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention.blocks import ends
+
 SM_COUNT = 132  # of an H100 or H200 SXM; on a smaller one the last blocks run after the first
 
 
@@ -37,14 +39,59 @@ def deal(steps, B: int, heads: int, together: int):
 
 def tile_steps(ranges, wgs: int):
     """The steps of tiles [B or 1, tiles], from a table with a row for each of a tile's warpgroups."""
+    lo, hi = _ends(ranges, wgs)
+    return hi - lo
+
+
+def _ends(ranges, wgs: int):
+    """The first block of each tile [B or 1, tiles], and one past its last."""
+    cut = lambda i: [ranges[:, w::wgs, i] for w in range(wgs)]
+    return ends(cut(0), cut(3))
+
+
+def _describe(ranges, wgs: int, parts: int):
+    """Of each tile [B or 1, tiles, 2 + 4 * wgs] what `describe` says of its steps."""
     xp: Any = np if isinstance(ranges, np.ndarray) else jnp
-    lo, _, _, hi = xp.moveaxis(ranges.reshape(len(ranges), -1, wgs, 4), 3, 0)
-    end = hi.max(axis=2)
-    return end - xp.minimum(xp.where(lo < hi, lo, end[..., None]).min(axis=2), end)
+    lo, hi = _ends(ranges, wgs)
+    lo, hi = lo // parts, -(-hi // parts)
+    hi = xp.maximum(hi, lo + 1)
+    alone = xp.clip(ranges.reshape(*lo.shape, wgs * 4), lo[..., None] * parts, hi[..., None] * parts)
+    return xp.concatenate([lo[..., None], hi[..., None], alone], axis=2)
+
+
+def in_turn(ranges, wgs: int):
+    """int32 [B or 1, tiles, 3 + 4 * wgs]: tiles in the order in which blocks of one tile each start, and their numbers
+    as `describe` gives them. Longest first where they are made on the device, or else multiprocessors would wait for
+    the last ones; as they stand where they are known, which is no worse under a causal mask or a window."""
+    xp: Any = np if isinstance(ranges, np.ndarray) else jnp
+    of_tile = _describe(ranges, wgs, 1)
+    names = np.arange(of_tile.shape[1], dtype=np.int32)
+    order = np.broadcast_to(names, of_tile.shape[:2])
+    if xp is jnp:
+        order = longest_first(of_tile[..., 1] - of_tile[..., 0], names)
+    return xp.concatenate([order[..., None], xp.take_along_axis(of_tile, order[..., None], axis=1)], axis=2)
+
+
+def describe(schedule, ranges, heads: int, wgs: int, parts: int = 1):
+    """int32 [blocks, 1 + most tiles, 5 + 4 * wgs]: of a block the number of its tiles; of each of these batch, head,
+    tile, its first step, one past its last (one that sees no key has one), and for each of its warpgroups the four
+    numbers of the table, within these two. A step is `parts` of the table's blocks.
+
+    A tile's numbers stand together and where the kernel knows without a look elsewhere: a tile waits for them.
+    """
+    xp: Any = np if isinstance(ranges, np.ndarray) else jnp
+    of_tile = _describe(ranges, wgs, parts)
+    pair, tile = schedule[:, 1:] // of_tile.shape[1], schedule[:, 1:] % of_tile.shape[1]
+    batch, head = pair // heads, pair % heads
+    places = xp.stack([batch, head, tile], axis=2)
+    places = xp.concatenate([places, of_tile[batch % len(ranges), tile]], axis=2)
+    counts = xp.pad(schedule[:, :1, None], ((0, 0), (0, 0), (0, places.shape[2] - 1)))
+    return xp.concatenate([counts, places], axis=1).astype(np.int32)
 
 
 def _deal_unknown(steps: jax.Array, B: int, heads: int, together: int) -> jax.Array:
-    """Forth and back over the blocks, from the longest tile of a group of heads to its shortest: sums come close.
+    """Forth and back over the blocks, from the longest tile of a group of heads to its shortest: sums come close. The
+    next group starts from the other end, and each pair of groups further on.
 
     Which ranks a block gets is known; which tiles have these ranks is found on the device.
     """
@@ -59,11 +106,12 @@ def _deal_unknown(steps: jax.Array, B: int, heads: int, together: int) -> jax.Ar
     # Each group's places, one round of blocks after another, and the blocks that take them.
     place = np.arange(steps.shape[1] * copies)
     turn, at = np.divmod(place, SM_COUNT)
-    at = np.where(turn % 2, SM_COUNT - 1 - at, at)
+    shift = max(1, SM_COUNT // ((groups + 1) // 2))
     lists: list[list[tuple[int, int]]] = [[] for _ in range(SM_COUNT)]
     for g in range(groups):
         row = g * copies // heads % len(steps)
-        for x, block in zip(place.tolist(), ((at + g * max(1, SM_COUNT // groups)) % SM_COUNT).tolist()):
+        blocks = (np.where((turn + g) % 2, SM_COUNT - 1 - at, at) + g // 2 * shift) % SM_COUNT
+        for x, block in zip(place.tolist(), blocks.tolist()):
             rank, copy = divmod(x, copies)
             lists[block].append((row * steps.shape[1] + rank, int(base[copy, g])))
     most = max(map(len, lists))

@@ -27,7 +27,7 @@ from pallas_kernels import (
     attention_float8,
     attention_implementation,
 )
-from pallas_kernels.attention.blocks import key_ranges, query_ranges
+from pallas_kernels.attention.blocks import coarser, key_ranges, query_ranges
 from pallas_kernels.attention.inputs import ATTENTION, Inputs, Options, visible
 
 # importlib: the package's attribute `attention` is the function.
@@ -257,11 +257,11 @@ def test_restarting_positions_with_segments(rng):
 
 def small_blocks(monkeypatch, **gpu):
     monkeypatch.setattr(mosaic_tpu, "TUNED", mosaic_tpu.Config(128, 128))
-    monkeypatch.setattr(mosaic_gpu, "tuned", lambda H, Hv: mosaic_gpu.Config(block_kv=64, **gpu))
+    monkeypatch.setattr(mosaic_gpu, "tuned", lambda H, Hv: mosaic_gpu.Config(**({"block_kv": 64} | gpu)))
 
 
 def test_mosaic_gpu_causal_documents(rng, monkeypatch):
-    small_blocks(monkeypatch)
+    small_blocks(monkeypatch, warpgroups=int(rng.choice([2, 3])), block_kv=int(rng.choice([64, 128])))
     ids = documents(rng, 1, 150, padding=20)
     kwargs = {"causal": True, "segment_ids": ids, "sinks": one(rng, (2,))}
     check(rng, "mosaic_gpu", 1, 150, 150, 2, 1, 64, 128, jnp.bfloat16, **kwargs)
@@ -326,7 +326,7 @@ def test_each_block_of_queries_is_summed_in_one_order(rng):
 def test_mosaic_gpu_several_tiles_in_a_block(rng, monkeypatch):
     """The one block of the forward kernel goes on to the next tile: q from two places in turn, a ring of k and v; rows
     past the end are computed twice by tiles of three warpgroups."""
-    small_blocks(monkeypatch, warpgroups=int(rng.choice([2, 3])))
+    small_blocks(monkeypatch, warpgroups=int(rng.choice([2, 3])), block_kv=int(rng.choice([64, 128])))
     monkeypatch.setattr(schedule, "SM_COUNT", 1)
     kwargs = {"window": (17, 0), "soft_cap": 3.0, "sinks": one(rng, (1,))}
     check(rng, "mosaic_gpu", 1, 270, 330, 1, 1, 64, 64, jnp.float16, **kwargs)
@@ -500,6 +500,34 @@ def test_every_tile_has_a_block(rng):
             assert (np.diff(row[[list(names).index(x) for x in order]]) <= 0).all()
 
 
+def test_a_tile_is_described_where_it_is_scheduled(rng):
+    """Where the table is known, and where it is made on the device with a row for each batch."""
+    heads, tiles, wgs, parts = 3, 30, *rng.integers(1, 3, 2).tolist()
+    for rows, traced in ((1, False), (2, True)):
+        ranges = np.sort(rng.integers(0, 9, (rows, tiles * wgs, 4)), axis=2).astype(np.int32)
+        given = jnp.asarray(ranges) if traced else ranges
+        dealt = schedule.deal(schedule.tile_steps(given, wgs), 2, heads, 3)
+        turns = np.asarray(schedule.in_turn(given, wgs))
+        for row, of_row in zip(turns, ranges):
+            np.testing.assert_array_equal(np.sort(row[:, 0]), np.arange(tiles))
+            assert (np.diff(row[:, 2] - row[:, 1]) <= 0).all() or not traced
+            lo, hi = row[:, 1, None], row[:, 2, None]
+            mine = of_row.reshape(tiles, -1)[row[:, 0]]
+            np.testing.assert_array_equal(row[:, 3:], np.clip(mine, lo, hi))
+            assert ((lo <= mine[:, ::4]) | (mine[:, ::4] == mine[:, 3::4])).all() and (mine[:, 3::4] <= hi).all()
+        found = schedule.describe(dealt, given, heads, wgs, parts)
+        assert isinstance(found, jax.Array) == traced
+        np.testing.assert_array_equal(found[:, 0, 0], dealt[:, 0])
+        for block, w in np.ndindex(len(dealt), dealt.shape[1] - 1):
+            b, n, t, lo, hi, *bounds = np.asarray(found)[block, w + 1].tolist()
+            assert (b * heads + n) * tiles + t == dealt[block, w + 1]
+            mine = ranges[b % rows, t * wgs : (t + 1) * wgs]
+            visited = [x for x in mine if x[0] < x[3]]
+            assert hi == max(-(-max(mine[:, 3]) // parts), lo + 1)
+            assert not visited or lo == min(x[0] for x in visited) // parts
+            np.testing.assert_array_equal(bounds, np.clip(mine, lo * parts, hi * parts).reshape(-1))
+
+
 def test_mosaic_tpu_causal_documents(rng, monkeypatch):
     small_blocks(monkeypatch)
     ids = documents(rng, 1, 300, padding=20)
@@ -514,6 +542,15 @@ def test_mosaic_tpu_window(rng, monkeypatch):
 
 
 # Which blocks meet: the tables against the mask itself.
+
+
+def in_blocks(mask, bq, bkv):
+    """Of each block of a mask: does any pair see each other, do all of them, rows after the last one aside."""
+    down, right = -mask.shape[1] % bq, -mask.shape[2] % bkv
+    some = np.pad(mask, ((0, 0), (0, down), (0, right)))
+    every = np.pad(np.pad(mask, ((0, 0), (0, down), (0, 0)), constant_values=True), ((0, 0), (0, 0), (0, right)))
+    shape = len(mask), some.shape[1] // bq, bq, some.shape[2] // bkv, bkv
+    return some.reshape(shape).any((2, 4)), every.reshape(shape).all((2, 4))
 
 
 def test_block_tables_hold_every_visible_pair(rng):
@@ -535,13 +572,12 @@ def test_block_tables_hold_every_visible_pair(rng):
             inputs = inputs._replace(window=jnp.int32(rng.integers(1, 60)))
         mask = visible(inputs, options)
         mask = np.ones((1, T, S), bool) if mask is None else np.asarray(mask)
-        mask = np.pad(mask, ((0, 0), (0, -T % bq), (0, -S % bkv)))
-        blocks = mask.reshape(len(mask), -1, bq, mask.shape[2] // bkv, bkv)
-        every = blocks.all((2, 4))
-        every[:, T // bq :] = True  # rows that only fill the last block up are cut off, whatever they saw
+        (any_pair, all_pairs), by_rows = in_blocks(mask, bq, bkv), key_ranges(inputs, options, bq, bkv)
+        rows, block = rng.integers(1, 4, 2)
         for table, some, whole in (
-            (key_ranges(inputs, options, bq, bkv), blocks.any((2, 4)), every),
-            (query_ranges(inputs, options, bq, bkv), blocks.any((2, 4)).swapaxes(1, 2), every.swapaxes(1, 2)),
+            (by_rows, any_pair, all_pairs),
+            (query_ranges(inputs, options, bq, bkv), any_pair.swapaxes(1, 2), all_pairs.swapaxes(1, 2)),
+            (coarser(by_rows, rows, block), *in_blocks(mask, rows * bq, block * bkv)),
         ):
             table = np.broadcast_to(np.asarray(table), (len(mask), *table.shape[1:]))
             lo, full_lo, full_hi, hi = np.moveaxis(table, 2, 0)[..., None]
@@ -571,9 +607,15 @@ def test_packed_documents_cost_what_they_cost(rng, restart):
         (key_ranges, visible_blocks, full_blocks),
         (query_ranges, visible_blocks.T, full_blocks.T),
     ):
-        lo, full_lo, full_hi, hi = np.asarray(ranges(inputs, options, block, block))[0].T
+        table = ranges(inputs, options, block, block)
+        lo, full_lo, full_hi, hi = np.asarray(table)[0].T
         np.testing.assert_array_equal(hi - lo, some.sum(axis=1))
         np.testing.assert_array_equal((full_hi - full_lo)[:-1], every.sum(axis=1)[:-1])
+        lo, full_lo, full_hi, hi = np.asarray(coarser(table, 2, 3))[0].T
+        some, every = (np.pad(x, [(0, -n % m) for n, m in zip(x.shape, (2, 3))]) for x in (some, every))
+        some, every = (x.reshape(-1, 2, x.shape[1] // 3, 3) for x in (some, every))
+        np.testing.assert_array_equal(hi - lo, some.any((1, 3)).sum(axis=1))
+        np.testing.assert_array_equal((full_hi - full_lo)[:-1], every.all((1, 3)).sum(axis=1)[:-1])
 
 
 def test_tables_are_few_reductions(rng):
