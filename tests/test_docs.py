@@ -148,6 +148,7 @@ def test_the_kernels_page_traces():
         },
         "import QuantizedArray, ": zeros(x=(B, 256), dense=(256, 128)),
         'dense, "int4", group=128)  # dense [G': {**rows, "group_sizes": rows["sizes"], **zeros(dense=(2, 128, 64))},
+        "import quantize_rows, ": {**zeros(x=(64, 256)), "groups": 2},
         "import float8_grads_implementation, ": {
             **zeros(x=(3, 128, 64), grad=(128, 64), gate=(128, 64), up=(128, 64)),
             "scale": jnp.ones(3),

@@ -49,7 +49,7 @@ def quantize_rows(
         row = pl.program_id(0) * height
         here = pl.ds(row, height)
         keep = inside((row, height, R), (0, width, group))
-        tile = load(x_ref, here, pl.ds(0, width), keep=keep)
+        tile = load(x_ref, here, pl.ds(0, width), keep=keep).astype(jnp.float32)
         values, scales = round_rows(tile, held_as(dtype), FORMATS[dtype][2])
         store(values_ref, values, here, pl.ds(0, width), keep=keep)
         store(scales_ref, scales, here, keep=inside((row, height, R)))

@@ -69,7 +69,7 @@ def unfit_many(w: QuantizedArray) -> str | None:
 
 def tuned(scaled: bool, integer: bool, groups: bool, N: int) -> Config:
     """For scales of tiles or of channels, rows in groups or not, N columns."""
-    if integer and not groups:
+    if integer:
         return Config(warpgroups=2, columns=256, promote=None)
     promote = 1 if scaled else None if integer else 4
     if groups or N <= _STEP:
@@ -182,24 +182,23 @@ def matmul_many(
                 def few_steps(i, carry):
                     total, w_scale = carry
                     following = tile_of(i + 1) if scaled else w_scale
-                    first = i * promote
+                    slots = [slot_of(done + i * promote + j, c) for j in range(promote)]
+                    plgpu.barrier_wait(full.at[slots[0]])
+                    scales = plgpu.load(s_smem.at[slots[0], own], layout=row_layout) if scaled else None
 
                     def scope(acc_ref):
-                        scales = None
-                        for j in range(promote):
-                            slot = slot_of(done + first + j, c)
-                            plgpu.barrier_wait(full.at[slot])
-                            if scaled:  # what is waited for last is the product alone
-                                scales = plgpu.load(s_smem.at[slot, own], layout=row_layout) * w_scale
+                        for j, slot in enumerate(slots):
+                            if j:
+                                plgpu.barrier_wait(full.at[slot])
                             multiply(slot, acc_ref)
                             if j:
                                 plgpu.wgmma_wait(1)
-                                plgpu.barrier_arrive(free.at[slot_of(done + first + j - 1, c)])
-                        return acc_ref[...], scales
+                                plgpu.barrier_arrive(free.at[slots[j - 1]])
+                        return acc_ref[...]
 
-                    acc, scales = pl.run_scoped(scope, plgpu.ACC(shape, kind))
-                    plgpu.barrier_arrive(free.at[slot_of(done + first + promote - 1, c)])
-                    return total + (acc if scales is None else acc * rowwise(scales)), following
+                    acc = pl.run_scoped(scope, plgpu.ACC(shape, kind))
+                    plgpu.barrier_arrive(free.at[slots[-1]])
+                    return total + (acc if scales is None else acc * rowwise(scales * w_scale)), following
 
                 total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
                 start = tile_of(0) if scaled else jnp.float32(1)
