@@ -40,6 +40,9 @@ def examine() -> list[Finding]:
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         out.append(Finding("device memory", "ok", f"{stats['bytes_limit'] / 2**30:.0f} GiB", ""))
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    hint = "a command started again compiles nothing" + ("" if kept else ": set JAX_COMPILATION_CACHE_DIR=~/.cache/jax")
+    out.append(Finding("compiled programs", "ok" if kept else "note", kept or "not kept", hint))
     out.append(_aot("libtpu", "TPU ahead-of-time compilation (pip install libtpu)", "TPU pods"))
     out.append(
         _aot(

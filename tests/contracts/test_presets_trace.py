@@ -20,6 +20,11 @@ from jaxscale.train import TrainState, make_train_step
 from sharding_rules.rules import MEGATRON_FSDP
 
 SEQ_LEN = 4096
+# Wider or deeper than another of their family and no different otherwise: `make quick` traces that one.
+LARGER = (
+    *("llama3-70b", "llama3-405b", "qwen3-8b", "qwen3-32b", "smollm2-1-7b", "gemma2-9b", "gemma3-4b", "gemma3-12b"),
+    *("qwen3-235b-a22b", "gpt-oss-120b"),
+)
 
 
 def trace_step(cfg, mesh_config, batch_size):
@@ -70,7 +75,9 @@ def check(cfg, mesh_config):
             assert math.prod(p.sharding.shard_shape(p.shape)) <= p.size / 64
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGER else name for name in presets.PRESETS]
+)
 def test_train_step_on_the_preset_mesh_of_1024(name):
     cfg = presets.preset(name)
     check(cfg, presets.preset_mesh(cfg, 1024))
