@@ -21,10 +21,10 @@ ROWS = [
     ("llama3-8b/8", "h200:2x8", "pp=2,fsdp=8,pp_interleave=2", 64, 4096, "dots", 1),
     ("llama3-8b/8", "v5p:2x2x4", "pp=2,fsdp=8", 64, 4096, "full", 1),
     ("llama3-8b/8", "v5p:2x2x4", "pp=2,fsdp=8,pp_interleave=2", 64, 4096, "full", 1),
-    ("llama3-70b", "h200:32x8", "pp=4,fsdp=8,tp=8", 256, 8192, "full", 1),
+    ("llama3-70b", "h200:32x8", "pp=4,fsdp=8,tp=8", 256, 4096, "full", 1),
     ("llama3-70b", "h200:16x8", "pp=16,tp=8", 32, 4096, "dots", 1),
     ("llama3-70b", "h200:16x8", "pp=8,dp=2,tp=8", 32, 4096, "dots", 1),
-    ("llama3-70b", "v5p:8x8x8", "pp=4,fsdp=16,tp=8", 256, 8192, "full", 1),
+    ("llama3-70b", "v5p:8x8x8", "pp=4,fsdp=16,tp=8", 256, 4096, "full", 1),
 ]
 
 

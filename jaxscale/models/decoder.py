@@ -94,7 +94,8 @@ def loss_fn(
         # Gathered once for both uses, so that their gradients are added before they are scattered.
         table = _gather(params["embed"], param_specs(cfg)["embed"], cfg, tokens.shape, rules)
         params = params | {"embed": table}
-    counted = constrain((labels >= 0).astype(jnp.float32), ("batch", "seq"), rules)
+    labels = constrain(labels, ("batch", "seq"), rules)
+    counted = (labels >= 0).astype(jnp.float32)
     weight = counted.sum()
     targets = {"labels": labels, "share": counted / jnp.maximum(weight, 1.0)}
 

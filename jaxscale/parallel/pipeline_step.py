@@ -103,7 +103,7 @@ def _forward(task: Task, pipeline: Pipeline, carry, stacked, ends, rows, targets
     plan = over_pp.resolve(pipeline, size, depth, over_pp.held_rows(carry))
     dealt = lambda tree: jax.tree.map(lambda x: deal(x, over_pp.count(plan) // size), tree)
     everywhere = jax.tree.map(lambda x: whole(x, 0), dealt((rows, targets)))
-    stacked = jax.tree.map(lambda x: jax.reshard(x, P(PP, *partitions(x)[1:])), stacked)
+    given, stacked = stacked, jax.tree.map(lambda x: jax.reshard(x, P(PP, *partitions(x)[1:])), stacked)
     laid = [[(None, *partitions(x)[1:]) for x in jax.tree.leaves(stacked)], [*map(partitions, jax.tree.leaves(ends))]]
     manual = lambda x: P(*map(_manual, partitions(x))) if _learns(x) else None
     over_rows = tuple(a for a in ("dp", "fsdp") if mesh.shape[a] > 1) or None
@@ -117,7 +117,7 @@ def _forward(task: Task, pipeline: Pipeline, carry, stacked, ends, rows, targets
     out = jax.tree.map(lambda x: jax.reshard(x, P()).reshape(depth, *x.shape[2:]), out)
     d_carry = jax.tree.map(lambda x, like: collect(x, partitions(like)), d_carry, carry)
     lay = lambda x, g: None if g is None else jax.reshard(g, P(*partitions(x)))
-    d_weights = jax.tree.map(lay, (stacked, ends), tuple(d_weights))
+    d_weights = jax.tree.map(lay, (given, ends), tuple(d_weights))
     return (loss, metrics, out), (d_carry, *d_weights)
 
 

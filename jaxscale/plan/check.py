@@ -22,7 +22,7 @@ from jaxscale import generate
 from jaxscale.checkpoint.huggingface_config import config_to_hf
 from jaxscale.config import MeshConfig, TrainConfig, from_dict
 from jaxscale.mesh import make_abstract_mesh
-from jaxscale.models import decoder
+from jaxscale.models import decoder, moe
 from jaxscale.optim import make_optimizer
 from jaxscale.parallel import context_cost
 from jaxscale.parallel import pipeline as over_pp
@@ -65,10 +65,7 @@ def check_config(cfg: TrainConfig, num_devices: int) -> None:
     if cfg.model.moe is not None and (copies := cfg.model.moe.num_replicas):
         raise ValueError(f"num_replicas={copies} copies of experts would drift apart in training; set num_replicas=0")
     if mesh.pp > 1 and cfg.precision:
-        raise NotImplementedError(
-            f"precision={cfg.precision} does not run over pp={mesh.pp}: its scales would be those of micro-batches; "
-            f"use pp=1 or leave precision out"
-        )
+        _check_stages_in_8_bits(cfg, mesh)
     if mesh.cp > 1:
         one_row = {name: np.zeros((1, seq_len), np.int32) for name in ("positions", "segment_ids")}
         if mesh.cp_layout != "auto":  # before a strategy is said not to run on rows of this length
@@ -77,6 +74,23 @@ def check_config(cfg: TrainConfig, num_devices: int) -> None:
             # Whether any choice can run does not depend on the rates; the devices' own would start a backend here.
             found, _ = context_cost.plan(mesh, cfg.model, rows, seq_len, rates=context_cost.UNKNOWN)
             permute_batch(one_row, found.layout, mesh.cp)
+
+
+def _check_stages_in_8_bits(cfg: TrainConfig, mesh: MeshConfig) -> None:
+    what = f"precision={cfg.precision} does not run over pp={mesh.pp}"
+    micro = over_pp.count(over_pp.plan(mesh, cfg.model, cfg.data.batch_size, cfg.accum_steps))
+    rows = cfg.data.batch_size // (cfg.accum_steps * micro * mesh.dp * mesh.fsdp)
+    if cfg.precision not in quantized.PRECISIONS:
+        raise NotImplementedError(
+            f"{what}: inside of a stage its rounding cannot be left to the partitioner; use fp8 or int8, or pp=1"
+        )
+    if cfg.precision == "int8" and mesh.tp > 1:
+        raise NotImplementedError(f"{what} with tp={mesh.tp}: its tokens' scales are split over tp; use fp8, or tp=1")
+    if cfg.model.moe and not moe.adds_up(cfg.model, rows):
+        raise NotImplementedError(
+            f"{what} where routers are balanced over the whole batch: scales would be added over micro-batches; "
+            f"set balance_rows=1, or use pp=1"
+        )
 
 
 def verdict(names: Sequence[str], hardware: str) -> Verdict:

@@ -572,7 +572,8 @@ class _Step:
         sums = 4 if self.remat != "full" else 6 if self.model.post_norms else 5
         if not self.ends:  # sums that a stage cannot leave partial (jaxscale.sharding.partial_sums), as they compile
             more, kind = {"cpu": (3, scatter), "cuda": (2, "all-gather")}.get(pod.platform, (0, scatter))
-            more = 0 if self.by_turns and pod.platform == "cuda" else more
+            if self.by_turns and pod.platform == "cuda" and self.rows > 1:
+                more = 0
             add(kind, ("tp",), more * L, more * L * rows)
         add("reduce-scatter", ("tp",), ends, ends * rows)  # the embedding's, explicit in its shard_map
         add(scatter, ("tp",), sums * L + ends, ((sums - 1) * L + ends) * rows + L * into)

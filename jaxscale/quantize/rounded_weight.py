@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxscale.quantize.delayed import delayed_top, next_history, used_top
 from jaxscale.quantize.layouts import Gradient, cotangent_spec, gated_gradients, round_both_ways, whole
 from jaxscale.quantize.precision import Precision
 from jaxscale.quantize.rounding import Rounded, from_bits, largest, round_to, scale_for, to_bits
-from jaxscale.sharding import ROUNDED, Weight, active_mesh, axes_of, partitions
+from jaxscale.sharding import ROUNDED, Weight, active_mesh, axes_of, partial_sums, partitions
 from pallas_kernels import _dispatch
 from pallas_kernels.float8_grads.api import ACTIVATIONS
 
@@ -45,6 +45,7 @@ class RoundedWeight(Weight):
     history: jax.Array | None
     contraction: tuple[int, ...]
     precision: Precision
+    largest: ClassVar[tuple[str, ...]] = ("history",)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -107,7 +108,7 @@ class RoundedWeight(Weight):
         inside = outside = None
         if active_mesh() is not None:
             rows, (_, split) = partitions(y)[:2], partitions(weights[0])
-            inside, outside = P(*rows, split), P(*rows, None, unreduced=axes_of([split]))
+            inside, outside = P(*rows, split), P(*rows, None, unreduced=partial_sums(axes_of([split])))
 
         @jax.custom_vjp
         def multiply(y, values, stored, histories):

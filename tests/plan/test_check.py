@@ -45,8 +45,12 @@ def config(model=None, seq_len=64, source="stdlib", rows=8, **mesh) -> TrainConf
         (config({"num_layers": 4}, pp=4, pp_micro_batches=6, fsdp=2), "micro_batches=6 do not share out 4 rows"),
         (config({"num_layers": 4}, rows=12, pp=4, fsdp=2), "pp.dp.fsdp.ep.accum_steps=8; use 8 or 16 rows"),
         (
-            dataclasses.replace(config({"num_layers": 4}, pp=2, fsdp=4), precision="int8"),
-            "precision=int8 does not run over pp=2",
+            dataclasses.replace(config({"num_layers": 4}, pp=2, fsdp=2, tp=2), precision="int8"),
+            "precision=int8 does not run over pp=2 with tp=2",
+        ),
+        (
+            dataclasses.replace(config({"num_layers": 4}, pp=2, fsdp=4), precision="w4a16-g16"),
+            "precision=w4a16-g16 does not run over pp=2: .* use fp8 or int8",
         ),
         (config(cp=8, cp_strategy="halo"), "none of halo runs"),
         (config(cp=2, fsdp=4, cp_strategy="usp"), "none of usp runs"),
