@@ -24,6 +24,7 @@ from jaxscale.callbacks import (
 )
 from jaxscale.config import ModelConfig, TrainConfig, from_dict
 from jaxscale.data import load_tokenizer, make_dataset
+from jaxscale.data.corpus import scan_corpus
 from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
@@ -81,7 +82,8 @@ def run(
     tokenizer = _tokenizer_of(cfg, saved)
     if first:
         out.mkdir(parents=True, exist_ok=True)  # before the corpus is read: it may not be possible
-    data, held_out = (make_dataset(cfg.data, split=s, tokenizer=tokenizer, **where) for s in ("train", "valid"))
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "corpus": scan_corpus(cfg.data), **where}
+    data, held_out = make_dataset(cfg.data, **parts), make_dataset(cfg.data, split="valid", **parts)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     console.print(
         f"{cfg.model.name}: {num_params(specs):,} parameters; mesh {cfg.mesh.fill(mesh.size)} of {mesh.size} "

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxscale.config import DataConfig
-from jaxscale.data.corpus import scan_corpus
+from jaxscale.data.corpus import Corpus, scan_corpus
 from jaxscale.data.packing import document_order, pack_rows, row_order
 from jaxscale.data.store import TokenStore, corpus_bpe, open_store
 from jaxscale.data.tokenizers import Tokenizer, load_tokenizer
@@ -25,6 +25,7 @@ def make_dataset(
     process_index: int = 0,
     process_count: int = 1,
     tokenizer: Tokenizer | None = None,
+    corpus: Corpus | None = None,
 ) -> "Dataset":
     """Read, split, tokenize (once: the ids are cached) and pack the corpus that `cfg` names.
 
@@ -34,6 +35,7 @@ def make_dataset(
       process_index, process_count: which part of each global batch is wanted. On a mesh where several processes hold
         the same rows (tp, cp or pp across hosts), count groups of processes instead.
       tokenizer: in place of the one `cfg.tokenizer` names, such as the one saved with a run.
+      corpus: what `scan_corpus(cfg)` found, for a second split; by default the text is read here.
 
     Raises:
       ValueError: the corpus or the tokenizer cannot be used (one line says why), or process_count does not divide the
@@ -49,7 +51,7 @@ def make_dataset(
     kind, _, size = cfg.tokenizer.partition(":")
     if tokenizer is None and kind != "bpe":
         tokenizer = load_tokenizer(cfg.tokenizer)  # before the corpus is read: there may be none
-    corpus = scan_corpus(cfg)
+    corpus = scan_corpus(cfg) if corpus is None else corpus
     if tokenizer is None:
         tokenizer = corpus_bpe(corpus, int(size))
     dataset = Dataset(
