@@ -32,18 +32,10 @@ def round_rows(x: jax.Array, dtype, high: float | jax.Array) -> tuple[jax.Array,
 
     Also the body of kernels, lest any rounds in its own way: hence operations that all have.
     """
-    scales = row_scales(x, high)
-    return round_with(x, scales, dtype), scales
-
-
-def row_scales(x: jax.Array, high: float | jax.Array) -> jax.Array:
-    return jnp.abs(x).max(axis=-1).astype(jnp.float32) * (1.0 / high)
-
-
-def round_with(x: jax.Array, scales: jax.Array, dtype) -> jax.Array:
+    scales = jnp.abs(x).max(axis=-1).astype(jnp.float32) * (1.0 / high)
     inverse = jnp.where(scales == 0, 0.0, 1.0 / jnp.maximum(scales, 2.0**-120))
     q = x.astype(jnp.float32) * jax.lax.broadcast_in_dim(inverse, x.shape, range(x.ndim - 1))
     if jnp.issubdtype(dtype, jnp.integer):  # halves away from zero; a sum of floats might be fused with the product
         twice = (2 * q).astype(jnp.int32)
         q = jax.lax.div(twice + jnp.where(twice < 0, -1, 1), 2)
-    return q.astype(dtype)
+    return q.astype(dtype), scales
