@@ -157,8 +157,10 @@ def meshes(model: ModelConfig, pod: Pod, *, batch_size: int, seq_len: int) -> It
             except ValueError:
                 continue
             yield mesh
-            if pp > 1 and (single := batch_size // (mesh.dp * fsdp * ep)) > 4 * pp:  # as many as there are rows
-                yield dataclasses.replace(mesh, pp_micro_batches=min(single, MAX_MICRO_BATCHES // pp * pp))
+            held = _divisors(batch_size // (pp * mesh.dp * fsdp * ep))
+            groups = max((n for n in held if n <= MAX_MICRO_BATCHES // pp), default=1)
+            if pp > 1 and groups > 4:  # as many micro-batches as there are rows
+                yield dataclasses.replace(mesh, pp_micro_batches=groups * pp)
             if cp > 1:
                 auto = dataclasses.replace(mesh, cp_strategy="auto", cp_layout="auto")
                 context = context_of(model, auto, pod, batch_size=batch_size, seq_len=seq_len)
