@@ -9,7 +9,8 @@ v chunks of layers (chunk c lies on stage c mod p), p micro-batches at a time go
 them (arXiv 2104.04473 calls this interleaved): after v m + p - 1 ticks of one chunk each all have passed, of which a
 stage idles p - 1. Between rounds nothing waits, so that no buffer holds what went around.
 
-What is kept for the gradient: with one chunk what each layer keeps (its remat) of each tick; the forward pass gathers
+Training takes turns instead (`jaxscale.parallel.pipeline_step`) but where a loss needs the whole batch; this is its
+forward pass without a gradient. What is kept for the gradient of this: with one chunk what each layer keeps (its remat) of each tick; the forward pass gathers
 the weights of a stage over fsdp once. With several what each tick was given, and the tick is computed again.
 
 Outside, the rows of the batch are split over pp as over dp: stages embed and score a share each, and hold a share of
