@@ -10,8 +10,9 @@ them (arXiv 2104.04473 calls this interleaved): after v m + p - 1 ticks of one c
 stage idles p - 1. Between rounds nothing waits, so that no buffer holds what went around.
 
 Training takes turns instead (`jaxscale.parallel.pipeline_step`) but where a loss needs the whole batch; this is its
-forward pass without a gradient. What is kept for the gradient of this: with one chunk what each layer keeps (its remat) of each tick; the forward pass gathers
-the weights of a stage over fsdp once. With several what each tick was given, and the tick is computed again.
+forward pass without a gradient. For the gradient of this is kept: with one chunk what each layer keeps (its remat) of
+each tick; the forward pass gathers the weights of a stage over fsdp once. With several what each tick was given, and
+the tick is computed again.
 
 Outside, the rows of the batch are split over pp as over dp: stages embed and score a share each, and hold a share of
 these tables. How rows come to the first stage and back from the last: each device's own go around the other way, one
