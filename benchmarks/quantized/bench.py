@@ -57,7 +57,7 @@ DECODE: dict[str, Any] = {"N": 768, "K": 2048, "G": 128, "routing": "random"}  #
 FEW = (1, 8, 16, 64)
 WORKS = (
     {f"int4 g128 M={M}": Work(M, group=128) for M in FEW}
-    | {f"int8 M={M}": Work(M, "int8") for M in FEW[:3]}
+    | {f"int8 M={M}": Work(M, "int8") for M in (*FEW[:3], 32, 64)}
     | {f"float8 M={M}": Work(M, F8) for M in FEW[:3]}
     | {f"int4 g32 f16 M={M}": Work(M, group=32, scales="float16") for M in (1, 16)}
     | {"float8 tiles": Work(8192, F8, 128, F8, "float32")}

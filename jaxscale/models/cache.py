@@ -120,7 +120,7 @@ def read(cache: Array, index: Array, rules: Rules) -> tuple[Array, Array]:
     return layer, constrain(slots, ("batch", None), rules)
 
 
-def pages_fit(cache: Cache, q: Array) -> bool:
+def pages_fit(cache: Cache, q: Any) -> bool:
     """Whether `attend` has a kernel for queries [B, T, N, H] over this cache, here."""
     mesh = active_mesh()
     if "k" not in cache or q.shape[1] > MAX_QUERIES or cache["k"].shape[2] % STEP:

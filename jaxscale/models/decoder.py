@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxscale.config import ModelConfig
 from jaxscale.layers import gated_mlp, rms_norm, rope, rope_angles, rope_frequencies, soft_cap
 from jaxscale.models import cache as kv
-from jaxscale.models import mla, moe
+from jaxscale.models import few_rows, mla, moe
 from jaxscale.models.cache import Cache
 from jaxscale.models.cache import CacheFormat as CacheFormat
 from jaxscale.models.cache import init_cache as init_cache
@@ -233,6 +233,10 @@ def _layers(
         x = tensor.embed(table, tokens, jnp.dtype(cfg.dtype), rules)
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.embed_dim**0.5, x.dtype)
+
+    if cache is not None and few_rows.fits(params, x, cfg, cache):
+        x, cache = few_rows.hidden(params, x, cfg, positions, cache, _rotation(cfg, jnp.asarray(False)), rules)
+        return (x, cache, None), None
 
     def layer(name, cfg, rows, carry, stacked):
         (positions, segment_ids), (x, cache, before), (p, index, local) = rows, carry, stacked

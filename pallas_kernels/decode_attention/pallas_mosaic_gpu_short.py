@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _dispatch
 from pallas_kernels.attention.mosaic_gpu_pieces import LOG2E, ROWS, mma, tiled
 from pallas_kernels.decode_attention.inputs import Inputs, Options, bounded_lengths
 from pallas_kernels.decode_attention.mosaic_gpu_pieces import SM_COUNT, TILE, iota
@@ -48,7 +49,8 @@ def decode_attention_short(inputs: Inputs, options: Options, config: Config = Co
     rows = T * G  # queries of a kv head, token by token
     tall = -(-rows // 8) * 8
     q = inputs.q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, rows, H)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, tall - rows), (0, 0)))
+    if _dispatch.interpreted("gpu"):  # else TMA's, which fills up with zeros
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, tall - rows), (0, 0)))
     copies = max(1, TILE // page)  # pages in a tile
     size = TILE // copies
     single = inputs.page_table.shape[1] == copies == 1
@@ -187,7 +189,8 @@ def decode_attention_short(inputs: Inputs, options: Options, config: Config = Co
         def _feed():
             _set_registers(W, False)
             last_page = lax.div(jnp.maximum(length - 1, 0), jnp.int32(page))
-            plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem.at[pl.ds(0, tall)], q_full)
+            everything = pl.ds(lax.axis_index("wg") * 0, tall)  # `tall` rows of which there may be fewer
+            plgpu.copy_gmem_to_smem(q_ref.at[b, head, everything], q_smem.at[pl.ds(0, tall)], q_full)
 
             @pl.loop(0, turns(0, hi))
             def _(i):

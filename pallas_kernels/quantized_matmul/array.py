@@ -127,7 +127,10 @@ class QuantizedArray:
         K is a multiple of 32 (values of 4 bits) or 16, and so are groups; other kernels take it back.
         """
         values = undo_order(self.values.reshape(-1, self.scales.shape[-1] * self.group)).reshape(self.values.shape)
-        return self if self.interleaved else dataclasses.replace(self, values=values, interleaved=True)
+        if self.interleaved:
+            return self
+        offsets = self.effective_offsets()  # once, where each call would have to
+        return dataclasses.replace(self, values=values, offsets=offsets, unsigned=False, interleaved=True)
 
     def natural(self) -> "QuantizedArray":
         """The same weight with K in its own order."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import _dispatch
 from pallas_kernels.quantize_rows.api import quantize_rows
 from pallas_kernels.quantized_matmul.array import QuantizedArray
-from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import matmul_few, unfit_few
+from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import matmul_few, matmul_few_parts, unfit_few
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_many import matmul_many, unfit_many
 
 
@@ -41,8 +41,15 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
     return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32)[None], dtype)
 
 
+def matmul_parts(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
+    """[P, M, N], whose sum over P is x [M, K] @ w, activations as they are."""
+    return matmul_few_parts(x, w, dtype)
+
+
 def _few(x, w: QuantizedArray) -> bool:
-    """Whether the kernel for few multiplies rounded rows: with scales along K only where that for many does not."""
-    if w.scales.shape[1] > 1 and unfit_many(w) is None:
+    """Whether the kernel for few multiplies rounded rows: with scales along K, or more than 16 rows of 8 bits, only
+    where that for many does not."""
+    rounded = jax.dtypes.itemsize_bits(w.values.dtype) == 8 and x.shape[0] > 16
+    if (w.scales.shape[1] > 1 or rounded) and unfit_many(w) is None:
         return False
     return unfit_few(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), w) is None

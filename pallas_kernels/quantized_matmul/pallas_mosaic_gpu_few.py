@@ -16,6 +16,7 @@ repeat bit by bit.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ _UNIT = 64  # rows of a wgmma
 _SM_COUNT = 132  # of an H100 or H200 SXM
 _PART = 64  # rows of x at a time
 _MOST = 192  # rows of x: XLA, which dequantizes in memory, takes as long as four or five parts
-_MOST_CHANNELS = 16  # for 8 bits with scales of channels, which XLA widens on the way
+_MOST_CHANNELS = 64  # for 8 bits with scales of channels, which XLA widens on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ def tuned(tokens: int, bits: int) -> Config:
     """For `tokens` rows of x, a multiple of 8. More bytes in flight than these are slower: the first come later."""
     if tokens <= 16:
         return Config(depth=3, stages=3) if bits == 4 else Config(depth=4, stages=2)
+    if bits == 8:
+        return Config(depth=2, stages=4)
     return Config(depth=3 if tokens <= 32 else 2, stages=2)
 
 
@@ -87,9 +90,15 @@ def share_of(tiles: int, steps: int, c: Config) -> int:
 
 def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = None) -> jax.Array:
     """[M, N] of x [M, K] and a flat QuantizedArray."""
+    out = matmul_few_parts(x, w, dtype, config)
+    return sum(out[1:], start=out[0]).astype(dtype)  # and not a reduction: XLA fuses additions with what follows
+
+
+def matmul_few_parts(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = None) -> jax.Array:
+    """[P, M, N] whose sum over P is x [M, K] @ w: in float32, or one part in `dtype`."""
     if x.shape[0] > _PART:
-        parts = [x[i : i + _PART] for i in range(0, x.shape[0], _PART)]
-        return jnp.concatenate([matmul_few(part, w, dtype, config) for part in parts])
+        some = [x[i : i + _PART] for i in range(0, x.shape[0], _PART)]
+        return jnp.concatenate([matmul_few(part, w, dtype, config) for part in some])[None]
     (M, K), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     T = max(8, 1 << (M - 1).bit_length())
     c = config or tuned(T, jax.dtypes.itemsize_bits(w.values.dtype))
@@ -111,14 +120,20 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
         x_order = order(x_order, w.values.dtype)
     if not w.interleaved or _dispatch.interpreted("gpu"):  # else TMA's, which fills up with zeros
         x_order = jnp.pad(x_order, ((0, T - M), (0, 0)))
-    # One scale for each row of all tiles: loads are not clipped.
-    scales = jnp.pad(repeat_to(w.scales, (N, G)), ((0, -N % tile), (0, 0)))
+    # One scale (and offset) for each row of all tiles: loads are not clipped.
+    inside = w.offsets is not None and G > 1  # a channel's offset is added outside
+    factors_of = [x for x in (w.scales, w.offsets if inside else None) if x is not None]
+    padded = [jnp.pad(repeat_to(x, (N, G)), ((0, -N % tile), (0, 0))) for x in factors_of]
     wide = min(T, 16)  # rows of x whose results are stored at a time
-    out_dtype = jnp.dtype(jnp.float32 if parts > 1 or w.offsets is not None else dtype)
+    out_dtype = jnp.dtype(jnp.float32 if parts > 1 or (w.offsets is not None and not inside) else dtype)
 
-    ahead = G > 1 and G <= 256 and G * scales.dtype.itemsize % 16 == 0
+    ahead = G > 1 and G <= 256 and G * w.scales.dtype.itemsize % 16 == 0
 
-    def kernel(x_ref, w_ref, scales_ref, out_ref, w_smem, x_smem, sum_smem, out_smem, full, free, done, read):
+    def kernel(x_ref, w_ref, *refs):
+        factor_refs, (out_ref, w_smem, x_smem, sum_smem, out_smem, full, free, done, read) = (
+            refs[: len(padded)],
+            refs[len(padded) :],
+        )
         wg = lax.axis_index("wg")
         start = lax.axis_index("block") * share
         end = jnp.minimum(start + share, total)
@@ -135,12 +150,13 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
             own = lambda t: pl.ds(pl.multiple_of(t * tile + r * _UNIT, _UNIT), _UNIT)
 
             def factors(at):
-                """The scales of a step, read a turn ahead: nothing waits for them."""
+                """The scales, or scales and offsets, of a step, read a turn ahead: nothing waits for them."""
                 at = jnp.minimum(at, total - 1)
                 k = lax.rem(at, jnp.int32(steps)) * step
                 places = [lax.div(k + p * piece, jnp.int32(group)) for p in range(pieces)]
-                refs = [scales_ref.at[own(tile_of(at)), jnp.minimum(g, G - 1)] for g in places]
-                return tuple(plgpu.load(r, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) for r in refs)
+                load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                rows = own(tile_of(at))
+                return tuple(tuple(load(ref.at[rows, jnp.minimum(g, G - 1)]) for ref in factor_refs) for g in places)
 
             def scaled(acc, scale):
                 return acc * lax.broadcast_in_dim(scale.astype(jnp.float32), acc.shape, [0])
@@ -157,10 +173,14 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
                     return total, now
                 for p in range(pieces):
                     a = widen(narrow[:, p * piece : (p + 1) * piece])
-                    acc = mma(None, a, x_smem.at[d, slot, :, pl.ds(p * piece, piece)].transpose((1, 0)))
+                    columns = x_smem.at[d, slot, :, pl.ds(p * piece, piece)].transpose((1, 0))
+                    acc = mma(None, a, columns)
+                    if inside:  # the offset times the sum of x, which ones as the left operand give
+                        ones = plgpu.layout_cast(jnp.ones((_UNIT, piece), jnp.bfloat16), plgpu.Layout.WGMMA)
+                        total += scaled(mma(None, ones, columns), now[p][1])
                     if p == pieces - 1:
                         plgpu.barrier_arrive(free.at[d, slot])
-                    total += scaled(acc, now[p])
+                    total += scaled(acc, now[p][0])
                 return total, following
 
             def finish(t, total):
@@ -207,7 +227,7 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
                     now = factors(t * steps)
                 upto = jnp.minimum((t + 1) * steps, end)
                 total, now = lax.fori_loop(turns(d, jnp.maximum(t * steps, start)), turns(d, upto), body, (zero, now))
-                finish(t, scaled(total, now[0]) if G == 1 else total)
+                finish(t, scaled(total, now[0][0]) if G == 1 else total)
                 return now
 
             lax.fori_loop(tile_of(start), tile_of(end - 1) + 1, of_tile, factors(start + d))
@@ -230,7 +250,7 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
                         k = lax.rem(here, jnp.int32(steps))
                         own = pl.ds(pl.multiple_of(tile_of(here) * tile, tile), tile)
                         if ahead:
-                            pl.when((k == 0) | (here == start))(lambda: plgpu.async_prefetch(scales_ref.at[own]))
+                            pl.when((k == 0) | (here == start))(lambda: plgpu.async_prefetch(factor_refs[0].at[own]))
                         at = pl.ds(pl.multiple_of(k * step, step), step)
                         plgpu.copy_gmem_to_smem(w_ref.at[own, at], w_smem.at[d, slot], full.at[d, slot])
                         plgpu.copy_gmem_to_smem(x_ref.at[everything, at], x_smem.at[d, slot], full.at[d, slot])
@@ -260,13 +280,13 @@ def matmul_few(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = N
         num_threads=c.rows * c.depth + 1,
         thread_name="wg",
         kernel_name="quantized_few",
-    )(x_order, w.values, scales)
+    )(x_order, w.values, *padded)
     out = varying_as(x, out)
-    out = sum(out[1:], start=out[0])  # and not a reduction: XLA fuses additions with what follows
-    if w.offsets is not None:
-        sums = x.astype(jnp.float32).reshape(M, G, group).sum(axis=2)
-        out += jnp.dot(sums, repeat_to(w.offsets, (N, G)).T, precision="highest")
-    return out.astype(dtype)
+    if w.offsets is None or inside:
+        return out
+    sums = x.astype(jnp.float32).reshape(M, G, group).sum(axis=2)
+    out = sum(out[1:], start=out[0])
+    return (out + jnp.dot(sums, repeat_to(w.offsets, (N, G)).T, precision="highest")).astype(dtype)[None]
 
 
 # Pieces.

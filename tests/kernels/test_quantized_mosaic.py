@@ -93,10 +93,13 @@ def test_interleaved_weights_are_the_same(rng, format, group):
     assert laid.interleaved and laid.interleave() is laid and (laid.values != w.values).any()
     check(x, w, run(x, laid))
     np.testing.assert_array_equal(laid.natural().values, w.values)
-    np.testing.assert_array_equal(laid.dequantize(), w.dequantize())
+    # The zero of unsigned values went into the offsets, in float32; all else is the same to the bit.
+    rounding = 2.0**-22 * 16 * float(w.scales.max()) if w.unsigned else 0.0
+    np.testing.assert_allclose(laid.dequantize(), w.dequantize(), rtol=0, atol=rounding)
     for name in ("xla", "reference"):
-        ours, theirs = (quantized_matmul(x, q, implementation=name) for q in (laid, w))
-        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+        options = {"implementation": name, "preferred_element_type": jnp.float32}
+        ours, theirs = (quantized_matmul(x, q, **options) for q in (laid, w))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=rounding * np.abs(np.asarray(x, np.float32)).sum())
 
 
 @pytest.mark.parametrize(
@@ -207,13 +210,13 @@ def test_tpu(rng, M, N, K, format, group, activations, options):
 
 REFUSED = {
     "rows": ({"M": 193}, "at most 192 rows"),
-    "rows of 8 bits": ({"M": 17, "format": "int8", "group": None}, "at most 16 rows"),
+    "rows of 8 bits": ({"M": 65, "format": "int8", "group": None}, "at most 64 rows"),
     "dtype": ({"dtype": jnp.float32}, "bfloat16"),
     "N": ({"N": 68}, "multiple of 8"),
     "K": ({"K": 96}, "multiple of 64"),
     "group": ({"group": 16}, "groups of 32"),
     "tiles": ({"M": 193, "activations": "int8", "format": "int8", "group": 64}, "scales of channels"),
-    "mixed": ({"M": 17, "format": "int8", "activations": "float8_e4m3fn", "group": None}, "dtype of the activations"),
+    "mixed": ({"M": 65, "format": "int8", "activations": "float8_e4m3fn", "group": None}, "dtype of the activations"),
     "offsets": ({"M": 193, "format": "uint4", "activations": "int8", "group": None}, "no offsets"),
 }
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxscale
 from jaxscale.config import ModelConfig
 from jaxscale.generate import decode_step, generate, prefill
 from jaxscale.mesh import make_mesh
-from jaxscale.models import cache, decoder, unstacked
+from jaxscale.models import cache, decoder, few_rows, unstacked
 from jaxscale.models.unstacked import unstack
 from jaxscale.params import init_params
 from jaxscale.quantize.files import load_quantized, save_quantized
@@ -144,3 +145,32 @@ def test_generate_over_layers_apart(rng, params, monkeypatch):
 
 
 KERNEL = cache.decode_attention
+
+
+@pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_of_few_kernels_is_the_same_model(rng, interpreted, monkeypatch):
+    """Logits and cache of the layers that XLA puts together; in the interpreter of a GPU's kernels too."""
+    cfg = dataclasses.replace(CFG, dtype="bfloat16", qkv_bias=False, window=[None, 20][rng.integers(2)])
+    if interpreted:
+        cfg = dataclasses.replace(cfg, embed_dim=512, mlp_dim=1024, num_heads=8, num_kv_heads=8, head_dim=128)
+    specs, recipe = decoder.param_specs(cfg), ["w4a16-g32-sym", "w4a16-g32", "w8a16"][rng.integers(3)]
+    print(recipe, cfg.window)
+    params = jaxscale.quantize(init_params(jax.random.key(int(rng.integers(1 << 30))), specs), recipe, specs)
+    kept = jax.tree.map(lambda c: jnp.asarray(rng.normal(size=c.shape), c.dtype), decoder.init_cache(cfg, 2, 64))
+    tokens, positions = jnp.asarray(rng.integers(1, 64, size=2), jnp.int32), jnp.asarray([5, 60], jnp.int32)
+    step = lambda: jax.jit(functools.partial(decode_step, cfg=cfg))(unstack(params), kept, tokens, positions)
+    want = step()
+    ran = []
+    monkeypatch.setattr(few_rows, "hidden", lambda *a, f=few_rows.hidden: ran.append(1) or f(*a))
+    if interpreted:
+        with plgpu.force_gpu_interpret_mode():
+            assert unstack(params)["layers"][0]["attn"]["wqkv"].interleaved
+            got = step()
+    else:
+        monkeypatch.setattr(few_rows, "kernels_fit", lambda *a: True)
+        monkeypatch.setattr(cache, "KERNELS", ("xla",))
+        got = step()
+    assert ran
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max())
