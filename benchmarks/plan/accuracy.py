@@ -45,22 +45,16 @@ ROWS = [
 ]
 
 
+SIZES = ("batch_size", "seq_len", "remat", "accum_steps")  # the last fields of a row
+
+
 def measure(row: tuple, args: argparse.Namespace) -> dict:
     """Compiles one row in this process."""
     from jaxscale.config import MeshConfig
     from jaxscale.plan.aot import compile_step
 
-    name, pod, mesh, rows, seq_len, remat, accum = row
-    compiled = compile_step(
-        model_of(name),
-        MeshConfig.parse(mesh),
-        pod,
-        batch_size=rows,
-        seq_len=seq_len,
-        remat=remat,
-        accum_steps=accum,
-        quick=args.quick,
-    )
+    name, pod, mesh, *sizes = row
+    compiled = compile_step(model_of(name), MeshConfig.parse(mesh), pod, **dict(zip(SIZES, sizes)), quick=args.quick)
     return {
         "row": row,
         "date": time.strftime("%Y-%m-%d"),
@@ -77,16 +71,8 @@ def compared(record: dict) -> tuple[float, float, float, float]:
     from jaxscale.config import MeshConfig
     from jaxscale.plan.estimate import estimate
 
-    name, pod, mesh, rows, seq_len, remat, accum = record["row"]
-    guess = estimate(
-        model_of(name),
-        MeshConfig.parse(mesh),
-        pod,
-        batch_size=rows,
-        seq_len=seq_len,
-        remat=remat,
-        accum_steps=accum,
-    )
+    name, pod, mesh, *sizes = record["row"]
+    guess = estimate(model_of(name), MeshConfig.parse(mesh), pod, **dict(zip(SIZES, sizes)))
     memory, payload = sum(record["memory"].values()), sum(r["bytes"] for r in record["census"])
     return memory, guess.memory.total, payload, sum(t.bytes for t in guess.transfers)
 
