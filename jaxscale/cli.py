@@ -134,17 +134,14 @@ class GenerateOptions:
     raw: bool = False
     """continue the prompt as it stands: no chat template"""
 
-    def __post_init__(self):  # before a model is read, which takes long; `generate` says the rest
+    def __post_init__(self):  # before a model is read, which takes long
         if not self.model or not self.prompt:
             raise ValueError(f"model={self.model!r} and prompt={self.prompt}: name a model and at least one prompt")
-        if self.max_new_tokens < 1 or (self.top_k is not None and self.top_k < 1):
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} and top_k={self.top_k} must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be 0 (the likeliest token) or a positive number")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p do nothing at temperature=0; set temperature=1.0, or drop them")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        from jaxscale.config import check_sampling
+
+        check_sampling(self.temperature, self.top_k, self.top_p)
 
 
 def _generate(args: list[str]) -> int:

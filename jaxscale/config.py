@@ -578,3 +578,17 @@ def from_dict[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, min(n, 128) + 1) if n % d == 0]
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError where generation cannot draw tokens so: said before a model is read, too."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or a positive number")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError(
+            f"top_k={top_k} and top_p={top_p} do nothing at temperature=0; set temperature=1.0, or drop them"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxscale.config import ModelConfig
+from jaxscale.config import ModelConfig, check_sampling
 from jaxscale.models import coherent as staying
 from jaxscale.models import decoder
 from jaxscale.models.unstacked import unstack
@@ -272,18 +272,9 @@ def _check_sampling(
     cfg: ModelConfig, temperature: float, top_k: int | None, top_p: float | None, key: Any
 ) -> int | None:
     """top_k, at most the vocabulary."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or a positive number")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError(
-            f"top_k={top_k} and top_p={top_p} do nothing at temperature=0; set temperature=1.0, or drop them"
-        )
+    check_sampling(temperature, top_k, top_p)
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} draws at random: pass key=jax.random.key(seed)")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     return None if top_k is None else min(top_k, cfg.vocab_size)
 
 

@@ -79,7 +79,7 @@ def call(capsys, *args):
         (["train", "tiny_moe", "--model.moe.num-replicas", "8"], "num_replicas=8 copies of experts would drift apart"),
         (["generate", "--temperature", "nan"], "temperature=nan must be 0 (the likeliest token) or a positive number"),
         (["generate", "--top-k", "3"], "do nothing at temperature=0; set temperature=1.0"),
-        (["generate", "--max-new-tokens", "0"], "max_new_tokens=0 and top_k=None must be at least 1"),
+        (["generate", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
         (["generate", "--prompt"], "name a model and at least one prompt"),
         (["generate", "--cache", "int3"], "--cache 'int3' is unknown; use one of int8, float8_e4m3fn, int4"),
         (["generate", "--quantize", "w3"], "no recipe 'w3'"),
