@@ -1,4 +1,4 @@
-"""The planner's seconds beside measured steps, on the GPUs that are here: one or two of one host.
+"""The planner's seconds beside measured steps, on the GPUs that are here: one, two or four of one host.
 
 python benchmarks/plan/steps.py --out steps.jsonl    # the rows for as many devices as are here; half a minute each
 python benchmarks/plan/steps.py --table benchmarks/plan/steps.jsonl     # the table of docs/planner.md
@@ -37,6 +37,12 @@ ROWS = [
     ("qwen3-0-6b", 2, "pp=2,pp_micro_batches=4", 16, 4096, "full", 1),
     ("qwen3-0-6b", 2, "pp=2,pp_micro_batches=8", 16, 4096, "full", 1),
     ("qwen3-0-6b", 2, "pp=2,pp_micro_batches=16", 16, 4096, "full", 1),
+    ("qwen3-0-6b", 4, "fsdp=4", 16, 4096, "full", 1),
+    ("qwen3-0-6b", 4, "pp=2,fsdp=2,pp_micro_batches=4", 16, 4096, "full", 1),
+    ("qwen3-0-6b", 4, "pp=4,pp_micro_batches=8", 16, 4096, "full", 1),
+    ("smollm2-1-7b", 4, "fsdp=2,tp=2", 8, 4096, "full", 1),
+    ("qwen3-30b-a3b/4", 4, "fsdp=2,ep=2", 8, 4096, "full", 1),
+    ("qwen3-0-6b", 4, "fsdp=2,cp=2", 4, 16384, "full", 1),
 ]
 TURNS, STEPS = 3, 5  # medians of turns; in a turn steps are issued back to back
 
