@@ -111,6 +111,36 @@ class TensorBoard(Callback):
             self.writer.close()
 
 
+class Profile(Callback):
+    """A trace of three steps, from `at` on, for TensorBoard's profile page, XProf or Perfetto. Each process writes its
+    own; what the first step compiles is in it where that is among them."""
+
+    def __init__(self, console: Any, directory: Path, at: int):
+        self.console, self.directory, self.at = console, directory, at
+        self.running = False
+
+    def on_start(self, step: int, steps: int) -> None:
+        self.on_metrics(step, {})
+
+    def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        if step == self.at - 1 and not self.running:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(self.directory)
+            self.running = True
+        elif step >= self.at + 2:
+            self.on_end()
+
+    def on_end(self) -> None:
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+            self.console.print(
+                f"steps from {self.at} on are profiled: tensorboard --logdir {self.directory} (with `pip install "
+                f"xprof`), or {self.directory}/plugins/profile/*/*.trace.json.gz in ui.perfetto.dev",
+                highlight=False,
+            )
+
+
 class LossPlot(Callback):
     """loss.png beside metrics.jsonl, drawn when the run ends for whatever reason."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import io
@@ -29,10 +30,11 @@ jaxscale: shard a model over any mesh, prove it, and run it at the speed of the 
   jaxscale checkpoint ls|verify|diff|convert PATH ...
   jaxscale doctor                    what hardware and software is here, and what it unlocks
 
-A RUN is a name ({runs}) or file.py:function, a Python function that returns a
-TrainConfig; every field of it is an option (jaxscale train tiny --help).
+A RUN is a name ({runs}), file.py:function, a Python function that returns a
+TrainConfig, or a model to go on from; every field is an option (jaxscale train tiny --help).
 
   jaxscale train tiny --simulate 8 --mesh.fsdp 4 --mesh.tp 2      eight devices on a laptop
+  jaxscale train smollm2-135m --data.source my-notes/             fine-tune on text of your own
   jaxscale generate --model smollm2-135m --prompt "What is the capital of France?"
 
 --simulate N (any command) splits the CPU into N simulated devices.
@@ -93,7 +95,8 @@ def _train(args: list[str]) -> int:
         )
         print(
             f"jaxscale train RUN [--options]\n\nRuns:\n{names}\n\n"
-            "Or file.py:function. Options of a run: jaxscale train RUN --help"
+            "Or file.py:function; or a model to go on from: smollm2-135m, a .gguf file, a Hugging Face directory, a\n"
+            "run's directory. Options of a run: jaxscale train RUN --help"
         )
         return 0 if args and args[0] in ("-h", "--help") else EXIT_USER_ERROR
     with _own_code(args[0]):
@@ -424,11 +427,22 @@ def _find_run(name: str, runs: Any) -> Callable[[], Any]:
     named = _named_runs(runs)
     if name in named:
         return named[name]
-    if ":" not in name:
+    if ":" in name:
+        return _function(name)
+    from jaxscale.pretrained import NAMED  # brings JAX
+
+    path = Path(name)
+    if not (name in NAMED or path.suffix == ".gguf" or (path / "config.json").is_file()):
         raise ValueError(
-            f"no run {name!r}{_nearest(name, named)}; the runs are {', '.join(named)}, or file.py:function"
+            f"no run {name!r}{_nearest(name, [*named, *NAMED])}; the runs are {', '.join(named)}, file.py:function, "
+            f"or a model to go on from: {', '.join(NAMED)}, a .gguf file, a Hugging Face directory, a run's directory"
         )
-    return _function(name)
+
+    @functools.wraps(runs.go_on)
+    def go_on():
+        return runs.go_on(name)
+
+    return go_on
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -472,7 +486,8 @@ def _own_code(name: str) -> Iterator[None]:
 
 
 def _named_runs(runs: Any) -> dict[str, Callable[[], Any]]:
-    return {n: f for n, f in vars(runs).items() if inspect.isfunction(f) and f.__module__ == runs.__name__}
+    own = lambda f: inspect.isfunction(f) and f.__module__ == runs.__name__
+    return {n: f for n, f in vars(runs).items() if own(f) and not inspect.signature(f).parameters}
 
 
 def _simulate(args: list[str]) -> list[str]:

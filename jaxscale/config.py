@@ -438,7 +438,7 @@ class DataConfig:
     source: str = "stdlib"  # "stdlib" (the running Python's own), a directory, a .jsonl or a text file
     suffixes: tuple[str, ...] = (".py", ".txt", ".md", ".rst")  # of the files taken from a directory
     text_key: str = "text"  # of a JSON line
-    tokenizer: str = "bytes"  # "bytes", "bpe:4096" (ids, trained on the corpus), or a tokenizer.json
+    tokenizer: str = "bytes"  # "bytes", "bpe:4096" (ids, trained on the corpus), a tokenizer.json, or as init_from
     seq_len: int = 512
     batch_size: int = 16  # rows in a step, over the whole mesh
     holdout: float = 0.02  # share of the documents kept for validation
@@ -512,6 +512,9 @@ class TrainConfig:
     """One run: everything that its result depends on."""
 
     model: ModelConfig
+    init_from: str = ""
+    """a model whose parameters the run begins with: smollm2-135m, a .gguf file, a Hugging Face directory, or the
+    directory of another run; empty: drawn at random"""
     out: str = "runs/default"
     steps: int = 1000
     mesh: MeshConfig = MeshConfig(fsdp=-1)
@@ -529,10 +532,14 @@ class TrainConfig:
     eval_every: int = 100
     eval_batches: int = 8
     log_every: int = 10
+    profile_at: int | None = None
+    """a step: this one and the two after it are profiled, into tensorboard/"""
     seed: int = 0
 
     def __post_init__(self):
         _require(self, _COUNT, "steps", "accum_steps", "loss_chunk", "eval_every", "eval_batches", "log_every")
+        if self.profile_at is not None and not 1 <= self.profile_at <= self.steps:
+            raise ValueError(f"profile_at={self.profile_at} is none of the steps 1..{self.steps}")
         _require(self, _NOT_NEGATIVE, "z_loss")
         _require(self, _SEED, "seed")
         if not self.out:

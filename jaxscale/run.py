@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxscale import pretrained
 from jaxscale.callbacks import (
     Checkpoints,
     LossPlot,
     MetricsFile,
+    Profile,
     Progress,
     TensorBoard,
     Validate,
@@ -33,7 +35,7 @@ from jaxscale.parallel import expert as over_ep
 from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
-from jaxscale.params import fallback_notes, init_params, num_params, resolve_param
+from jaxscale.params import fallback_notes, init_params, num_params, path_name, resolve_param
 from jaxscale.plan.check import check_config
 from jaxscale.plan.estimate import pipeline_of
 from jaxscale.plan.hardware import pod_of
@@ -57,7 +59,7 @@ def run(
 ) -> TrainState:
     """Train as cfg says, resuming from the newest checkpoint in cfg.out if there is one.
 
-    Writes into cfg.out: config.json, metrics.jsonl, loss.png, tensorboard/, checkpoints/.
+    Writes into cfg.out: config.json, metrics.jsonl, loss.png, tensorboard/, checkpoints/, tokenizer.json.
 
     Raises:
       ValueError: the configuration, the corpus or the checkpoint do not fit together.
@@ -72,6 +74,9 @@ def run(
     mesh = make_mesh(cfg.mesh)
     check_config(cfg, mesh.size)
     specs = decoder.param_specs(cfg.model)
+    begun_with = load_outline(cfg.init_from) if cfg.init_from else None
+    for note in _check_outline(cfg, *begun_with) if begun_with else ():
+        console.print(note, style="yellow", highlight=False)
     _check_memory(specs, mesh, rules)
     precision, scales = _precision(cfg)
     index, count = share = batch_share(mesh, cfg.data.batch_size, rules)
@@ -149,7 +154,8 @@ def run(
             whole.replace(saved)
         if levels.latest_step() is None:
             key, param_key = jax.random.split(jax.random.key(cfg.seed))
-            state = make_train_state(init_params(param_key, specs, mesh, rules), optimizer, key, scales)
+            params = _params_of(cfg, mesh, rules) if cfg.init_from else init_params(param_key, specs, mesh, rules)
+            state = make_train_state(params, optimizer, key, scales)
             position = data.state(0)
         else:
             # Delayed scales are part of the state and are read as they were saved; another precision begins its own.
@@ -198,6 +204,7 @@ def run(
             steps=cfg.steps,
             callbacks=(
                 Progress(console, tokens, flops * tokens, peak and peak * mesh.size, cfg.log_every),
+                *(() if cfg.profile_at is None else (Profile(console, out / "tensorboard", cfg.profile_at),)),
                 *(writers if first else ()),
                 Validate(eval_step, validation, _total(map(held_out.count_bytes, labels), count), cfg.eval_every),
                 Checkpoints(levels, metadata),
@@ -241,6 +248,54 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     )
 
 
+def load_outline(name_or_path: str) -> tuple[ModelConfig, Any]:
+    """Configuration and tokenizer of what a run may begin with: a published model, or the directory of a run.
+
+    Raises:
+      ValueError: no such model, or one whose parameters are quantized.
+      ConnectionError: a named model is not cached and cannot be fetched.
+    """
+    out = Path(name_or_path)
+    if not (out / "checkpoints").is_dir():
+        return pretrained.load_outline(name_or_path)
+    return from_dict(TrainConfig, _read_config(out / "config.json")).model, load_tokenizer(out / "tokenizer.json")
+
+
+def _check_outline(cfg: TrainConfig, model: ModelConfig, tokenizer: Any) -> Iterator[str]:
+    """What differs between a run and the model that it begins with, in words.
+
+    Raises:
+      ValueError: the parameters differ.
+    """
+    shapes = lambda model: {
+        path_name(p): spec.shape for p, spec in jax.tree.leaves_with_path(decoder.param_specs(model))
+    }
+    have, want = shapes(model), shapes(cfg.model)
+    for name in have | want:
+        if have.get(name) != want.get(name):
+            raise ValueError(
+                f"{cfg.init_from} has {name} {have.get(name)}, this run's model {want.get(name)}; "
+                f"use its own configuration, as `jaxscale train {cfg.init_from}` does"
+            )
+    alone = {"name", "dtype", "param_dtype", "max_seq_len"}
+    plain = lambda model: {k: v for k, v in dataclasses.asdict(model).items() if k not in alone}
+    if changes := _changes(plain(model), plain(cfg.model), "model."):
+        yield f"unlike {cfg.init_from}, which it begins with: {', '.join(changes)}"
+    named = cfg.data.tokenizer
+    alike = lambda: named[:4] != "bpe:" and load_tokenizer(named).fingerprint == tokenizer.fingerprint
+    if named != cfg.init_from and not alike():
+        yield f"{cfg.init_from} knows other tokens than {named}; its own are --data.tokenizer {cfg.init_from}"
+
+
+def _params_of(cfg: TrainConfig, mesh: jax.sharding.Mesh, rules: Rules) -> Any:
+    """The parameters of cfg.init_from in their shards, in the dtypes that the run keeps them in."""
+    if (Path(cfg.init_from) / "checkpoints").is_dir():
+        params = load_run(cfg.init_from, mesh, rules=rules).params
+    else:
+        params = pretrained.load_model(cfg.init_from, mesh=mesh, rules=rules, dtype="float32").params
+    return jax.tree.map(lambda spec, x: x.astype(spec.dtype), decoder.param_specs(cfg.model), params)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
@@ -253,7 +308,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
     """What of a configuration another one says otherwise; what leaves the result alone is not compared."""
     out = []
-    for name in then.keys() & now.keys() - ({"out", "mesh", "checkpoint", "log_every"} if not where else set()):
+    aside = set() if where else {"out", "mesh", "checkpoint", "log_every", "profile_at"}
+    for name in then.keys() & now.keys() - aside:
         old, new = then[name], now[name]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             out += _changes(old, new, f"{where}{name}.")
@@ -299,7 +355,7 @@ def _tokenizer_of(cfg: TrainConfig, saved: Path) -> Any:
             )
         tokenizer = load_tokenizer(saved)
     elif kind != "bpe":
-        tokenizer = load_tokenizer(named)
+        tokenizer = load_outline(named)[1] if named == cfg.init_from else load_tokenizer(named)
     ids = int(size) if tokenizer is None else tokenizer.vocab_size
     if ids > cfg.model.vocab_size:
         raise ValueError(

@@ -4,6 +4,7 @@ Your own: write such a function in any file and say `jaxscale train my_runs.py:n
 """
 
 import dataclasses
+from pathlib import Path
 
 from jaxscale.config import CheckpointConfig, DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig
 from jaxscale.models import presets
@@ -47,4 +48,25 @@ def llama3_8b() -> TrainConfig:
         remat="full",
         z_loss=1e-4,
         eval_every=500,
+    )
+
+
+def go_on(model: str) -> TrainConfig:
+    """A published model, or another run's, goes on with text of your own (--data.source), at a low learning rate."""
+    import jax
+
+    from jaxscale.run import load_outline
+
+    cfg, _ = load_outline(model)
+    return TrainConfig(
+        model=dataclasses.replace(cfg, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        init_from=model,
+        out=f"runs/{Path(model).name.removesuffix('.gguf')}-tuned",
+        steps=200,
+        mesh=MeshConfig(fsdp=-1),
+        data=DataConfig(tokenizer=model, seq_len=min(512, cfg.max_seq_len), batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=20),
+        checkpoint=CheckpointConfig(every=100),
+        eval_every=50,
+        log_every=10,
     )

@@ -23,6 +23,8 @@ def call(capsys, *args):
     [
         (["trian"], "no command 'trian' (did you mean 'train'?)"),
         (["train", "tinny"], "no run 'tinny' (did you mean 'tiny'?)"),
+        (["train", "smolm2-135m"], "no run 'smolm2-135m' (did you mean 'smollm2-135m'?)"),
+        (["train", "nowhere.gguf"], "nowhere.gguf is no model; give a name (smollm2-135m), a .gguf file"),
         (["train", "nowhere.py:run"], "nowhere.py is not a file"),
         (
             ["train", "tiny", "--model.num-layerz", "3"],

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxscale import Callback, CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, make_mesh
+from jaxscale import Callback, CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, make_mesh, runs
 from jaxscale.callbacks import read_metrics
 from jaxscale.checkpoint import Checkpointer
+from jaxscale.checkpoint.huggingface import export_hf
 from jaxscale.models import decoder, presets
 from jaxscale.run import load_run, run
 from jaxscale.train import NonFiniteLoss, Preempted
@@ -196,3 +197,62 @@ def read_events(directory):
             out |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
             at += 12 + size + 4
     return out
+
+
+def test_a_run_begins_with_another_models_parameters(config, tmp_path):
+    """Those of a run's last checkpoint or of a Hugging Face directory, whatever the mesh; what differs is said."""
+    run(config, console=quiet())
+    last = load_run(config.out, make_mesh(fsdp=8))
+    export_hf(last.params, last.cfg, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text((_path(config) / "tokenizer.json").read_text())
+    still = dataclasses.replace(config.optimizer, learning_rate=1e-30, weight_decay=0.0)
+    for i, start in enumerate((config.out, str(tmp_path / "hf"))):
+        other = dataclasses.replace(config, init_from=start, out=f"{config.out}{i}", mesh=MeshConfig(dp=2, tp=4))
+        other = dataclasses.replace(other, steps=1, optimizer=still, seed=7, eval_every=1)
+        log = io.StringIO()
+        state = run(other, console=Console(file=log))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(last.params))
+        valid = [
+            [m for m in read_metrics(_path(c) / "metrics.jsonl") if "valid_loss" in m][-1] for c in (config, other)
+        ]
+        np.testing.assert_allclose(valid[1]["valid_loss"], valid[0]["valid_loss"], rtol=1e-5)
+        assert "unlike" not in log.getvalue() and "other tokens" not in log.getvalue()
+
+    log = io.StringIO()
+    changed = dataclasses.replace(
+        other,
+        out=config.out + "2",
+        model=dataclasses.replace(config.model, rope_theta=77.0, vocab_size=300),
+        data=dataclasses.replace(config.data, tokenizer="bpe:300"),
+    )
+    with pytest.raises(ValueError, match=r"hf has embed \(256, 32\), this run's model \(300, 32\); use its own"):
+        run(changed, console=Console(file=log))
+    model = dataclasses.replace(config.model, rope_theta=77.0)
+    run(dataclasses.replace(other, out=config.out + "3", model=model), console=Console(file=log, soft_wrap=True))
+    assert "hf, which it begins with: model.rope_theta 10000.0 -> 77.0" in log.getvalue()
+
+
+def test_a_model_goes_on_by_its_name(config, tmp_path):
+    """`jaxscale train DIRECTORY` makes a run of it: its configuration in float32, its tokens."""
+    run(dataclasses.replace(config, steps=1), console=quiet())
+    cfg = runs.go_on(config.out)
+    assert dataclasses.replace(cfg.model, dtype=config.model.dtype) == config.model
+    assert (cfg.init_from, cfg.data.tokenizer, cfg.out) == (config.out, config.out, "runs/run-tuned")
+    text = {"source": config.data.source, "seq_len": 32, "holdout": 0.2}
+    cfg = dataclasses.replace(
+        cfg, steps=1, out=str(tmp_path / "tuned"), eval_every=9, data=dataclasses.replace(cfg.data, **text)
+    )
+    log = io.StringIO()
+    run(cfg, console=Console(file=log))
+    assert "other tokens" not in log.getvalue()
+    with pytest.raises(ValueError, match="nowhere is no model; give a name"):
+        runs.go_on(str(tmp_path / "nowhere"))
+
+
+def test_three_steps_are_profiled(config):
+    log = io.StringIO()
+    run(dataclasses.replace(config, profile_at=2, steps=5, eval_every=9), console=Console(file=log, soft_wrap=True))
+    assert "steps from 2 on are profiled: tensorboard --logdir" in log.getvalue()
+    assert list((_path(config) / "tensorboard" / "plugins" / "profile").glob("*/*.trace.json.gz"))
+    with pytest.raises(ValueError, match=r"profile_at=9 is none of the steps 1\.\.8"):
+        dataclasses.replace(config, profile_at=9)
