@@ -269,6 +269,8 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
     """A published model, a file or directory of one, or what a training run left behind."""
     import jax
 
+    from jaxscale.checkpoint.gguf import chatml
+    from jaxscale.data.chats import END, control_token
     from jaxscale.mesh import make_mesh
     from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import LoadedModel, load_model
@@ -283,7 +285,10 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
         run = load_run(name, mesh or make_mesh(devices=[first]))
         # On a device alone: put on `first` itself, arrays would keep the mesh in their types.
         params = run.params if mesh else jax.device_put(run.params, jax.sharding.SingleDeviceSharding(first))
-        model = LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=(), chat=None)
+        chats = bool(run.train.data.messages_key)  # it learnt to answer
+        stop = (control_token(run.tokenizer, END),) if chats else ()
+        chat = chatml if chats else None
+        model = LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=stop, chat=chat)
         if quantize:
             recipe = parse_recipe(quantize)
             small = round_to_nearest(params, recipe, param_specs(run.cfg))

@@ -438,6 +438,7 @@ class DataConfig:
     source: str = "stdlib"  # "stdlib" (the running Python's own), a directory, a .jsonl or a text file
     suffixes: tuple[str, ...] = (".py", ".txt", ".md", ".rst")  # of the files taken from a directory
     text_key: str = "text"  # of a JSON line
+    messages_key: str = ""  # of a JSON line that is a conversation; its answers alone are learnt
     tokenizer: str = "bytes"  # "bytes", "bpe:4096" (ids, trained on the corpus), a tokenizer.json, or as init_from
     seq_len: int = 512
     batch_size: int = 16  # rows in a step, over the whole mesh
@@ -452,6 +453,11 @@ class DataConfig:
         if not self.source or not self.suffixes:
             raise ValueError(
                 f"source={self.source!r} with suffixes={self.suffixes} names no text; stdlib is always there"
+            )
+        if self.messages_key and not self.source.endswith(".jsonl"):
+            raise ValueError(
+                f"messages_key={self.messages_key!r} is for conversations, a JSON object a line; "
+                f"source={self.source!r} is no .jsonl file"
             )
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout={self.holdout} must lie between 0 and 1")

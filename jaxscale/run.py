@@ -187,7 +187,12 @@ def run(
         def validation() -> Iterator[dict[str, jax.Array]]:
             return map(put, held_out_rows)
 
-        labels = (rows["labels"] for rows in held_out_rows)
+        held_out_bytes = _total((held_out.count_bytes(rows["labels"]) for rows in held_out_rows), count)
+        if not held_out_bytes:
+            raise ValueError(
+                f"the {len(held_out_rows)} held-out batches have nothing to learn; raise eval_batches="
+                f"{cfg.eval_batches} or data.holdout={cfg.data.holdout}, or give longer rows"
+            )
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         flops = cfg.model.flops_per_token(cfg.data.seq_len)
         tokens = cfg.data.batch_size * cfg.data.seq_len
@@ -206,7 +211,7 @@ def run(
                 Progress(console, tokens, flops * tokens, peak and peak * mesh.size, cfg.log_every),
                 *(() if cfg.profile_at is None else (Profile(console, out / "tensorboard", cfg.profile_at),)),
                 *(writers if first else ()),
-                Validate(eval_step, validation, _total(map(held_out.count_bytes, labels), count), cfg.eval_every),
+                Validate(eval_step, validation, held_out_bytes, cfg.eval_every),
                 Checkpoints(levels, metadata),
                 *callbacks,
             ),

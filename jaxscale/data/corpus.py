@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxscale.config import DataConfig
+from jaxscale.data import chats
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _pieces(where: str, text: str, num_pieces: int = 100) -> Iterator[tuple[str,
 def _raw_documents(cfg: DataConfig) -> Iterator[tuple[str, bytes]]:
     root = Path(sysconfig.get_path("stdlib") if cfg.source == "stdlib" else cfg.source).expanduser()
     if root.suffix == ".jsonl":
-        yield from _json_lines(root, cfg.text_key)
+        yield from _json_lines(root, cfg)
     elif root.is_dir():
         suffixes = (".py",) if cfg.source == "stdlib" else cfg.suffixes
         for path in _files(root, suffixes):
@@ -145,29 +146,33 @@ def _files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted((path for path in paths if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
 
 
-def _json_lines(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
+def _json_lines(path: Path, cfg: DataConfig) -> Iterator[tuple[str, bytes]]:
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path}:{number}", _json_text(line, key, f"{path} line {number}")
+                    yield f"{path}:{number}", _json_text(line, cfg, f"{path} line {number}")
     except OSError as e:
         raise _unreadable(path, e) from None
 
 
-def _json_text(line: bytes, key: str, where: str) -> bytes:
+def _json_text(line: bytes, cfg: DataConfig, where: str) -> bytes:
+    key, name = (cfg.messages_key, "messages_key") if cfg.messages_key else (cfg.text_key, "text_key")
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return b"\0"  # counted as binary
     except ValueError as e:
-        raise ValueError(f"{where} is not JSON ({e}); each line is an object with the text under {key!r}") from None
+        raise ValueError(f"{where} is not JSON ({e}); each line is an object with the key {key!r}") from None
     if not isinstance(record, dict) or key not in record:
         keys = f"has the keys {sorted(record)}" if isinstance(record, dict) else f"is a {type(record).__name__}"
-        raise ValueError(f"{where} has no key {key!r} but {keys}; set data.text_key to the one that holds the text")
+        raise ValueError(f"{where} has no key {key!r} but {keys}; set data.{name} to the one that is meant")
+    if cfg.messages_key:
+        return chats.canonical(record[key], f"{where}: {key!r}").encode("utf-8", errors="surrogatepass")
     if not isinstance(record[key], str):
         raise ValueError(
-            f"{where}: {key!r} holds a {type(record[key]).__name__}, not text; set data.text_key to another key"
+            f"{where}: {key!r} holds a {type(record[key]).__name__}, not text; set data.text_key to another key, or "
+            "data.messages_key where it is a conversation"
         )
     return record[key].encode("utf-8", errors="surrogatepass")  # a lone surrogate then fails to decode
 

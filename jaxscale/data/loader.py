@@ -99,7 +99,9 @@ class Dataset:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes for each labelled token of the split: bits per byte = nats per token / (ln 2 * this)."""
         documents = self.store.documents
-        return float(documents["num_bytes"].sum() / max(1, self.num_tokens - len(documents)))
+        learnt = self.store.learnt
+        labels = self.num_tokens - len(documents) if learnt is None else int(learnt.sum())
+        return float(documents["num_bytes"].sum() / max(1, labels))
 
     def count_bytes(self, labels: np.ndarray) -> float:
         """UTF-8 bytes of text that the labels (int, -1 = none) stand for: bits per byte of exactly these rows."""
@@ -163,8 +165,11 @@ class Dataset:
         """[vocab_size] float64: scaled to the true total for tokenizers whose tokens have no fixed size."""
         counts = np.zeros(self.tokenizer.vocab_size, np.int64)
         for at in range(0, len(self.store.ids), 1 << 22):  # bincount widens what it reads to int64
-            counts += np.bincount(self.store.ids[at : at + (1 << 22)], minlength=len(counts))
-        counts[self.tokenizer.bos_id] -= len(self.store.documents)
+            part = slice(at, at + (1 << 22))
+            ids = self.store.ids[part] if self.store.learnt is None else self.store.ids[part][self.store.learnt[part]]
+            counts += np.bincount(ids, minlength=len(counts))
+        if self.store.learnt is None:
+            counts[self.tokenizer.bos_id] -= len(self.store.documents)
         guess = self.tokenizer.token_bytes.astype(np.float64)
         return guess * (self.store.documents["num_bytes"].sum() / max(1.0, float(counts @ guess)))
 
@@ -172,7 +177,7 @@ class Dataset:
         starts, offsets, order = self._epoch(epoch)
         inside = rows < self.num_rows
         rows = np.where(inside, order[np.where(inside, rows, 0)], self.num_rows)
-        return pack_rows(self.store.ids, starts, offsets, rows, self.cfg.seq_len)
+        return pack_rows(self.store.ids, starts, offsets, rows, self.cfg.seq_len, self.store.learnt)
 
     @functools.cached_property
     def _epoch(self):

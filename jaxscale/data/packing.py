@@ -8,7 +8,14 @@ padded.
 import numpy as np
 
 
-def pack_rows(ids: np.ndarray, starts: np.ndarray, offsets: np.ndarray, rows: np.ndarray, seq_len: int) -> dict:
+def pack_rows(
+    ids: np.ndarray,
+    starts: np.ndarray,
+    offsets: np.ndarray,
+    rows: np.ndarray,
+    seq_len: int,
+    learnt: np.ndarray | None = None,
+) -> dict:
     """Rows of the stream in which document d is `ids[starts[d] : starts[d] + offsets[d + 1] - offsets[d]]`.
 
     Args:
@@ -17,6 +24,7 @@ def pack_rows(ids: np.ndarray, starts: np.ndarray, offsets: np.ndarray, rows: np
       offsets: [num_docs + 1] int64, where each document begins in the stream; offsets[-1] is the stream's length.
       rows: [R] int64 row numbers; a row past the end of the stream is all padding.
       seq_len: T.
+      learnt: bool [num_tokens], which of `ids` are labels; None: all.
 
     Returns:
       int32 arrays [R, T]. tokens; labels: the next token of the same document, else -1; segment_ids: 1 for the first
@@ -26,9 +34,12 @@ def pack_rows(ids: np.ndarray, starts: np.ndarray, offsets: np.ndarray, rows: np
     real = at < offsets[-1]
     at = np.minimum(at, offsets[-1] - 1)
     doc = np.searchsorted(offsets, at, side="right") - 1
-    token = ids[starts[doc] + at - offsets[doc]].astype(np.int32)
+    place = starts[doc] + at - offsets[doc]
+    token = ids[place].astype(np.int32)
     first = np.maximum(offsets[doc], at[:, :1])  # of the piece: the document's start or the row's
     here, labelled = real[:, :-1], real[:, 1:] & (doc[:, 1:] == doc[:, :-1])
+    if learnt is not None:
+        labelled &= learnt[place[:, 1:]]
     return {
         "tokens": np.where(here, token[:, :-1], 0),
         "labels": np.where(labelled, token[:, 1:], np.int32(-1)),

@@ -1,5 +1,7 @@
 """Token ids on disk, made once for a corpus and a tokenizer and memory-mapped after that."""
 
+import contextlib
+import functools
 import hashlib
 import logging
 import tempfile
@@ -10,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxscale.data.chats import encode_chats
 from jaxscale.data.corpus import Corpus
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 from jaxscale.fetch import cache_dir
@@ -26,6 +29,7 @@ class TokenStore(NamedTuple):
 
     ids: np.ndarray  # [num_tokens] memory map of the smallest unsigned type that holds the vocabulary
     documents: np.ndarray  # [num_docs] of DOCUMENT by ascending digest; num_tokens counts the leading BOS
+    learnt: np.ndarray | None = None  # bool [num_tokens] memory map, of conversations: their answers; None: all is
 
 
 def open_store(corpus: Corpus, tokenizer: Tokenizer, split: str) -> TokenStore:
@@ -33,13 +37,15 @@ def open_store(corpus: Corpus, tokenizer: Tokenizer, split: str) -> TokenStore:
     key = _hash(FORMAT, corpus.fingerprint("train"), corpus.fingerprint("valid"), tokenizer.fingerprint)
     folder = cache_dir() / "tokens" / key
 
-    def whole(folder: Path) -> bool:
-        return all(_load(folder, each, tokenizer) for each in ("train", "valid"))
+    load = functools.partial(_load, folder, tokenizer=tokenizer, chats=bool(corpus.cfg.messages_key))
 
-    store = _load(folder, split, tokenizer)
+    def whole(folder: Path) -> bool:
+        return all(load(split=each) for each in ("train", "valid"))
+
+    store = load(split=split)
     if store is None:
         _install(folder, lambda out: _encode_corpus(corpus, tokenizer, out), whole)
-        store = _load(folder, split, tokenizer)
+        store = load(split=split)
         assert store is not None, folder
     return store
 
@@ -70,19 +76,19 @@ def _train(corpus: Corpus, vocab_size: int) -> HFTokenizer:
 def _encode_corpus(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     began = time.perf_counter()
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    bos = np.array([tokenizer.bos_id], dtype)
     rows: dict[str, list[tuple]] = {"train": [], "valid": []}
     ends = dict.fromkeys(rows, 0)
-    with (folder / "train.ids").open("wb") as train, (folder / "valid.ids").open("wb") as valid:
-        files = {"train": train, "valid": valid}
+    with contextlib.ExitStack() as opened:
+        new = lambda name: opened.enter_context((folder / name).open("wb"))
+        files = {split: (new(f"{split}.ids"), new(f"{split}.learnt")) for split in rows}
         for batch in _batched(corpus.texts(), 1 << 23):
-            ids = tokenizer.encode_batch([text for _, text in batch])
-            for (digest, text), tokens in zip(batch, ids, strict=True):
+            documents = _encode([text for _, text in batch], tokenizer, bool(corpus.cfg.messages_key))
+            for (digest, _), (ids, learnt, num_bytes) in zip(batch, documents, strict=True):
                 split = "valid" if corpus.held_out(np.uint64(digest)) else "train"
-                tokens = np.concatenate([bos, tokens.astype(dtype)])
-                files[split].write(tokens.tobytes())
-                rows[split].append((digest, ends[split], len(tokens), len(text.encode("utf-8"))))
-                ends[split] += len(tokens)
+                for file, array in zip(files[split], (ids.astype(dtype), learnt)):
+                    file.write(array.tobytes())
+                rows[split].append((digest, ends[split], len(ids), num_bytes))
+                ends[split] += len(ids)
     for split in rows:
         documents = np.array(rows[split], DOCUMENT)
         documents = documents[np.argsort(documents["digest"], kind="stable")]
@@ -93,16 +99,27 @@ def _encode_corpus(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     _log.info("encoded %d tokens in %.1f s", sum(ends.values()), time.perf_counter() - began)
 
 
-def _load(folder: Path, split: str, tokenizer: Tokenizer) -> TokenStore | None:
+def _encode(texts: list[str], tokenizer: Tokenizer, chats: bool) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """ids, which of them are learnt, and the bytes of those, of each document: led by BOS, or a conversation."""
+    if chats:
+        yield from encode_chats(texts, tokenizer)
+        return
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        yield np.concatenate([[tokenizer.bos_id], ids]), np.zeros(0, bool), len(text.encode("utf-8"))
+
+
+def _load(folder: Path, split: str, tokenizer: Tokenizer, chats: bool) -> TokenStore | None:
     """None when it is not there, or cut short."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     try:
         documents = np.load(folder / f"{split}.npy")
         ids = np.memmap(folder / f"{split}.ids", dtype, mode="r")
+        learnt = np.memmap(folder / f"{split}.learnt", np.bool_, mode="r") if chats else None
     except (OSError, ValueError):
         return None
     whole = documents.dtype == DOCUMENT and documents["num_tokens"].sum() == len(ids)
-    return TokenStore(ids, documents) if whole else None
+    whole = whole and (learnt is None or len(learnt) == len(ids))
+    return TokenStore(ids, documents, learnt) if whole else None
 
 
 def _install(folder: Path, fill: Callable[[Path], None], whole: Callable[[Path], bool]) -> None:

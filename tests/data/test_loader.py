@@ -135,7 +135,8 @@ def test_validation_is_one_pass_and_counts_its_bytes(cfg, tokenizer, rng):
 
 def test_documents_survive_the_store(cfg):
     dataset = make_dataset(dataclasses.replace(cfg, tokenizer="bpe:300"))
-    ids, documents = dataset.store
+    ids, documents, learnt = dataset.store
+    assert learnt is None
     found = []
     for document in documents:
         piece = ids[document["start"] : document["start"] + document["num_tokens"]]

@@ -13,10 +13,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxscale import Callback, CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, make_mesh, runs
+from jaxscale import (
+    Callback,
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    cli,
+    make_mesh,
+    runs,
+)
 from jaxscale.callbacks import read_metrics
 from jaxscale.checkpoint import Checkpointer
 from jaxscale.checkpoint.huggingface import export_hf
+from jaxscale.data import HFTokenizer, train_bpe
 from jaxscale.models import decoder, presets
 from jaxscale.run import load_run, run
 from jaxscale.train import NonFiniteLoss, Preempted
@@ -256,3 +267,27 @@ def test_three_steps_are_profiled(config):
     assert list((_path(config) / "tensorboard" / "plugins" / "profile").glob("*/*.trace.json.gz"))
     with pytest.raises(ValueError, match=r"profile_at=9 is none of the steps 1\.\.8"):
         dataclasses.replace(config, profile_at=9)
+
+
+def test_conversations_are_trained_on_and_answered(config, tmp_path, rng):
+    """The loss is of the answers alone; what the run left behind is prompted as it was trained, and stops."""
+    backend = train_bpe(WORDS * 4, 270).backend
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    HFTokenizer(backend).save(tmp_path / "tokenizer.json")
+    say = lambda: " ".join(rng.choice(WORDS, 5))
+    turns = lambda: [{"role": "user", "content": say()}, {"role": "assistant", "content": say()}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": turns() + turns()}) + "\n" for _ in range(60)))
+    data = dataclasses.replace(
+        config.data, source=str(chats), messages_key="messages", tokenizer=str(tmp_path / "tokenizer.json")
+    )
+    model = dataclasses.replace(config.model, vocab_size=280)
+    run(dataclasses.replace(config, model=model, data=data, steps=2, eval_every=2), console=quiet())
+    read = read_metrics(_path(config) / "metrics.jsonl")
+    assert 0 < read[0]["weight"] < 0.7 * 8 * 32  # of 8 rows of 32 tokens
+    loaded = cli._load(config.out, None)
+    prompt = loaded.encode_chat("mesh")
+    assert (
+        backend.decode(prompt, skip_special_tokens=False) == "<|im_start|>user\nmesh<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert loaded.stop_tokens == (backend.token_to_id("<|im_end|>"),)
