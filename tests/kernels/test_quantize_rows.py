@@ -89,6 +89,13 @@ def test_outliers_keep_8_bits(rng):
     np.testing.assert_allclose(scales, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+def test_no_numbers(shape):
+    values, scales = quantize_rows(jnp.zeros(shape, jnp.bfloat16), 2, "int4")
+    assert (values.shape, values.dtype, scales.shape, scales.dtype) == (shape, jnp.int8, (shape[0], 2), jnp.float32)
+    assert (np.asarray(scales) == 0).all()
+
+
 def test_types_under_shard_map(rng):
     """Only traced: rows over dp, with types checked."""
     mesh = jax.make_mesh((2,), ("dp",), axis_types=(AxisType.Explicit,))
@@ -106,7 +113,7 @@ def test_refused_calls_say_why(rng):
         quantize_rows(x, 5, "int8")
     with pytest.raises(ValueError, match=r"Got int32\[4, 96\]"):
         quantize_rows(x.astype(jnp.int32), 3, "int8")
-    with pytest.raises(ValueError, match=r"outliers \[3\] beside int4. Got int8, \(3,\)"):
+    with pytest.raises(ValueError, match=r"outliers bool\[3\] beside int4. Got int8, bool\[3\]"):
         quantize_rows(x, 3, "int8", jnp.ones(3, bool))
     with pytest.raises(NotImplementedError, match="compute capability"):
         quantize_rows(x, 3, "int8", implementation="triton")

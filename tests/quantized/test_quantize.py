@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxscale
 from jaxscale.config import ModelConfig
@@ -16,7 +17,8 @@ from jaxscale.models import decoder
 from jaxscale.params import init_params, path_name
 from jaxscale.quantize.apply import contraction_of, num_bytes, summary
 from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
-from pallas_kernels import QuantizedArray
+from jaxscale.sharding import place, place_quantized
+from pallas_kernels import QuantizedArray, quantize_array
 from sharding_rules.rules import MEGATRON_FSDP
 
 CFG = ModelConfig(
@@ -107,6 +109,33 @@ def test_a_mesh_computes_what_one_device_does(rng, mesh, recipe):
         want = generate(one, cfg, prompts, max_new_tokens=4)
         assert generate(small, cfg, prompts, max_new_tokens=4) == want
         assert generate(one, cfg, prompts, max_new_tokens=4, mesh=mesh) == want
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (8, 32), (64, 16), (32, 64)])
+def test_scales_of_tiles_go_with_their_values(rng, tile):
+    """One scale for some outputs and inputs, as float8 files of others have: over tp each device finds its own."""
+    params, tokens = jaxscale.quantize(make(CFG, rng), "w8a16", decoder.param_specs(CFG)), tokens_of(rng)
+    mlp = params["layers"]["mlp"]
+    for name in ("w_gate", "w_up", "w_down"):
+        L, N, K = mlp[name].values.shape
+        scales = rng.uniform(0.001, 0.01, size=(L, N // tile[0], K // tile[1]))
+        mlp[name] = dataclasses.replace(mlp[name], scales=jnp.asarray(scales, jnp.float32))
+    want = np.asarray(forward(params, tokens, cfg=CFG))
+    for sizes in ({"tp": 2}, {"fsdp": 2, "tp": 2}, {"fsdp": 4}):
+        mesh = make_mesh(devices=jax.devices()[: int(np.prod([*sizes.values()]))], **sizes)
+        there = jax.device_put(params, place(params, decoder.param_specs(CFG), mesh, MEGATRON_FSDP))
+        with jax.set_mesh(mesh):
+            got = np.asarray(forward(there, tokens, cfg=CFG))
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_shards_inside_of_tiles_are_refused(rng):
+    w = quantize_array(jnp.asarray(rng.normal(size=(64, 96)), jnp.float32), "int8")
+    w = dataclasses.replace(w, scales=jnp.ones((3, 1)))
+    assert place_quantized(w, P(None, "tp"), {"tp": 3}).scales == P("tp", None)
+    with pytest.raises(ValueError, match="outputs of 96, split 2 ways into 48, inside of tiles of 32"):
+        place_quantized(w, P(None, "tp"), {"tp": 2})
+    assert place_quantized(w, P(None, "tp"), {"tp": 2}, rest=True).scales == P(None, None)
 
 
 def test_gradients_reach_what_is_not_quantized(rng):
