@@ -150,6 +150,8 @@ def require_new(path: str | Path) -> Path:
 
 def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:
     about = _json(path / "quantized.json")
+    if not about:
+        raise ValueError(f"{path} has no quantized.json, which says what model it is; convert the model again")
     if "model" in about:
         cfg = from_dict(ModelConfig, about["model"])
     else:  # written before 2026-11-27
@@ -194,4 +196,7 @@ def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedM
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
