@@ -25,7 +25,7 @@ from jaxscale.models.decoder import param_specs
 from jaxscale.params import fallback_notes, param_shardings
 from jaxscale.quantize.apply import quantize as round_to_nearest
 from jaxscale.quantize.files import load_quantized, save_quantized
-from jaxscale.quantize.recipe import parse_recipe
+from jaxscale.quantize.recipe import to_nearest
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 QUANTIZED = "quantized.safetensors"  # of a directory that `save_model` writes
@@ -83,9 +83,11 @@ def load_model(
         GGUF file packed as they are.
 
     Raises:
-      ValueError: no such model, or one that the decoder cannot run.
+      ValueError: no such model, or one that the decoder cannot run; no such recipe, or one that needs a
+        calibration set.
       ConnectionError: a named model is not cached and cannot be fetched.
     """
+    recipe = None if quantize in (None, "stored") else to_nearest(quantize)  # before the model is read
     asked, dtype = dtype, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if str(name_or_path) in NAMED:
         package, version, member, sha256 = NAMED[str(name_or_path)]
@@ -109,8 +111,7 @@ def load_model(
         raise ValueError(
             f"{name_or_path!s} is no model; give a name ({', '.join(NAMED)}), a .gguf file, or a Hugging Face directory"
         )
-    if quantize not in (None, "stored"):
-        recipe = parse_recipe(quantize)
+    if recipe is not None:
         params = round_to_nearest(model.params, recipe, param_specs(model.cfg), rules=rules)
         model = dataclasses.replace(model, params=params, cache_format=recipe.cache)
     return dataclasses.replace(model, notes=() if mesh is None else fallback_notes(param_specs(model.cfg), mesh, rules))

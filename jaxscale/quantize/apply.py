@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxscale.params import ParamSpec, abstract_params, path_name
-from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
+from jaxscale.quantize.recipe import Recipe, Rounding, to_nearest
 from jaxscale.sharding import place, place_quantized
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from sharding_rules.resolve import resolve_spec
@@ -35,12 +35,7 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
       ValueError: weights that are quantized already or not finite, a rule that no weight obeys, groups that do not
         divide, shards inside of groups.
     """
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    if recipe.method != "rtn":
-        raise ValueError(
-            f"{recipe.method} needs a calibration set: jaxscale convert --text FILE, or "
-            "jaxscale.quantize.calibrate.quantize_calibrated"
-        )
+    recipe = to_nearest(recipe)
     chosen = select(params, recipe, specs)
 
     def round_one(path, spec, w):
@@ -135,7 +130,7 @@ def abstract_quantized(
     Raises:
       ValueError: what `quantize` says against these shapes.
     """
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = to_nearest(recipe)
     params = abstract_params(specs, mesh, rules)
     chosen = select(params, recipe, specs)
 

@@ -120,7 +120,8 @@ def gather_statistics(
             sums[path_name(path)] = Statistics(*(jnp.zeros((*lead, *s)) for s in ((K, K), (K,), (K,))))
     count = 0
     for tokens in batches:
-        sums, count = step(sums, params, tokens), count + tokens.size
+        sums = jax.block_until_ready(step(sums, params, tokens))  # a bar over the batches then tells the truth
+        count += tokens.size
     if count == 0:
         raise ValueError("the calibration set is empty; give at least one batch of tokens [B, T], some thousand in all")
     for name, s in sums.items():

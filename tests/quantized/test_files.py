@@ -160,7 +160,20 @@ def test_convert_then_generate(rng, tmp_path, monkeypatch):
         load_model(tmp_path / "packed", quantize="w8a16")
     with pytest.raises(ValueError, match=r"no \.gguf file to keep packed"):
         load_model(tmp_path / "packed", quantize="stored")
-    assert main(["convert", "--model", str(source), "--quantize", "w4a16-g32-awq", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_recipes_that_cannot_be_are_refused_before_the_model_is_read(capsys):
+    for args, message in [
+        ("generate --quantize w4a16-g32-awq", "awq needs a calibration set: jaxscale convert --text FILE"),
+        ("generate --quantize w4a16-g32-aqw", "no recipe 'w4a16-g32-aqw'"),
+        ("convert --quantize w4a16-g32-awq --out x", "awq needs a calibration set: --text FILE"),
+        ("convert --quantize w4a16-g32-awq --out x --text README.md --calibration-tokens -5", "must be at least 1"),
+    ]:
+        command, *options = args.split()
+        assert main([command, "--model", "there is none", *options]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="awq needs a calibration set"):
+        load_model("there is none", quantize="w4a16-g32-awq")
 
 
 def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
