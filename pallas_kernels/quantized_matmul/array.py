@@ -249,12 +249,16 @@ def check_activations(format: str, activations: str | None) -> None:
 def group_scales(
     groups: jax.Array, format: Format, symmetric: bool = True, scale_dtype=jnp.bfloat16
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Scales, and offsets of what is not symmetric, [...] for groups [..., group]: they span the group's numbers."""
+    """Scales, and offsets of what is not symmetric, [...] for groups [..., group]: they span the group's numbers.
+
+    Of a group with nan they are nan, of one with infinity not finite.
+    """
     _, low, high = FORMATS[format]
     top, bottom = groups.max(axis=-1), groups.min(axis=-1)
+    lost = jnp.where(jnp.isnan(groups).any(axis=-1), jnp.nan, 0.0)  # by XLA's max on CPUs, which drops nan
     if symmetric and format != "uint4":
-        return jnp.maximum(top / high, bottom / low).astype(scale_dtype), None
-    scales = (top - bottom) / (high - low)
+        return (jnp.maximum(top / high, bottom / low) + lost).astype(scale_dtype), None
+    scales = (top - bottom) / (high - low) + lost
     return scales.astype(scale_dtype), (bottom - low * scales).astype(scale_dtype)
 
 

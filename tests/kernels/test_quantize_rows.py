@@ -76,6 +76,16 @@ def test_what_is_not_finite_stays_seen(rng, name, bad):
     assert np.array_equal(np.isfinite(np.asarray(back)).all(axis=-1), [[True, True], [True, False], [True, True]])
 
 
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_one_nan_of_many_numbers_stays_seen(rng, dtype):
+    x = rng.normal(size=(64, 256)).astype(np.float32)
+    row, column = rng.integers(64), rng.integers(256)
+    x[row, column] = np.nan
+    scales = np.asarray(jax.jit(quantize_rows, static_argnums=(1, 2))(x, 4, dtype)[1])
+    assert np.argwhere(~np.isfinite(scales)).tolist() == [[row, column // 64]]
+
+
 def test_outliers_keep_8_bits(rng):
     x = jnp.asarray(rng.normal(size=(5, 96)), jnp.float32)
     outliers = jnp.asarray([False, True, False])

@@ -171,6 +171,19 @@ def test_zeros_and_saturation(format):
     assert np.isfinite(np.asarray(out)).all() and (np.asarray(out)[1] == 0).all()
 
 
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_nan_is_not_lost(rng, format, dtype):
+    """Among as many numbers as XLA's maximum on CPUs, which drops it, takes at a time."""
+    w = rng.normal(size=(256, 64)).astype(np.float32)
+    k, n = rng.integers(256), rng.integers(64)
+    w[k, n] = np.nan
+    run = jax.jit(lambda w: quantize_array(w, format, group=64).scales.astype(jnp.float32))
+    scales = np.asarray(run(jnp.asarray(w, dtype)))
+    assert np.argwhere(~np.isfinite(scales)).tolist() == [[n, k // 64]]
+
+
 def test_which_backend_runs(rng):
     w = weight(rng, 64, 8)
     x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)

@@ -158,6 +158,18 @@ def test_a_model_is_quantized_with_its_calibration_set(rng, recipe):
     assert small["layers"]["mlp"]["w_up"].inputs.shape == (2, 64) and small["embed"].inputs is None
 
 
+@pytest.mark.usefixtures("optimized")
+def test_a_nan_is_not_lost(rng):
+    """One among many numbers, in a weight and in what then meets the next one."""
+    params: Any = make(rng)
+    up = params["layers"]["mlp"]["w_up"]
+    params["layers"]["mlp"]["w_up"] = up.at[1, rng.integers(up.shape[1]), rng.integers(up.shape[2])].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"layers/mlp/w_up: 1 of \d+ scales are not finite"):
+        jaxscale.quantize(params, "w4a16-g32", SPECS)
+    with pytest.raises(ValueError, match=r"layers/mlp/w_down met activations that are not finite"):
+        gather_statistics(params, SPECS, forward, batches_of(rng), only="w_down")
+
+
 def test_bad_input(rng):
     params: Any = make(rng)
     with pytest.raises(ValueError, match="the calibration set is empty; give at least one batch"):
