@@ -244,7 +244,6 @@ def _convert(args: list[str]) -> int:
 
 
 def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
-    import jax
     import jax.numpy as jnp
     from rich.console import Console
     from rich.progress import track
@@ -252,11 +251,7 @@ def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
     from jaxscale.models import decoder
     from jaxscale.quantize.calibrate import gather_statistics, quantize_calibrated
     from jaxscale.quantize.recipe import parse_recipe
-    from pallas_kernels import QuantizedArray
 
-    quantized = lambda x: isinstance(x, QuantizedArray)
-    if any(map(quantized, jax.tree.leaves(model.params, is_leaf=quantized))):
-        raise ValueError(f"{options.model} is quantized already; {recipe} takes the model that it was made from")
     length = min(256, model.cfg.max_seq_len)
     ids = model.tokenizer.encode(Path(options.text).read_text("utf-8"))[: options.calibration_tokens]
     if len(ids) < length:

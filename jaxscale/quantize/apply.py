@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -50,19 +51,25 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
 
 def select(params: Any, recipe: Recipe, specs: Any) -> dict[str, Rounding]:
     """Path -> what the recipe says, for each weight that it rounds."""
-    named = {path_name(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
-    done = [path_name(p) for p, w in jax.tree.leaves_with_path(params, is_leaf=_quantized) if _quantized(w)]
-    if done:
-        raise ValueError(
-            f"{len(done)} weights are quantized already, {done[0]} the first; quantize the parameters that they were "
-            f"made from, or name it in a rule (pattern, None)"
-        )
-    matrices = list(filter(is_matrix, named))
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(specs)]
+    matrices = list(filter(is_matrix, names))
     chosen = {name: found for name in matrices if (found := recipe.rounding(name)) is not None}
     if not chosen:
         some = ", ".join(matrices) or "none"
         raise ValueError(f"no rule of the recipe chooses a weight; the weights that can be quantized are {some}")
+    require_dense(params, chosen)
     return chosen
+
+
+def require_dense(params: Any, names: Collection[str]) -> None:
+    """ValueError where weights of these names are quantized."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_quantized)
+    done = [name for path, w in leaves if _quantized(w) and (name := path_name(path)) in names]
+    if done:
+        raise ValueError(
+            f"{len(done)} weights are quantized already, {done[0]} the first; take the parameters that they were made "
+            f"from, or leave them out: a rule ({done[0]!r}, None)"
+        )
 
 
 def is_matrix(name: str) -> bool:

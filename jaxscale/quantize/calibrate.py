@@ -26,6 +26,7 @@ from jaxscale.quantize.apply import (
     is_expert,
     is_matrix,
     on_its_mesh,
+    require_dense,
     require_finite,
     round_weight,
     select,
@@ -94,12 +95,15 @@ def gather_statistics(
       only: a regular expression that a path must hold.
 
     Raises:
-      ValueError: no batch; activations that are not finite; a weight that forward does not multiply by.
+      ValueError: no batch; weights that are quantized already; activations that are not finite; a weight that forward
+        does not multiply by.
     """
     paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(specs)]
     chosen = {
         name for name in paths if is_matrix(name) and "/" in name and not is_expert(name) and re.search(only, name)
     }
+
+    require_dense(params, chosen)
 
     def observed(statistics, params):
         wrap = lambda path, _, w: Observed(w, statistics[path_name(path)]) if path_name(path) in chosen else w
@@ -284,7 +288,8 @@ def _with_inputs(w, scale, contraction, rounding: Rounding) -> QuantizedArray:
     inner = [w.shape[d] for d in contraction]
     shape = [n if d - w.ndim in contraction else 1 for d, n in enumerate(w.shape)]
     assert math.prod(inner) == scale.size
-    q = quantize_array(w * scale.reshape(shape), rounding.format, contraction=contraction, **_options(rounding))
+    scaled = w.astype(jnp.float32) * scale.reshape(shape)
+    q = quantize_array(scaled, rounding.format, contraction=contraction, **_options(rounding))
     return dataclasses.replace(q, inputs=1 / scale, activations=rounding.activations)
 
 

@@ -205,7 +205,7 @@ def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
     capsys.readouterr()
     new = ("--out", tmp_path / "new")
     for args, message in [
-        (("--model", small, *awq, *new), "is quantized already"),
+        (("--model", small, *awq, *new), "are quantized already"),
         (("--model", run, *awq, "--out", small), "is not empty"),
         (("--model", run, *awq, "--calibration-tokens", "5", *new), "5 tokens of"),
         (("--model", run, "--quantize", "stored", *new), "is no .gguf file to keep packed"),

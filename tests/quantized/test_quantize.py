@@ -16,6 +16,7 @@ from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params, path_name
 from jaxscale.quantize.apply import contraction_of, num_bytes, summary
+from jaxscale.quantize.calibrate import gather_statistics
 from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
 from jaxscale.sharding import place, place_quantized
 from pallas_kernels import QuantizedArray, quantize_array
@@ -165,6 +166,16 @@ def test_recipes_choose_by_path(rng):
     assert small["layers"]["mlp"]["w_down"] is params["layers"]["mlp"]["w_down"]
 
 
+def test_what_one_recipe_leaves_another_rounds(rng):
+    params, specs = make(CFG, rng), decoder.param_specs(CFG)
+    one, other = (Recipe(rules=((p, Rounding(format=f, group=32)),)) for p, f in (("mlp", "uint4"), ("attn", "int8")))
+    both = Recipe(rules=(*one.rules, *other.rules))
+    got = jaxscale.quantize(jaxscale.quantize(params, one, specs), other, specs)
+    want = jaxscale.quantize(params, both, specs)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_memory_is_counted_in_bits(rng):
     params = make(CFG, rng)
     small = jaxscale.quantize(params, "w4a16-g32", decoder.param_specs(CFG))
@@ -213,8 +224,10 @@ def test_bad_input(rng):
     with pytest.raises(ValueError, match=r"groups of 48 do not divide the 64 numbers .*use one of \[16, 32, 64\]"):
         jaxscale.quantize(params, "w4a16-g48", specs)
     small = jaxscale.quantize(params, "w8a16", specs)
-    with pytest.raises(ValueError, match="8 weights are quantized already, embed the first"):
+    with pytest.raises(ValueError, match=r"8 weights are quantized already, embed the first; .*\('embed', None\)"):
         jaxscale.quantize(small, "w4a16-g32", specs)
+    with pytest.raises(ValueError, match="7 weights are quantized already, layers/attn/wk the first"):
+        gather_statistics(small, specs, lambda p, x: forward(p, x, cfg=CFG), [tokens_of(rng)])
     with pytest.raises(ValueError, match=r"no rule of the recipe chooses a weight; .*layers/mlp/w_up"):
         jaxscale.quantize(params, Recipe(rules=(("norm", Rounding(format="int8")),)), specs)
     with pytest.raises(ValueError, match="awq needs a calibration set"):
