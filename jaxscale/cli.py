@@ -159,13 +159,13 @@ def _generate(args: list[str]) -> int:
     from jaxscale.generate import generate, stream_text
     from jaxscale.mesh import make_mesh
     from jaxscale.models.cache import CacheFormat
-    from jaxscale.quantize.recipe import parse_recipe
+    from jaxscale.quantize.recipe import to_nearest
 
     log = Console(stderr=True)
     if options.cache not in ("", *(known := get_args(CacheFormat))):
         raise ValueError(f"--cache {options.cache!r} is unknown; use one of {', '.join(known)}, or leave it out")
     if options.quantize not in ("", "stored"):
-        parse_recipe(options.quantize)
+        to_nearest(options.quantize)
     sizes = MeshConfig.parse(options.mesh)
     if not options.mesh:
         mesh = make_mesh(devices=jax.devices()[:1])
@@ -220,6 +220,12 @@ class ConvertOptions:
     """a text file to calibrate awq, gptq, smoothquant and fmpq with"""
     calibration_tokens: int = 8192
 
+    def __post_init__(self):
+        if self.calibration_tokens < 1:
+            raise ValueError(
+                f"calibration_tokens={self.calibration_tokens} must be at least 1; some thousand are usual"
+            )
+
 
 def _convert(args: list[str]) -> int:
     options = _parse(ConvertOptions, args, "jaxscale convert")
@@ -241,17 +247,14 @@ def _convert(args: list[str]) -> int:
 
 
 def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
-    import jax
     import jax.numpy as jnp
+    from rich.console import Console
+    from rich.progress import track
 
     from jaxscale.models import decoder
     from jaxscale.quantize.calibrate import gather_statistics, quantize_calibrated
     from jaxscale.quantize.recipe import parse_recipe
-    from pallas_kernels import QuantizedArray
 
-    quantized = lambda x: isinstance(x, QuantizedArray)
-    if any(map(quantized, jax.tree.leaves(model.params, is_leaf=quantized))):
-        raise ValueError(f"{options.model} is quantized already; {recipe} takes the model that it was made from")
     length = min(256, model.cfg.max_seq_len)
     ids = model.tokenizer.encode(Path(options.text).read_text("utf-8"))[: options.calibration_tokens]
     if len(ids) < length:
@@ -261,7 +264,11 @@ def _calibrated(model: Any, recipe: str, options: ConvertOptions) -> Any:
     batches = [jnp.asarray(ids[None, i : i + length]) for i in range(0, len(ids) - length + 1, length)]
     specs = decoder.param_specs(model.cfg)
     run = lambda params, tokens: decoder.forward(params, tokens, model.cfg, remat="full")
-    params = quantize_calibrated(model.params, recipe, specs, gather_statistics(model.params, specs, run, batches))
+    console = Console(stderr=True)
+    shown = track(batches, f"rows of {length} tokens", console=console, disable=not console.is_terminal)
+    statistics = gather_statistics(model.params, specs, run, shown)
+    with console.status(f"rounding to {recipe}"):
+        params = quantize_calibrated(model.params, recipe, specs, statistics)
     return dataclasses.replace(model, params=params, cache_format=parse_recipe(recipe).cache)
 
 
@@ -275,12 +282,13 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
     from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import LoadedModel, load_model
     from jaxscale.quantize.apply import quantize as round_to_nearest
-    from jaxscale.quantize.recipe import parse_recipe
+    from jaxscale.quantize.recipe import to_nearest
     from jaxscale.run import load_run
 
     if (Path(name) / "checkpoints").is_dir():
         if quantize == "stored":
             raise ValueError(f"{name} is no .gguf file to keep packed; name a recipe, as in w8a16")
+        recipe = to_nearest(quantize) if quantize else None
         first = jax.devices()[0]
         run = load_run(name, mesh or make_mesh(devices=[first]))
         # On a device alone: put on `first` itself, arrays would keep the mesh in their types.
@@ -289,8 +297,7 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
         stop = (control_token(run.tokenizer, END),) if chats else ()
         chat = chatml if chats else None
         model = LoadedModel(cfg=run.cfg, params=params, tokenizer=run.tokenizer, stop_tokens=stop, chat=chat)
-        if quantize:
-            recipe = parse_recipe(quantize)
+        if recipe is not None:
             small = round_to_nearest(params, recipe, param_specs(run.cfg))
             model = dataclasses.replace(model, params=small, cache_format=recipe.cache)
         return model

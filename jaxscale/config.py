@@ -557,6 +557,11 @@ class TrainConfig:
                 f"precision_skip={self.precision_skip!r} is no regular expression: {error}; "
                 f"to mean the characters themselves use {re.escape(self.precision_skip)}"
             ) from None
+        if self.precision_skip and not self.precision:
+            raise ValueError(
+                f"precision_skip={self.precision_skip!r} leaves weights out of a precision; name one, as in "
+                "precision='fp8'"
+            )
         if self.data.batch_size % self.accum_steps:
             raise ValueError(
                 f"batch_size={self.data.batch_size} is not divisible by accum_steps={self.accum_steps}; "

@@ -25,7 +25,7 @@ from jaxscale.models.decoder import param_specs
 from jaxscale.params import fallback_notes, param_shardings
 from jaxscale.quantize.apply import quantize as round_to_nearest
 from jaxscale.quantize.files import load_quantized, save_quantized
-from jaxscale.quantize.recipe import parse_recipe
+from jaxscale.quantize.recipe import to_nearest
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 QUANTIZED = "quantized.safetensors"  # of a directory that `save_model` writes
@@ -83,9 +83,11 @@ def load_model(
         GGUF file packed as they are.
 
     Raises:
-      ValueError: no such model, or one that the decoder cannot run.
+      ValueError: no such model, or one that the decoder cannot run; no such recipe, or one that needs a
+        calibration set.
       ConnectionError: a named model is not cached and cannot be fetched.
     """
+    recipe = None if quantize in (None, "stored") else to_nearest(quantize)  # before the model is read
     asked, dtype = dtype, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     path = _locate(name_or_path)
     if quantize == "stored" and path.suffix != ".gguf":
@@ -103,8 +105,7 @@ def load_model(
         model = _load_hf(path, mesh, rules, dtype)
     else:
         raise _unknown(path)
-    if quantize not in (None, "stored"):
-        recipe = parse_recipe(quantize)
+    if recipe is not None:
         params = round_to_nearest(model.params, recipe, param_specs(model.cfg), rules=rules)
         model = dataclasses.replace(model, params=params, cache_format=recipe.cache)
     return dataclasses.replace(model, notes=() if mesh is None else fallback_notes(param_specs(model.cfg), mesh, rules))
@@ -181,6 +182,8 @@ def _unknown(path: Path) -> ValueError:
 
 def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:
     about = _json(path / "quantized.json")
+    if not about:
+        raise ValueError(f"{path} has no quantized.json, which says what model it is; convert the model again")
     if "model" in about:
         cfg = from_dict(ModelConfig, about["model"])
     else:  # written before 2026-11-27
@@ -225,4 +228,7 @@ def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedM
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None

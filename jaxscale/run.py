@@ -164,7 +164,7 @@ def run(
                 console.print(
                     f"changed since the last checkpoint: {', '.join(changes)}", style="yellow", highlight=False
                 )
-            then = {name: then.get(name, getattr(cfg, name)) for name in ("precision", "precision_skip")}
+            then = {name: then.get(name, "") for name in ("precision", "precision_skip")}
             before = _precision(dataclasses.replace(cfg, **then))[1]
             state = levels.restore(abstract_train_state(specs, optimizer, mesh, rules, before))
             if jax.tree.structure(before) != jax.tree.structure(scales):

@@ -243,15 +243,15 @@ def _quantized(subscripts: str, x: jax.Array, w: QuantizedArray, preferred_eleme
 def place_quantized(w: QuantizedArray, spec: P, sizes: Any, *, rest: bool = False) -> QuantizedArray:
     """The PartitionSpecs of a QuantizedArray's parts, where the dense array that it stands for has `spec`.
 
-    Scales go with their values: a shard of values finds its own groups' scales beside it. A group that has values on
-    several shards is held by each of them.
+    Scales go with their values: a shard of values finds the scales of its own groups and tiles beside it. A scale of
+    whole dims is held by each device.
 
     Args:
       sizes: of the mesh axes.
-      rest: it is not computed with so: where shards begin inside of a group, every device holds all scales.
+      rest: it is not computed with so: where shards begin inside of a group or tile, every device holds all scales.
 
     Raises:
-      ValueError: shards that begin inside of a group.
+      ValueError: shards that begin inside of a group or tile.
     """
     entries = (*spec.partitions, *[None] * (w.ndim - len(spec.partitions)))
     stored = [entries[d] for d in w.order]
@@ -267,8 +267,15 @@ def place_quantized(w: QuantizedArray, spec: P, sizes: Any, *, rest: bool = Fals
             f"shape {w.shape} is contracted over K={K}, split {parts} ways into {K // parts}, inside of groups of "
             f"{w.group}; quantize in groups of {fits or 'fewer'}, one scale per channel, or use fewer devices along it"
         )
+    tiles = [(e, n, m) for e, n, m in zip(outputs, w.values.shape, w.scales.shape)]
+    for e, n, m in tiles:
+        if m > 1 and m % size(e) and not rest:
+            raise ValueError(
+                f"shape {w.shape} has outputs of {n}, split {size(e)} ways into {n // size(e)}, inside of tiles of "
+                f"{n // m}; give each output a scale of its own, or use fewer devices along it"
+            )
     along = first if aligned and G > 1 else None
-    scales = P(*(e if n == m else None for e, n, m in zip(outputs, w.values.shape, w.scales.shape)), along)
+    scales = P(*(e if m > 1 and m % size(e) == 0 else None for e, _, m in tiles), along)
     lead = 0 if w.inputs is None else w.inputs.ndim - 1
     return dataclasses.replace(
         w,

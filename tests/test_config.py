@@ -40,6 +40,10 @@ def model(**changes):
         (lambda: MeshConfig(fsdp=8).check_rows(7), r"batch_size=7 .* dp\*fsdp\*ep\*accum_steps=8; use 8 rows"),
         (lambda: MeshConfig(fsdp=4, dp=2).check_rows(18, 2), "accum_steps=16; use 16 or 32 rows"),
         (
+            lambda: TrainConfig(model=presets.tiny(), precision_skip="w_down"),
+            "precision_skip='w_down' leaves weights out of a precision; name one, as in precision='fp8'",
+        ),
+        (
             lambda: TrainConfig(model=presets.tiny(), precision_skip="w("),
             r"precision_skip='w\(' is no regular expression: missing \).*; .* use w\\\($",
         ),

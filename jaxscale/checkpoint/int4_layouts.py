@@ -28,6 +28,7 @@ def unpack_gguf(rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np
         raise ValueError(f"GGUF tensors of type {kind} are not kept packed; those that are: {', '.join(sizes)}")
     blocks = np.ascontiguousarray(rows).view(np.uint8).reshape(rows.shape[0], -1, sizes[kind])
     head = blocks[..., : 4 if kind == "Q4_1" else 2].copy().view(np.float16)
+    _check_finite(head)
     body = blocks[..., 2 * head.shape[-1] :]
     if kind == "Q8_0":
         values = body.view(np.int8)
@@ -122,6 +123,8 @@ def _parts(w: QuantizedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _unpack(words: np.ndarray, order: Sequence[int]) -> np.ndarray:
     """uint8 [rows, 8 n] of int32 words [rows, n]."""
+    if words.dtype != np.int32:
+        raise ValueError(f"eight numbers of 4 bits are a word in int32. Got {words.dtype}{list(words.shape)}")
     words = np.ascontiguousarray(words).view(np.uint32)
     out = np.empty((*words.shape, 8), np.uint8)
     for i, place in enumerate(order):
@@ -138,8 +141,17 @@ def _pack(q: np.ndarray, order: Sequence[int]) -> np.ndarray:
     return words.view(np.int32)
 
 
+def _check_finite(scales: np.ndarray) -> None:
+    if wrong := int((~np.isfinite(scales.astype(np.float32))).sum()):
+        raise ValueError(
+            f"{wrong} of {scales.size} scales and offsets are not finite: the file is damaged, or was made from "
+            "weights that hold nan or infinities"
+        )
+
+
 def _check_groups(shape: tuple[int, ...], scales: np.ndarray, qzeros: np.ndarray) -> None:
     N, K = shape
     G = scales.shape[0]
-    if scales.shape[1:] != (N,) or qzeros.shape != (G, N // 8) or K % G:
+    if scales.shape[1:] != (N,) or qzeros.shape != (G, N // 8) or G == 0 or K % G:
         raise ValueError(f"scales {scales.shape} and qzeros {qzeros.shape} do not fit a matrix of K={K}, N={N}")
+    _check_finite(scales)

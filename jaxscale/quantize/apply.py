@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxscale.params import ParamSpec, abstract_params, path_name
-from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
+from jaxscale.quantize.recipe import Recipe, Rounding, to_nearest
 from jaxscale.sharding import place, place_quantized
 from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
 from sharding_rules.resolve import resolve_spec
@@ -35,12 +36,7 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
       ValueError: weights that are quantized already or not finite, a rule that no weight obeys, groups that do not
         divide, shards inside of groups.
     """
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    if recipe.method != "rtn":
-        raise ValueError(
-            f"{recipe.method} needs a calibration set: jaxscale convert --text FILE, or "
-            "jaxscale.quantize.calibrate.quantize_calibrated"
-        )
+    recipe = to_nearest(recipe)
     chosen = select(params, recipe, specs)
 
     def round_one(path, spec, w):
@@ -55,19 +51,25 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
 
 def select(params: Any, recipe: Recipe, specs: Any) -> dict[str, Rounding]:
     """Path -> what the recipe says, for each weight that it rounds."""
-    named = {path_name(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
-    done = [path_name(p) for p, w in jax.tree.leaves_with_path(params, is_leaf=_quantized) if _quantized(w)]
-    if done:
-        raise ValueError(
-            f"{len(done)} weights are quantized already, {done[0]} the first; quantize the parameters that they were "
-            f"made from, or name it in a rule (pattern, None)"
-        )
-    matrices = list(filter(is_matrix, named))
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(specs)]
+    matrices = list(filter(is_matrix, names))
     chosen = {name: found for name in matrices if (found := recipe.rounding(name)) is not None}
     if not chosen:
         some = ", ".join(matrices) or "none"
         raise ValueError(f"no rule of the recipe chooses a weight; the weights that can be quantized are {some}")
+    require_dense(params, chosen)
     return chosen
+
+
+def require_dense(params: Any, names: Collection[str]) -> None:
+    """ValueError where weights of these names are quantized."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_quantized)
+    done = [name for path, w in leaves if _quantized(w) and (name := path_name(path)) in names]
+    if done:
+        raise ValueError(
+            f"{len(done)} weights are quantized already, {done[0]} the first; take the parameters that they were made "
+            f"from, or leave them out: a rule ({done[0]!r}, None)"
+        )
 
 
 def is_matrix(name: str) -> bool:
@@ -135,7 +137,7 @@ def abstract_quantized(
     Raises:
       ValueError: what `quantize` says against these shapes.
     """
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = to_nearest(recipe)
     params = abstract_params(specs, mesh, rules)
     chosen = select(params, recipe, specs)
 

@@ -26,6 +26,7 @@ from jaxscale.quantize.apply import (
     is_expert,
     is_matrix,
     on_its_mesh,
+    require_dense,
     require_finite,
     round_weight,
     select,
@@ -94,12 +95,15 @@ def gather_statistics(
       only: a regular expression that a path must hold.
 
     Raises:
-      ValueError: no batch; activations that are not finite; a weight that forward does not multiply by.
+      ValueError: no batch; weights that are quantized already; activations that are not finite; a weight that forward
+        does not multiply by.
     """
     paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(specs)]
     chosen = {
         name for name in paths if is_matrix(name) and "/" in name and not is_expert(name) and re.search(only, name)
     }
+
+    require_dense(params, chosen)
 
     def observed(statistics, params):
         wrap = lambda path, _, w: Observed(w, statistics[path_name(path)]) if path_name(path) in chosen else w
@@ -120,11 +124,12 @@ def gather_statistics(
             sums[path_name(path)] = Statistics(*(jnp.zeros((*lead, *s)) for s in ((K, K), (K,), (K,))))
     count = 0
     for tokens in batches:
-        sums, count = step(sums, params, tokens), count + tokens.size
+        sums = jax.block_until_ready(step(sums, params, tokens))  # a bar over the batches then tells the truth
+        count += tokens.size
     if count == 0:
         raise ValueError("the calibration set is empty; give at least one batch of tokens [B, T], some thousand in all")
     for name, s in sums.items():
-        if not bool(jnp.isfinite(s.top).all()):
+        if not bool(jnp.isfinite(s.total).all()):  # not s.top: XLA's max on CPUs drops nan
             raise ValueError(f"{name} met activations that are not finite in the calibration set; look at its batches")
         if not bool((s.top > 0).any()):
             raise ValueError(f"{name} met nothing in the calibration set: forward does not multiply by it")
@@ -283,7 +288,8 @@ def _with_inputs(w, scale, contraction, rounding: Rounding) -> QuantizedArray:
     inner = [w.shape[d] for d in contraction]
     shape = [n if d - w.ndim in contraction else 1 for d, n in enumerate(w.shape)]
     assert math.prod(inner) == scale.size
-    q = quantize_array(w * scale.reshape(shape), rounding.format, contraction=contraction, **_options(rounding))
+    scaled = w.astype(jnp.float32) * scale.reshape(shape)
+    q = quantize_array(scaled, rounding.format, contraction=contraction, **_options(rounding))
     return dataclasses.replace(q, inputs=1 / scale, activations=rounding.activations)
 
 

@@ -74,7 +74,7 @@ def smooth_keys(params: Any, specs: Any, statistics: Mapping[str, Statistics]) -
     def scale(path, _, w):
         if (factor := factors.get(path_name(path))) is None:
             return w
-        times = lambda w, factor: (w * jnp.expand_dims(factor, -3)).astype(w.dtype)
+        times = lambda w, factor: (w.astype(jnp.float32) * jnp.expand_dims(factor, -3)).astype(w.dtype)
         return _where_it_lies(times, w, factor)
 
     return jax.tree.map_with_path(scale, specs, params)

@@ -1,12 +1,13 @@
 """Quantized parameters in one safetensors file, two values of 4 bits to a byte, and back.
 
 An array `layers/mlp/w_up` is one tensor of that name; of a QuantizedArray each part is one, `layers/mlp/w_up.values`,
-`.scales`, ... The header's metadata, "quantized", says in JSON what the tensors do not: dtype and shape of values whose
-bytes are kept, contracted dims, unsigned, activations.
+`.scales`, ... The header's metadata says in JSON what the tensors do not: "quantized" dtype and shape of values whose
+bytes are kept, contracted dims, unsigned, activations; "crc32" that of each tensor's bytes.
 """
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxscale.checkpoint.ranks import write_safetensors
 from jaxscale.params import path_name
 from jaxscale.quantize.apply import bits_of
 from jaxscale.sharding import place
+from pallas_kernels.quantized_matmul.api import check_array
 from pallas_kernels.quantized_matmul.array import QuantizedArray
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
@@ -47,7 +49,8 @@ def save_quantized(params: Any, path: str | Path) -> None:
         for part in PARTS[1:]:
             if (x := getattr(w, part)) is not None:
                 tensors[f"{name}.{part}"] = np.ascontiguousarray(x)
-    write_safetensors(tensors, path, {"quantized": json.dumps(meta)})
+    sums = {name: _crc32(x) for name, x in tensors.items()}
+    write_safetensors(tensors, path, {"quantized": json.dumps(meta), "crc32": json.dumps(sums)})
 
 
 def load_quantized(path: str | Path, specs: Any, mesh: Mesh | None = None, rules: Rules = MEGATRON_FSDP) -> Any:
@@ -56,24 +59,28 @@ def load_quantized(path: str | Path, specs: Any, mesh: Mesh | None = None, rules
     Raises:
       ValueError: a damaged file, or parameters that are not those of specs.
     """
+    damaged = lambda why: ValueError(f"{path} is damaged: {why}; convert the model again")
     try:
         with safe_open(path, "np") as file:
-            meta = json.loads((file.metadata() or {}).get("quantized", "{}"))
+            about = file.metadata() or {}
+            meta, sums = (json.loads(about.get(key, "{}")) for key in ("quantized", "crc32"))
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged: {e}; convert the model again") from None
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise damaged(e) from None
+    for name, crc32 in sums.items():  # files written before 2026-11-28 have none
+        if name not in tensors or _crc32(tensors[name]) != crc32:
+            raise damaged(f"{name} is not what was written")
 
     def load(key, spec):
         name = path_name(key)
         if name in tensors:
             out = jnp.asarray(tensors[name])
         elif name in meta:
-            m = meta[name]
-            values = jnp.asarray(_values(tensors[f"{name}.values"], jnp.dtype(m["dtype"]), tuple(m["shape"])))
-            parts = {p: jnp.asarray(x) for p in PARTS[1:] if (x := tensors.get(f"{name}.{p}")) is not None}
-            about = {"contraction": tuple(m["contraction"]), "unsigned": m["unsigned"], "activations": m["activations"]}
-            out = QuantizedArray(values, **parts, **about)
+            try:
+                out = _quantized(name, meta[name], tensors)
+            except (KeyError, TypeError, ValueError) as e:
+                raise damaged(f"{name}: {e}") from None
         else:
             raise ValueError(f"{path} has no parameter {name}; is it a file of this configuration?")
         if out.shape != spec.shape:
@@ -82,6 +89,19 @@ def load_quantized(path: str | Path, specs: Any, mesh: Mesh | None = None, rules
 
     params = jax.tree.map_with_path(load, specs)
     return params if mesh is None else jax.device_put(params, place(params, specs, mesh, rules))
+
+
+def _quantized(name: str, about: dict[str, Any], tensors: dict[str, np.ndarray]) -> QuantizedArray:
+    values = jnp.asarray(_values(tensors[f"{name}.values"], jnp.dtype(about["dtype"]), tuple(about["shape"])))
+    parts = {p: jnp.asarray(x) for p in PARTS[1:] if (x := tensors.get(f"{name}.{p}")) is not None}
+    rest = {"contraction": tuple(about["contraction"]), "unsigned": about["unsigned"]}
+    out = QuantizedArray(values, **parts, **rest, activations=about["activations"])
+    check_array(name, out)
+    return out
+
+
+def _crc32(x: np.ndarray) -> int:
+    return zlib.crc32(x.reshape(-1).view(np.uint8))
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:

@@ -54,6 +54,21 @@ class Recipe:
         return None
 
 
+def to_nearest(recipe: Recipe | str) -> Recipe:
+    """A recipe, or the one of that name, that rounds to the nearest.
+
+    Raises:
+      ValueError: there is none, or its method needs a calibration set.
+    """
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    if recipe.method != "rtn":
+        raise ValueError(
+            f"{recipe.method} needs a calibration set: jaxscale convert --text FILE, or "
+            "jaxscale.quantize.calibrate.quantize_calibrated"
+        )
+    return recipe
+
+
 _NAME = re.compile(
     r"w(?P<w>4|8)a(?P<a>4|8|16)(kv(?P<kv>4|8))?(?P<fp8>-fp8)?(-g(?P<g>\d+))?(?P<sym>-sym)?"
     r"(-(?P<method>awq|gptq|smoothquant|fmpq))?"

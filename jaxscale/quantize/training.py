@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from jaxscale.params import path_name
 from jaxscale.quantize.apply import contraction_of, is_expert, is_matrix
+from jaxscale.quantize.apply import round_weight as round_to_nearest
 from jaxscale.quantize.delayed import HISTORY
 from jaxscale.quantize.fake import FakeQuantized
 from jaxscale.quantize.precision import PRECISIONS, Precision, compiler_options, parse_precision
@@ -45,7 +46,7 @@ def rounded(loss_fn: Callable[..., Any], specs: Any, precision: Precision | Reci
       specs: a tree of ParamSpec like params.
 
     Raises:
-      ValueError: no weight is named.
+      ValueError: no weight is named, or a recipe's groups do not divide one.
     """
     chosen = _select(specs, precision)
 
@@ -94,6 +95,10 @@ def _select(specs: Any, precision: Precision | Recipe) -> dict[str, Any]:
     matrices = [n for n in names if is_matrix(n) and not is_expert(n) and n not in ("embed", "head")]
     if isinstance(precision, Recipe):
         chosen = {n: found for n in matrices if (found := precision.rounding(n)) is not None}
+        for path, spec in jax.tree.leaves_with_path(specs):
+            if (name := path_name(path)) in chosen:  # said now, and not when the first step is traced
+                w = jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+                jax.eval_shape(functools.partial(round_to_nearest, spec, chosen[name], name), w)
     else:
         chosen = {n: precision for n in matrices if not (precision.skip and re.search(precision.skip, n))}
     if not chosen:

@@ -73,6 +73,8 @@ def decode_attention(
     arrays = q, k_pages, v_pages, page_table, lengths, k_scales, v_scales, sinks, first_page
     inputs, options = _check(Inputs(*arrays), window, soft_cap, scale)
     module, function = BACKENDS[_choose(inputs, options, implementation)]
+    if 0 in q.shape:
+        return jnp.zeros((*q.shape[:3], v_pages.shape[3]), q.dtype)
     return getattr(importlib.import_module(module), function)(unify_vma(inputs), options)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
+from pallas_kernels.quantize_rows.xla import held_as
 from pallas_kernels.quantized_matmul.array import Activations
 
 # In the order of preference. Each module has quantize_rows(x, groups, dtype, outliers), and
@@ -49,13 +50,16 @@ def quantize_rows(
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"quantize_rows: {groups} groups do not divide the K={x.shape[1]} numbers of a row")
     if dtype not in get_args(Activations) or (
-        outliers is not None and (dtype != "int4" or outliers.shape != (groups,))
+        outliers is not None and (dtype != "int4" or outliers.shape != (groups,) or outliers.dtype != jnp.bool)
     ):
-        shape = None if outliers is None else outliers.shape
+        found = None if outliers is None else f"{outliers.dtype}{list(outliers.shape)}"
         raise ValueError(
-            f"quantize_rows rounds to {get_args(Activations)}, outliers [{groups}] beside int4. Got {dtype}, {shape}"
+            f"quantize_rows rounds to {get_args(Activations)}, outliers bool[{groups}] beside int4. "
+            f"Got {dtype}, {found}"
         )
     backend = quantize_rows_implementation(x, groups, outliers, implementation=implementation)
+    if x.size == 0:
+        return jnp.zeros(x.shape, held_as(dtype)), jnp.zeros((x.shape[0], groups))
     if outliers is not None:
         x, outliers = unify_vma((x, outliers))
     return importlib.import_module(BACKENDS[backend]).quantize_rows(x, groups, dtype, outliers)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _dispatch
 from pallas_kernels.quantized_matmul.array import FORMATS, Activations
 
 
@@ -17,7 +18,10 @@ def quantize_rows(
     high: float | jax.Array = FORMATS[dtype][2]
     if outliers is not None:
         high = jnp.where(outliers, FORMATS["int8"][2], high)[None]
-    values, scales = round_rows(x.reshape(x.shape[0], groups, -1), held_as(dtype), high)
+    x_groups = x.reshape(x.shape[0], groups, -1)
+    values, scales = round_rows(x_groups, held_as(dtype), high)
+    if _dispatch.device_kind() == "cpu":  # where XLA's max drops nan
+        scales = jnp.where(jnp.isnan(x_groups).any(axis=-1), jnp.nan, scales)
     values = values.reshape(x.shape)
     # XLA drops a float that is made narrow and wide again: xla_allow_excess_precision, on by default.
     return values if values.dtype == jnp.int8 else jax.lax.optimization_barrier(values), scales

@@ -5,14 +5,13 @@ import functools
 import importlib
 import math
 import types
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
-from pallas_kernels.quantized_matmul.array import Activations, QuantizedArray
+from pallas_kernels.quantized_matmul.array import QuantizedArray, check_activations
 
 # In the order of preference. Each module has matmul(x [M, K], w, dtype) -> [M, N] for a w from `QuantizedArray.flat`
 # without `inputs`, and may have supported(x, w, dtype) -> None | reason.
@@ -26,7 +25,6 @@ BACKENDS = {
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _VALUES = (jnp.int4, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn)
-_ACTIVATIONS = (None, *get_args(Activations))
 
 
 def quantized_matmul(
@@ -134,11 +132,14 @@ def _choose(x, w, dtype, implementation: str | None) -> str:
 
 def _check(x, w: QuantizedArray, preferred_element_type):
     """Every check of the public function's input; the dtype of the output."""
-    if not isinstance(w, QuantizedArray):
-        raise ValueError(f"quantized_matmul takes a QuantizedArray as w. Got {type(w).__name__}; see quantize_array")
-    check_array(w)
+    check_array("quantized_matmul", w)
     inner = len(w.contraction)
     contracted = w.values.shape[w.ndim - inner :]
+    for name, part in (("inputs", w.inputs), ("outliers", w.outliers)):
+        if part is not None and len(part.shape) != 1:
+            raise ValueError(
+                f"quantized_matmul: {name} {part.shape} are those of several weights; scan or vmap over these"
+            )
     if tuple(x.shape[len(x.shape) - inner :]) != tuple(contracted) or len(x.shape) < inner:
         raise ValueError(
             f"quantized_matmul: x must end in the dims {tuple(contracted)} that w {w.shape} contracts. Got x {x.shape}"
@@ -153,8 +154,10 @@ def _check(x, w: QuantizedArray, preferred_element_type):
     return dtype
 
 
-def check_array(w: QuantizedArray) -> None:
+def check_array(op: str, w: QuantizedArray) -> None:
     """ValueError where a QuantizedArray's parts do not fit together; shapes and dtypes alone are looked at."""
+    if not isinstance(w, QuantizedArray):
+        raise ValueError(f"{op} takes a QuantizedArray. Got {type(w).__name__}; see quantize_array")
     inner = len(w.contraction)
     if not 1 <= inner < w.ndim or any(not -w.ndim <= d < 0 for d in w.contraction):
         raise ValueError(
@@ -164,8 +167,9 @@ def check_array(w: QuantizedArray) -> None:
         names = ", ".join(jnp.dtype(v).name for v in _VALUES)
         raise ValueError(f"values must be one of {names} (int4 where unsigned). Got {w.values.dtype}")
     outputs, K = w.values.shape[: w.ndim - inner], math.prod(w.values.shape[w.ndim - inner :])
-    fits = len(w.scales.shape) == len(outputs) + 1 and 0 not in w.scales.shape
-    if not fits or any(n % s for n, s in zip((*outputs, K), w.scales.shape)):
+    divides = lambda s, n: s == n or (s > 0 and n % s == 0)
+    fits = len(w.scales.shape) == len(outputs) + 1 and w.scales.shape[-1] > 0
+    if not fits or not all(map(divides, w.scales.shape, (*outputs, K))):
         raise ValueError(
             f"scales {w.scales.shape} do not divide the values' outputs and K, {(*outputs, K)}; give one scale per "
             f"channel {(*outputs, 1)} or a group size that divides K={K}"
@@ -174,12 +178,14 @@ def check_array(w: QuantizedArray) -> None:
         raise ValueError(f"offsets {w.offsets.shape} must have the shape of the scales {w.scales.shape}")
     if w.inputs is not None and w.inputs.shape[-1:] != (K,):
         raise ValueError(f"inputs {w.inputs.shape} must end in the K={K} numbers that the matmul contracts")
-    if w.activations not in _ACTIVATIONS:
-        raise ValueError(f"activations={w.activations!r} is unknown; use one of {_ACTIVATIONS}")
-    if w.activations in ("int8", "int4") and not jnp.issubdtype(w.values.dtype, jnp.integer):
-        raise ValueError(f"weights in {w.format} take activations in float8_e4m3fn, or None. Got {w.activations}")
-    if w.outliers is not None and (w.activations != "int4" or w.outliers.shape[-1:] != w.scales.shape[-1:]):
+    for name, part in (("scales", w.scales), ("offsets", w.offsets), ("inputs", w.inputs)):
+        if part is not None and not jnp.issubdtype(part.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating. Got {part.dtype}")
+    check_activations(w.format, w.activations)
+    if w.outliers is not None and (
+        w.activations != "int4" or w.outliers.shape[-1:] != w.scales.shape[-1:] or w.outliers.dtype != jnp.bool
+    ):
         raise ValueError(
-            f"outliers {w.outliers.shape} must end in the {w.scales.shape[-1]} groups, beside activations='int4'. "
-            f"Got activations={w.activations!r}"
+            f"outliers {w.outliers.dtype}{list(w.outliers.shape)} must be bool and end in the {w.scales.shape[-1]} "
+            f"groups, beside activations='int4'. Got activations={w.activations!r}"
         )

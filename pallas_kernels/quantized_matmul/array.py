@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -126,9 +126,9 @@ class QuantizedArray:
 
         K is a multiple of 32 (values of 4 bits) or 16, and so are groups; other kernels take it back.
         """
-        values = undo_order(self.values.reshape(-1, self.scales.shape[-1] * self.group)).reshape(self.values.shape)
         if self.interleaved:
             return self
+        values = undo_order(self.values.reshape(-1, self.scales.shape[-1] * self.group)).reshape(self.values.shape)
         offsets = self.effective_offsets()  # once, where each call would have to
         return dataclasses.replace(self, values=values, offsets=offsets, unsigned=False, interleaved=True)
 
@@ -194,23 +194,31 @@ def quantize_array(
 
     Args:
       w: floating, at least the contracted dims and one more.
-      contraction: its contracted dims, negative.
+      contraction: its contracted dims; what is kept are negative ones.
       group: how many numbers along them share a scale; None: all, one scale per channel.
       symmetric: without offsets; "uint4" is always with.
       scale_dtype: of scales and offsets. Values are rounded with what is left of them in it.
       activations: as in QuantizedArray.
 
     Raises:
-      ValueError: a group that does not divide, an unknown format, an asymmetric float format.
+      ValueError: a group that does not divide, an unknown format, an asymmetric float format, dims that w does not
+        have, or no number along them, activations that do not meet the format.
     """
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"quantize_array takes a floating array. Got {w.dtype}{list(w.shape)}")
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
     if not symmetric and format not in ("uint4", "int4", "int8"):
         raise ValueError(f"{format} is symmetric about zero; offsets are for int4, uint4 and int8")
+    check_activations(format, activations)
     contraction = tuple(sorted(d if d < 0 else d - w.ndim for d in contraction))
     contracted = [d + w.ndim for d in contraction]
+    if not 0 < len(set(contracted) & set(range(w.ndim))) == len(contracted) < w.ndim:
+        raise ValueError(f"contraction {contraction} must name some dims of {tuple(w.shape)}, and leave at least one")
     outputs = [d for d in range(w.ndim) if d not in contracted]
     K = math.prod(w.shape[d] for d in contracted)
+    if K == 0:
+        raise ValueError(f"an array {tuple(w.shape)} has no number along dims {contraction} to take a scale of")
     group = K if group is None else group
     if group < 1 or K % group:
         divisors = [g for g in (16, 32, 64, 128, 256) if K % g == 0]
@@ -229,15 +237,28 @@ def quantize_array(
     )
 
 
+def check_activations(format: str, activations: str | None) -> None:
+    """ValueError where weights in `format` are not multiplied by such activations."""
+    known = (None, *get_args(Activations))
+    if activations not in known:
+        raise ValueError(f"activations={activations!r} is unknown; use one of {known}")
+    if activations in ("int8", "int4") and "float" in format:
+        raise ValueError(f"weights in {format} take activations in float8_e4m3fn, or None. Got {activations}")
+
+
 def group_scales(
     groups: jax.Array, format: Format, symmetric: bool = True, scale_dtype=jnp.bfloat16
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Scales, and offsets of what is not symmetric, [...] for groups [..., group]: they span the group's numbers."""
+    """Scales, and offsets of what is not symmetric, [...] for groups [..., group]: they span the group's numbers.
+
+    Of a group with nan they are nan, of one with infinity not finite.
+    """
     _, low, high = FORMATS[format]
     top, bottom = groups.max(axis=-1), groups.min(axis=-1)
+    lost = jnp.where(jnp.isnan(groups).any(axis=-1), jnp.nan, 0.0)  # by XLA's max on CPUs, which drops nan
     if symmetric and format != "uint4":
-        return jnp.maximum(top / high, bottom / low).astype(scale_dtype), None
-    scales = (top - bottom) / (high - low)
+        return (jnp.maximum(top / high, bottom / low) + lost).astype(scale_dtype), None
+    scales = (top - bottom) / (high - low) + lost
     return scales.astype(scale_dtype), (bottom - low * scales).astype(scale_dtype)
 
 

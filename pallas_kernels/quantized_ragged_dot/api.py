@@ -120,7 +120,7 @@ def _choose(lhs, rhs: QuantizedArray, dtype, implementation: str | None) -> str:
 
 def _check(lhs, rhs: QuantizedArray, group_sizes, preferred_element_type):
     """Every check of the public function's input; the dtype of the output."""
-    check_array(rhs)
+    check_array("ragged_dot", rhs)
     takes = "a QuantizedArray [G,K,N] that contracts its dim -2"
     if rhs.contraction != (-2,):
         raise ValueError(f"ragged_dot takes {takes} as rhs. Got {rhs.shape}, contraction {rhs.contraction}")

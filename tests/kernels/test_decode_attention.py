@@ -273,6 +273,12 @@ def test_bad_input(change, message):
         decode_attention(**kwargs)
 
 
+def test_no_sequences():
+    q, pages = jnp.ones((0, 1, 4, 16)), jnp.ones((5, 16, 2, 16))
+    out = decode_attention(q, pages, pages, jnp.zeros((0, 3), jnp.int32), jnp.zeros(0, jnp.int32))
+    assert out.shape == q.shape and out.dtype == q.dtype
+
+
 def test_bad_dtypes():
     kwargs: dict[str, Any] = {
         "q": jnp.zeros((2, 1, 4, 16), jnp.bfloat16),

@@ -76,6 +76,16 @@ def test_what_is_not_finite_stays_seen(rng, name, bad):
     assert np.array_equal(np.isfinite(np.asarray(back)).all(axis=-1), [[True, True], [True, False], [True, True]])
 
 
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_one_nan_of_many_numbers_stays_seen(rng, dtype):
+    x = rng.normal(size=(64, 256)).astype(np.float32)
+    row, column = rng.integers(64), rng.integers(256)
+    x[row, column] = np.nan
+    scales = np.asarray(jax.jit(quantize_rows, static_argnums=(1, 2))(x, 4, dtype)[1])
+    assert np.argwhere(~np.isfinite(scales)).tolist() == [[row, column // 64]]
+
+
 def test_outliers_keep_8_bits(rng):
     x = jnp.asarray(rng.normal(size=(5, 96)), jnp.float32)
     outliers = jnp.asarray([False, True, False])
@@ -87,6 +97,13 @@ def test_outliers_keep_8_bits(rng):
     assert (tops == [7, 127, 7]).all()
     want = np.abs(np.asarray(x).reshape(5, 3, 32)).max(axis=-1) / [7, 127, 7]
     np.testing.assert_allclose(scales, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+def test_no_numbers(shape):
+    values, scales = quantize_rows(jnp.zeros(shape, jnp.bfloat16), 2, "int4")
+    assert (values.shape, values.dtype, scales.shape, scales.dtype) == (shape, jnp.int8, (shape[0], 2), jnp.float32)
+    assert (np.asarray(scales) == 0).all()
 
 
 def test_types_under_shard_map(rng):
@@ -106,7 +123,7 @@ def test_refused_calls_say_why(rng):
         quantize_rows(x, 5, "int8")
     with pytest.raises(ValueError, match=r"Got int32\[4, 96\]"):
         quantize_rows(x.astype(jnp.int32), 3, "int8")
-    with pytest.raises(ValueError, match=r"outliers \[3\] beside int4. Got int8, \(3,\)"):
+    with pytest.raises(ValueError, match=r"outliers bool\[3\] beside int4. Got int8, bool\[3\]"):
         quantize_rows(x, 3, "int8", jnp.ones(3, bool))
     with pytest.raises(NotImplementedError, match="compute capability"):
         quantize_rows(x, 3, "int8", implementation="triton")

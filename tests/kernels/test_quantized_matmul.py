@@ -171,16 +171,39 @@ def test_zeros_and_saturation(format):
     assert np.isfinite(np.asarray(out)).all() and (np.asarray(out)[1] == 0).all()
 
 
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_nan_is_not_lost(rng, format, dtype):
+    """Among as many numbers as XLA's maximum on CPUs, which drops it, takes at a time."""
+    w = rng.normal(size=(256, 64)).astype(np.float32)
+    k, n = rng.integers(256), rng.integers(64)
+    w[k, n] = np.nan
+    run = jax.jit(lambda w: quantize_array(w, format, group=64).scales.astype(jnp.float32))
+    scales = np.asarray(run(jnp.asarray(w, dtype)))
+    assert np.argwhere(~np.isfinite(scales)).tolist() == [[n, k // 64]]
+
+
 def test_which_backend_runs(rng):
     w = weight(rng, 64, 8)
     x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
     assert quantized_matmul_implementation(x, w) == "xla"
     assert list(BACKENDS)[-2:] == PORTABLE
-    assert quantized_matmul(jnp.zeros((0, 64), jnp.bfloat16), w).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("M", "N"), [(0, 8), (2, 0), (0, 0)])
+def test_no_rows_and_no_outputs(rng, M, N):
+    x = jnp.zeros((M, 64), jnp.bfloat16)
+    for options in ({}, {"activations": "int8"}, {"group": 32}):
+        out = quantized_matmul(x, weight(rng, 64, N, **options))
+        assert out.shape == (M, N) and out.dtype == jnp.bfloat16
 
 
 def test_integers_do_not_meet_floats(rng):
-    w = weight(rng, 64, 8, "float8_e4m3fn", activations="int8")
+    """Said where such a weight is made, and where one that was put together meets a matmul."""
+    with pytest.raises(ValueError, match=r"float8_e4m3fn.*int8"):
+        weight(rng, 64, 8, "float8_e4m3fn", activations="int8")
+    w = dataclasses.replace(weight(rng, 64, 8, "float8_e4m3fn"), activations="int8")
     with pytest.raises(ValueError, match=r"float8_e4m3fn.*int8"):
         quantized_matmul(jnp.ones((2, 64), jnp.float32), w)
 
@@ -193,6 +216,15 @@ def test_bad_input(rng):
         weight(rng, 64, 8, "int3")
     with pytest.raises(ValueError, match="symmetric about zero"):
         weight(rng, 64, 8, "float8_e5m2", symmetric=False)
+    with pytest.raises(ValueError, match="activations='int7' is unknown"):
+        weight(rng, 64, 8, activations="int7")
+    for contraction in ((), (-1, -1), (-2, 0), (-3,), (2,), (-2, -1)):
+        with pytest.raises(ValueError, match=r"must name some dims of \(64, 8\)"):
+            weight(rng, 64, 8, contraction=contraction)
+    with pytest.raises(ValueError, match=r"\(0, 8\) has no number along dims \(-2,\)"):
+        weight(rng, 0, 8)
+    with pytest.raises(ValueError, match=r"floating array. Got int32\[64, 8\]"):
+        quantize_array(jnp.ones((64, 8), jnp.int32), "int8")
     with pytest.raises(ValueError, match=r"must end in the dims \(64,\)"):
         quantized_matmul(jnp.ones((2, 32), jnp.float32), w)
     with pytest.raises(ValueError, match="takes a QuantizedArray"):
@@ -203,8 +235,15 @@ def test_bad_input(rng):
         quantized_matmul(x, dataclasses.replace(w, scales=jnp.ones((8, 3))))
     with pytest.raises(ValueError, match="unknown"):
         quantized_matmul(x, w, implementation="cuda")
-    with pytest.raises(ValueError, match=r"outliers \(2,\) must end in the 1 groups.*activations=None"):
+    with pytest.raises(ValueError, match=r"outliers bool\[2\] must be bool and end in the 1 groups.*activations=None"):
         quantized_matmul(x, dataclasses.replace(w, outliers=jnp.zeros(2, bool)))
+    with pytest.raises(ValueError, match=r"outliers float32\[1\] must be bool"):
+        quantized_matmul(x, dataclasses.replace(w, activations="int4", outliers=jnp.ones(1)))
+    for name, part in {"inputs": jnp.ones((3, 64)), "outliers": jnp.ones((3, 1), bool)}.items():
+        with pytest.raises(ValueError, match=rf"{name} \(3, \d+\) are those of several weights"):
+            quantized_matmul(x, dataclasses.replace(w, activations="int4", **{name: part}))
+    with pytest.raises(ValueError, match=r"scales must be floating\. Got int32"):
+        quantized_matmul(x, dataclasses.replace(w, scales=jnp.ones((8, 1), jnp.int32)))
     for name in set(BACKENDS) - set(PORTABLE):
         with pytest.raises(NotImplementedError, match=name):
             quantized_matmul(x, w, implementation=name)

@@ -235,6 +235,9 @@ def test_refused_calls_say_why(rng):
         ragged_dot(x, dataclasses.replace(w, inputs=jnp.ones(32)), sizes)
     with pytest.raises(ValueError, match="int32"):
         ragged_dot(x, w, jnp.asarray([4.0, 4.0]))
+    with pytest.raises(ValueError, match="at least one group"):
+        ragged_dot(x, matrices(rng, 0, 64, 8), jnp.zeros(0, jnp.int32))
+    assert ragged_dot(x, matrices(rng, 2, 64, 0), sizes).shape == (8, 0)
 
 
 @pytest.mark.parametrize("activations", [None, "float8_e4m3fn"])

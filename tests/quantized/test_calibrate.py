@@ -158,6 +158,33 @@ def test_a_model_is_quantized_with_its_calibration_set(rng, recipe):
     assert small["layers"]["mlp"]["w_up"].inputs.shape == (2, 64) and small["embed"].inputs is None
 
 
+def test_bfloat16_weights_are_rounded_as_the_same_numbers_in_float32(rng):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make(rng))
+    whole = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    statistics = gather_statistics(whole, SPECS, forward, batches_of(rng))
+    run = lambda params, recipe: quantize_calibrated(params, recipe, SPECS, statistics)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        run(half, "w4a16-g32-awq")["layers"]["mlp"],
+        run(whole, "w4a16-g32-awq")["layers"]["mlp"],
+    )
+    keys = [run(params, "w4a4kv4-g32-fmpq")["layers"]["attn"]["wk"].dequantize() for params in (half, whole)]
+    step = 2 / 15 * float(jnp.abs(keys[1]).max())  # scaled keys are bfloat16 again: a tie may go the other way
+    np.testing.assert_allclose(*keys, atol=1.1 * step)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_nan_is_not_lost(rng):
+    """One among many numbers, in a weight and in what then meets the next one."""
+    params: Any = make(rng)
+    up = params["layers"]["mlp"]["w_up"]
+    params["layers"]["mlp"]["w_up"] = up.at[1, rng.integers(up.shape[1]), rng.integers(up.shape[2])].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"layers/mlp/w_up: 1 of \d+ scales are not finite"):
+        jaxscale.quantize(params, "w4a16-g32", SPECS)
+    with pytest.raises(ValueError, match=r"layers/mlp/w_down met activations that are not finite"):
+        gather_statistics(params, SPECS, forward, batches_of(rng), only="w_down")
+
+
 def test_bad_input(rng):
     params: Any = make(rng)
     with pytest.raises(ValueError, match="the calibration set is empty; give at least one batch"):

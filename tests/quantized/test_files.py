@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import jaxscale
+from jaxscale.checkpoint.ranks import write_safetensors
 from jaxscale.cli import main
 from jaxscale.config import MoEConfig
 from jaxscale.mesh import make_mesh
@@ -46,8 +48,10 @@ def test_every_format_comes_back_bit_for_bit(rng, tmp_path, format):
     recipe = Recipe(rules=(("mlp/w_up", Rounding(format=format, group=32)),))
     small = jaxscale.quantize(params, recipe, SPECS)
     up = small["layers"]["mlp"]["w_up"]
-    more = {"inputs": jnp.ones((3, 64)), "outliers": jnp.asarray(rng.integers(2, size=(3, 2)), bool)}
-    small["layers"]["mlp"]["w_up"] = dataclasses.replace(up, activations="int4", **more)
+    more: dict = {"inputs": jnp.ones((3, 64)), "activations": "float8_e4m3fn"}
+    if "float" not in format:
+        more |= {"outliers": jnp.asarray(rng.integers(2, size=(3, 2)), bool), "activations": "int4"}
+    small["layers"]["mlp"]["w_up"] = dataclasses.replace(up, **more)
     save_quantized(small, tmp_path / "w.safetensors")
     back = load_quantized(tmp_path / "w.safetensors", SPECS)
     assert jax.tree.structure(back) == jax.tree.structure(small)
@@ -70,9 +74,38 @@ def test_a_file_goes_into_shards_and_damage_is_noticed(rng, tmp_path):
     other = decoder.param_specs(dataclasses.replace(CFG, mlp_dim=64))
     with pytest.raises(ValueError, match=r"w_down has shape \(3, 96, 64\) but the configuration says \(3, 64, 64\)"):
         load_quantized(path, other)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is damaged"):
-        load_quantized(path, SPECS)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[rng.integers(len(whole) - 10_000, len(whole))] ^= 1 << rng.integers(8)
+    for data in (whole[:1000], whole[:-1], bytes(flipped)):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is damaged"):
+            load_quantized(path, SPECS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, about: tensors.pop("embed.values"),
+        lambda tensors, about: tensors.pop("embed.scales"),
+        lambda tensors, about: tensors.update({"embed.scales": tensors["embed.scales"][:, :1].repeat(3, axis=1)}),
+        lambda tensors, about: about.update(dtype="int3"),
+        lambda tensors, about: about.update(dtype="int8"),
+        lambda tensors, about: about.update(activations="int3"),
+        lambda tensors, about: about.pop("unsigned"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_noticed(rng, tmp_path, change):
+    """In a file without checksums, as they were before there were any."""
+    params = init_params(jax.random.key(int(rng.integers(1 << 30))), SPECS)
+    save_quantized(jaxscale.quantize(params, "w4a16-g32", SPECS), tmp_path / "w")
+    with safe_open(tmp_path / "w", "np") as file:
+        about = json.loads(file.metadata()["quantized"])
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    change(tensors, about["embed"])
+    write_safetensors(tensors, tmp_path / "w", {"quantized": json.dumps(about)})
+    with pytest.raises(ValueError, match="is damaged: embed: "):
+        load_quantized(tmp_path / "w", SPECS)
 
 
 def test_convert_then_generate(rng, tmp_path, monkeypatch):
@@ -116,11 +149,31 @@ def test_convert_then_generate(rng, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="is not empty"):
         save_model(model, tmp_path / "packed")
+    about = tmp_path / "experts" / "quantized.json"
+    about.write_text(about.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"quantized\.json is damaged"):
+        load_model(tmp_path / "experts")
+    about.unlink()
+    with pytest.raises(ValueError, match=r"has no quantized\.json"):
+        load_model(tmp_path / "experts")
     with pytest.raises(ValueError, match="quantized already"):
         load_model(tmp_path / "packed", quantize="w8a16")
     with pytest.raises(ValueError, match=r"no \.gguf file to keep packed"):
         load_model(tmp_path / "packed", quantize="stored")
-    assert main(["convert", "--model", str(source), "--quantize", "w4a16-g32-awq", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_recipes_that_cannot_be_are_refused_before_the_model_is_read(capsys):
+    for args, message in [
+        ("generate --quantize w4a16-g32-awq", "awq needs a calibration set: jaxscale convert --text FILE"),
+        ("generate --quantize w4a16-g32-aqw", "no recipe 'w4a16-g32-aqw'"),
+        ("convert --quantize w4a16-g32-awq --out x", "awq needs a calibration set: --text FILE"),
+        ("convert --quantize w4a16-g32-awq --out x --text README.md --calibration-tokens -5", "must be at least 1"),
+    ]:
+        command, *options = args.split()
+        assert main([command, "--model", "there is none", *options]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="awq needs a calibration set"):
+        load_model("there is none", quantize="w4a16-g32-awq")
 
 
 def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
@@ -152,7 +205,7 @@ def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
     capsys.readouterr()
     new = ("--out", tmp_path / "new")
     for args, message in [
-        (("--model", small, *awq, *new), "is quantized already"),
+        (("--model", small, *awq, *new), "are quantized already"),
         (("--model", run, *awq, "--out", small), "is not empty"),
         (("--model", run, *awq, "--calibration-tokens", "5", *new), "5 tokens of"),
         (("--model", run, "--quantize", "stored", *new), "is no .gguf file to keep packed"),

@@ -108,10 +108,11 @@ def words(q, zeros, order, less):
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
 def test_words_of_gptq_and_awq(rng, kind):
     K, N, group = 64, 16, 32
-    q = rng.integers(0, 16, size=(K, N))
-    zeros = rng.integers(1, 16, size=(K // group, N))
-    scales = rng.uniform(0.01, 1, size=(K // group, N)).astype(np.float16)
     order, less = (range(8), 1) if kind == "gptq" else ([0, 2, 4, 6, 1, 3, 5, 7], 0)
+    q = rng.integers(0, 16, size=(K, N))
+    zeros = rng.integers(less, 16 + less, size=(K // group, N))
+    zeros[:, :2] = less, 15 + less
+    scales = rng.uniform(0.01, 1, size=(K // group, N)).astype(np.float16)
     qweight, qzeros = words(q, zeros, order, less)
     w = (
         import_gptq(qweight, qzeros, scales, np.arange(K) // group)
@@ -139,3 +140,12 @@ def test_layouts_refuse_what_they_cannot_hold(rng):
         import_gptq(**parts | {"g_idx": parts["g_idx"][::-1] + np.arange(64, dtype=np.int32) % 2})
     with pytest.raises(ValueError, match=r"scales \(1, 8\)"):
         import_awq(parts["qweight"].T, parts["qzeros"], parts["scales"][:, :8])
+    with pytest.raises(ValueError, match=r"a word in int32\. Got int64\[16, 8\]"):
+        import_gptq(**parts | {"qweight": parts["qweight"].astype(np.int64)})
+    parts["scales"][0, 3] = np.nan
+    with pytest.raises(ValueError, match="1 of 16 scales and offsets are not finite"):
+        import_gptq(**parts)
+    q4_1 = np.zeros((2, 20), np.uint8)
+    q4_1[1, 2:4] = 0, 0x7C  # an infinite offset
+    with pytest.raises(ValueError, match="1 of 4 scales and offsets are not finite"):
+        unpack_gguf(q4_1, "Q4_1")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxscale
 from jaxscale.config import ModelConfig
@@ -15,8 +16,10 @@ from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params, path_name
 from jaxscale.quantize.apply import contraction_of, num_bytes, summary
+from jaxscale.quantize.calibrate import gather_statistics
 from jaxscale.quantize.recipe import Recipe, Rounding, parse_recipe
-from pallas_kernels import QuantizedArray
+from jaxscale.sharding import place, place_quantized
+from pallas_kernels import QuantizedArray, quantize_array
 from sharding_rules.rules import MEGATRON_FSDP
 
 CFG = ModelConfig(
@@ -109,6 +112,33 @@ def test_a_mesh_computes_what_one_device_does(rng, mesh, recipe):
         assert generate(one, cfg, prompts, max_new_tokens=4, mesh=mesh) == want
 
 
+@pytest.mark.parametrize("tile", [(16, 16), (8, 32), (64, 16), (32, 64)])
+def test_scales_of_tiles_go_with_their_values(rng, tile):
+    """One scale for some outputs and inputs, as float8 files of others have: over tp each device finds its own."""
+    params, tokens = jaxscale.quantize(make(CFG, rng), "w8a16", decoder.param_specs(CFG)), tokens_of(rng)
+    mlp = params["layers"]["mlp"]
+    for name in ("w_gate", "w_up", "w_down"):
+        L, N, K = mlp[name].values.shape
+        scales = rng.uniform(0.001, 0.01, size=(L, N // tile[0], K // tile[1]))
+        mlp[name] = dataclasses.replace(mlp[name], scales=jnp.asarray(scales, jnp.float32))
+    want = np.asarray(forward(params, tokens, cfg=CFG))
+    for sizes in ({"tp": 2}, {"fsdp": 2, "tp": 2}, {"fsdp": 4}):
+        mesh = make_mesh(devices=jax.devices()[: int(np.prod([*sizes.values()]))], **sizes)
+        there = jax.device_put(params, place(params, decoder.param_specs(CFG), mesh, MEGATRON_FSDP))
+        with jax.set_mesh(mesh):
+            got = np.asarray(forward(there, tokens, cfg=CFG))
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_shards_inside_of_tiles_are_refused(rng):
+    w = quantize_array(jnp.asarray(rng.normal(size=(64, 96)), jnp.float32), "int8")
+    w = dataclasses.replace(w, scales=jnp.ones((3, 1)))
+    assert place_quantized(w, P(None, "tp"), {"tp": 3}).scales == P("tp", None)
+    with pytest.raises(ValueError, match="outputs of 96, split 2 ways into 48, inside of tiles of 32"):
+        place_quantized(w, P(None, "tp"), {"tp": 2})
+    assert place_quantized(w, P(None, "tp"), {"tp": 2}, rest=True).scales == P(None, None)
+
+
 def test_gradients_reach_what_is_not_quantized(rng):
     params, tokens = make(CFG, rng), tokens_of(rng)
     small = jaxscale.quantize(params, "w8a16", decoder.param_specs(CFG))
@@ -134,6 +164,16 @@ def test_recipes_choose_by_path(rng):
     }
     assert formats == {"layers/mlp/w_gate": "int4", "layers/mlp/w_up": "int4", "layers/attn/wq": "int8"}
     assert small["layers"]["mlp"]["w_down"] is params["layers"]["mlp"]["w_down"]
+
+
+def test_what_one_recipe_leaves_another_rounds(rng):
+    params, specs = make(CFG, rng), decoder.param_specs(CFG)
+    one, other = (Recipe(rules=((p, Rounding(format=f, group=32)),)) for p, f in (("mlp", "uint4"), ("attn", "int8")))
+    both = Recipe(rules=(*one.rules, *other.rules))
+    got = jaxscale.quantize(jaxscale.quantize(params, one, specs), other, specs)
+    want = jaxscale.quantize(params, both, specs)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_memory_is_counted_in_bits(rng):
@@ -184,8 +224,10 @@ def test_bad_input(rng):
     with pytest.raises(ValueError, match=r"groups of 48 do not divide the 64 numbers .*use one of \[16, 32, 64\]"):
         jaxscale.quantize(params, "w4a16-g48", specs)
     small = jaxscale.quantize(params, "w8a16", specs)
-    with pytest.raises(ValueError, match="8 weights are quantized already, embed the first"):
+    with pytest.raises(ValueError, match=r"8 weights are quantized already, embed the first; .*\('embed', None\)"):
         jaxscale.quantize(small, "w4a16-g32", specs)
+    with pytest.raises(ValueError, match="7 weights are quantized already, layers/attn/wk the first"):
+        gather_statistics(small, specs, lambda p, x: forward(p, x, cfg=CFG), [tokens_of(rng)])
     with pytest.raises(ValueError, match=r"no rule of the recipe chooses a weight; .*layers/mlp/w_up"):
         jaxscale.quantize(params, Recipe(rules=(("norm", Rounding(format="int8")),)), specs)
     with pytest.raises(ValueError, match="awq needs a calibration set"):

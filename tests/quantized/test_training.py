@@ -282,6 +282,8 @@ def test_layers_opt_out():
     )
     with pytest.raises(ValueError, match=r"leaves every weight as it is; .*layers/attn/wq"):
         rounded(loss, SPECS, parse_precision("fp8", "w"))
+    with pytest.raises(ValueError, match="layers/attn/wk: groups of 48 do not divide the 32 numbers"):
+        rounded(loss, SPECS, parse_precision("w4a16-g48"))
     with pytest.raises(ValueError, match="no precision 'fp7': use fp8, fp8-current, int8, or a recipe"):
         parse_precision("fp7")
     with pytest.raises(ValueError, match="use int8 for all or float8 for all"):

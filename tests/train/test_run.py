@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import struct
+import types
 from pathlib import Path
 
 import jax
@@ -122,11 +123,14 @@ def test_a_finished_run_loads_anywhere(config):
     np.testing.assert_allclose(logits[2], logits[0], atol=1e-5)
 
 
-def test_a_run_goes_on_as_something_else_or_is_refused(config):
+def test_a_run_goes_on_as_something_else_or_is_refused(config, monkeypatch):
     """Another model or tokenizer and rows that do not fit are refused and change nothing; another batch size goes on at
     the row where the data stood, another precision with the same optimizer state."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1), eval_every=100)
-    run(dataclasses.replace(config, steps=3), console=quiet())
+    with monkeypatch.context() as patch:  # a run that was begun before configurations had a precision
+        asdict = lambda cfg: {k: v for k, v in dataclasses.asdict(cfg).items() if "precision" not in k}
+        patch.setattr("jaxscale.run.dataclasses", types.SimpleNamespace(asdict=asdict, replace=dataclasses.replace))
+        run(dataclasses.replace(config, steps=3), console=quiet())
     written = (_path(config) / "config.json").read_text()
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_dim=128))
     with pytest.raises(ValueError, match=r"w_up(.|\n)*64(.|\n)*128|w_up(.|\n)*128(.|\n)*64"):
