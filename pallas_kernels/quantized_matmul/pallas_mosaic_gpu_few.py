@@ -34,6 +34,7 @@ _UNIT = 64  # rows of a wgmma
 _SM_COUNT = 132  # of an H100 or H200 SXM
 _PART = 64  # rows of x at a time
 _MOST = 192  # rows of x: XLA, which dequantizes in memory, takes as long as four or five parts
+OVERLAP = False
 _MOST_CHANNELS = 64  # for 8 bits with scales of channels, which XLA widens on the way
 
 
@@ -144,6 +145,8 @@ def tuned(tokens: int, bits: int) -> Config:
 def tuned_gate(tokens: int, bits: int) -> Config:
     """As `tuned`, for tiles of 64 rows of the gate and 64 of what it multiplies."""
     del bits
+    if tokens <= 16:
+        return Config(rows=2, depth=2, stages=3)
     return Config(rows=2, depth=1, stages=4 if tokens <= 32 else 3)
 
 
@@ -236,7 +239,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
         (squares_ref,) = take(1) if norm else (None,)
         add_ref, weight_ref = take(2) if add else (None, None)
         out_refs = take(3 if add else 1)
-        w_smem, x_smem, sum_smem, out_smem, norm_smem, stage_smem, full, free, done, read, near = refs
+        w_smem, x_smem, sum_smem, out_smem, norm_smem, full, free, done, read, near = refs
         wg = lax.axis_index("wg")
         start = lax.axis_index("block") * share
         end = jnp.minimum(start + share, total)
@@ -310,15 +313,32 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                     out = jnp.where(part == h, total[:, h * T : (h + 1) * T], out)
                 return out
 
-            def finish(t, total):
+            def hand_on(total):
+                if add:
+                    some = plgpu.layout_cast(picked(total), plgpu.Layout.WGMMA_TRANSPOSED)
+                    sum_smem.at[wg].transpose((1, 0))[...] = some
+                else:
+                    sum_smem[wg - leaders] = total
+
+            def sum_of_rows():
+                """[T, out_width]: of all warpgroups, and of the parts of K that neighbouring rows of w are."""
+                shape, out = (T, out_width, split), None
+                for d in range(c.depth):
+                    if interpreted:  # which does not take a reshaped reference
+                        more = sum_smem[d].reshape(shape)
+                    else:
+                        more = plgpu.load(sum_smem.at[d].reshape(shape), layout=form, optimized=False)
+                    out = more if out is None else out + more
+                return out.sum(axis=2)
+
+            def finish(t, total, weight):
                 """Stores the sums of all warpgroups: of the whole tile, or a part."""
-                total = picked(total) if split > 1 else total
                 if givers:
 
                     @pl.when(wg >= leaders)
                     def _():
                         pl.when(t > tile_of(start))(lambda: plgpu.barrier_wait(read.at[leader]))
-                        sum_smem[wg - leaders] = total
+                        hand_on(total)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(done.at[leader])
 
@@ -332,9 +352,12 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                             out = more if out is None else out + more
                         return out
 
+                    if add:
+                        hand_on(total)
+                        plgpu.commit_smem()
                     if givers:
                         plgpu.barrier_wait(done.at[leader])
-                    out = given(total, leader)
+                    out = sum_of_rows() if add else given(total, leader)
                     second = given(None, 1) if gate else None
                     if givers:
                         pl.when(t < tile_of(end - 1))(lambda: plgpu.barrier_arrive(read.at[leader]))
@@ -347,7 +370,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                         out, second = rounded(out), rounded(second)
                         out = out / (1.0 + jnp.exp(-out)) * second
                     if add:
-                        return store_added(t, out)
+                        return store_added(t, out, weight)
                     part = lax.axis_index("block") - lax.div(t * steps, jnp.int32(share))
                     # The tile's last block fills the parts that other tiles have and this one has not.
                     beyond = jnp.where((t + 1) * steps <= end, parts, part + 1)
@@ -372,22 +395,13 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
             def place_of(t):
                 return pl.ds(pl.multiple_of(t * out_width, out_width), out_width)
 
-            def store_added(t, out):
-                stage_smem.transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.commit_smem()
-                shape = T, out_width, split
-                if interpreted:  # which does not take a reshaped reference
-                    out = stage_smem[...].reshape(shape)
-                else:
-                    out = plgpu.load(stage_smem.reshape(shape), layout=form, optimized=False)
-                out = out.sum(axis=2)
+            def store_added(t, out, weight):
                 plgpu.barrier_wait(near)
                 before = plgpu.load(out_smem.at[0], layout=form.reduce(2), optimized=False).astype(jnp.float32)
                 # Rounded as a matmul's output is, and as the residual stream is.
                 out = (before + out.astype(dtype).astype(jnp.float32)).astype(dtype)
                 out_smem.at[0][...] = out
                 out = out.astype(jnp.float32)
-                weight = plgpu.load(weight_ref.at[place_of(t)], layout=form.reduce(2).reduce(0), optimized=False)
                 weight = lax.broadcast_in_dim(weight.astype(jnp.float32) + add.offset, out.shape, [1])
                 out_smem.at[1][...] = (out * weight).astype(dtype)
                 out_refs[2].at[:, t][...] = (out * out).sum(axis=1)
@@ -398,16 +412,20 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
 
             def of_tile(t, now):
                 zero = plgpu.layout_cast(jnp.zeros((_UNIT, columns), jnp.float32), plgpu.Layout.WGMMA)
+                weight = None
                 if add:
                     ask = lambda: plgpu.copy_gmem_to_smem(add_ref.at[everything, place_of(t)], out_smem.at[0], near)
                     pl.when(wg == 0)(ask)
+                    weight = plgpu.load(weight_ref.at[place_of(t)], layout=form.reduce(2).reduce(0), optimized=False)
                 if Gs == 1:
                     now = factors(t * steps)
                 upto = jnp.minimum((t + 1) * steps, end)
                 total, now = lax.fori_loop(turns(d, jnp.maximum(t * steps, start)), turns(d, upto), body, (zero, now))
-                finish(t, scaled(total, now[0][0]) if Gs == 1 else total)
+                finish(t, scaled(total, now[0][0]) if Gs == 1 else total, weight)
                 return now
 
+            if OVERLAP:
+                pl.when(wg < leaders)(plgpu.griddepcontrol_wait)
             if norm:
 
                 @pl.when(wg < leaders)
@@ -422,26 +440,45 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
         def _feed():
             _set_registers(c, False)
 
+            def ask_w(i, d):
+                here, slot = start + d + i * c.depth, _slot(i, c)
+                k = lax.rem(here, jnp.int32(steps))
+                for rows, some in wanted(tile_of(here)):
+                    if ahead:
+                        prefetch = lambda rows=rows: plgpu.async_prefetch(factor_refs[0].at[rows])
+                        pl.when((k == 0) | (here == start))(prefetch)
+                    at = pl.ds(pl.multiple_of(k * step, step), step)
+                    plgpu.copy_gmem_to_smem(w_ref.at[rows, at], w_smem.at[d, slot, some], full.at[d, slot])
+
+            def ask_x(i, d):
+                slot, k = _slot(i, c), lax.rem(start + d + i * c.depth, jnp.int32(steps)) * step
+                for h in range(split):
+                    at = pl.ds(pl.multiple_of(h * (K // split) + k, step), step)
+                    some = x_smem.at[d, slot, pl.ds(h * T, T)]
+                    plgpu.copy_gmem_to_smem(x_ref.at[everything, at], some, full.at[d, slot])
+
+            if OVERLAP:
+                plgpu.griddepcontrol_launch_dependents()
+
+                @pl.loop(0, jnp.minimum(turns(0, end), c.stages))
+                def _(i):
+                    for d in range(c.depth):
+                        pl.when(i < turns(d, end))(lambda d=d: ask_w(i, d))
+
+                plgpu.griddepcontrol_wait()
+
             @pl.loop(0, turns(0, end))
             def _(i):
-                slot = _slot(i, c)
                 for d in range(c.depth):
 
                     @pl.when(i < turns(d, end))
                     def _(d=d):
-                        pl.when(i >= c.stages)(lambda: plgpu.barrier_wait(free.at[d, slot]))
-                        here = start + d + i * c.depth
-                        k = lax.rem(here, jnp.int32(steps))
-                        for rows, some in wanted(tile_of(here)):
-                            if ahead:
-                                prefetch = lambda rows=rows: plgpu.async_prefetch(factor_refs[0].at[rows])
-                                pl.when((k == 0) | (here == start))(prefetch)
-                            at = pl.ds(pl.multiple_of(k * step, step), step)
-                            plgpu.copy_gmem_to_smem(w_ref.at[rows, at], w_smem.at[d, slot, some], full.at[d, slot])
-                        for h in range(split):
-                            at = pl.ds(pl.multiple_of(h * (K // split) + k * step, step), step)
-                            some = x_smem.at[d, slot, pl.ds(h * T, T)]
-                            plgpu.copy_gmem_to_smem(x_ref.at[everything, at], some, full.at[d, slot])
+                        pl.when(i >= c.stages)(lambda: plgpu.barrier_wait(free.at[d, _slot(i, c)]))
+                        if OVERLAP:
+                            pl.when(i >= c.stages)(lambda: ask_w(i, d))
+                        else:
+                            ask_w(i, d)
+                        ask_x(i, d)
 
             for d in range(c.depth):  # all slots are free before the block ends
 
@@ -461,10 +498,9 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
         scratch_types=(
             tiled((c.depth, c.stages, tile, step), w.values.dtype, width),
             tiled((c.depth, c.stages, columns, step), jnp.bfloat16, min(2 * piece, 128)),
-            plgpu.SMEM((givers, _UNIT, T) if givers else (1, 1, 1), jnp.float32),
+            plgpu.SMEM((c.depth, T, _UNIT) if add else (givers, _UNIT, T) if givers else (1, 1, 1), jnp.float32),
             plgpu.SMEM((2, T, out_width) if add else (leaders, wide, _UNIT), out_dtype),
             plgpu.SMEM((leaders, T) if norm else (1, 1), jnp.float32),
-            plgpu.SMEM((T, _UNIT) if add else (1, 1), jnp.float32),
             plgpu.Barrier(num_arrivals=split + (2 if gate else 1), num_barriers=(c.depth, c.stages)),
             plgpu.Barrier(num_arrivals=c.rows, num_barriers=(c.depth, c.stages)),
             plgpu.Barrier(num_arrivals=max(givers // leaders, 1), num_barriers=leaders),
