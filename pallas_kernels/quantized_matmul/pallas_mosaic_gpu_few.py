@@ -228,6 +228,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
     givers = c.rows * c.depth - leaders
     ahead = Gs > 1 and Gs <= 256 and Gs * w.scales.dtype.itemsize % 16 == 0
     out_width = _UNIT // split
+    eps, offset = norm.eps if norm else 0.0, add.offset if add else 0.0
     form = _rows_layout(out_width, split)  # of the rows of a tile's results
     assert not gate or (c.rows == 2 and N % tile == 0)
     assert not add or (c.rows == 1 and N * split % tile == 0)
@@ -236,8 +237,8 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
         refs = iter(refs)
         take = lambda n: [next(refs) for _ in range(n)]
         (x_ref, w_ref), factor_refs = take(2), take(len(padded))
-        (squares_ref,) = take(1) if norm else (None,)
-        add_ref, weight_ref = take(2) if add else (None, None)
+        squares_ref: Any = next(refs) if norm else None
+        add_ref, weight_ref = take(2) if add else (w_ref, w_ref)
         out_refs = take(3 if add else 1)
         w_smem, x_smem, sum_smem, out_smem, norm_smem, full, free, done, read, near = refs
         wg = lax.axis_index("wg")
@@ -252,12 +253,9 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
 
         def own(t, r):
             """The rows of w that are the r-th warpgroups' of a tile: with a gate, the first half's or the second's."""
-            return pl.ds(
-                r * (N // 2) + pl.multiple_of(t * _UNIT, _UNIT)
-                if gate
-                else pl.multiple_of(t * tile + r * _UNIT, _UNIT),
-                _UNIT,
-            )
+            if gate:
+                return pl.ds(r * (N // 2) + pl.multiple_of(t * _UNIT, _UNIT), _UNIT)
+            return pl.ds(pl.multiple_of(t * tile + r * _UNIT, _UNIT), _UNIT)
 
         def wanted(t):
             """Rows of w, and where they go in a tile: from two places where there is a gate."""
@@ -322,14 +320,14 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
 
             def sum_of_rows():
                 """[T, out_width]: of all warpgroups, and of the parts of K that neighbouring rows of w are."""
-                shape, out = (T, out_width, split), None
-                for d in range(c.depth):
+
+                def of(d):
+                    shape = T, out_width, split
                     if interpreted:  # which does not take a reshaped reference
-                        more = sum_smem[d].reshape(shape)
-                    else:
-                        more = plgpu.load(sum_smem.at[d].reshape(shape), layout=form, optimized=False)
-                    out = more if out is None else out + more
-                return out.sum(axis=2)
+                        return sum_smem[d].reshape(shape)
+                    return plgpu.load(sum_smem.at[d].reshape(shape), layout=form, optimized=False)
+
+                return sum((of(d) for d in range(1, c.depth)), start=of(0)).sum(axis=2)
 
             def finish(t, total, weight):
                 """Stores the sums of all warpgroups: of the whole tile, or a part."""
@@ -344,33 +342,30 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
 
                 @pl.when(wg < leaders)
                 def _():
-                    def given(out, r):
-                        """The sum of the r-th warpgroups, out or nothing of it being here."""
-                        for depth in range(0 if out is None else 1, c.depth):
-                            at = sum_smem.at[depth * c.rows + r - leaders]
-                            more = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
-                            out = more if out is None else out + more
-                        return out
+                    def given(depth, r):
+                        at = sum_smem.at[depth * c.rows + r - leaders]
+                        return plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
 
                     if add:
                         hand_on(total)
                         plgpu.commit_smem()
                     if givers:
                         plgpu.barrier_wait(done.at[leader])
-                    out = sum_of_rows() if add else given(total, leader)
-                    second = given(None, 1) if gate else None
+                    depths = range(1, c.depth)
+                    outs = [sum_of_rows() if add else sum((given(d, leader) for d in depths), start=total)]
+                    if gate:
+                        outs.append(sum((given(d, 1) for d in depths), start=given(0, 1)))
                     if givers:
                         pl.when(t < tile_of(end - 1))(lambda: plgpu.barrier_arrive(read.at[leader]))
+                    if add:
+                        return store_added(t, outs[0], weight)
                     if norm:
                         factor = plgpu.load(norm_smem.at[leader], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-                        normed = lambda x: x * lax.broadcast_in_dim(factor, x.shape, [1])
-                        out, second = normed(out), normed(second) if gate else None
+                        outs = [out * lax.broadcast_in_dim(factor, out.shape, [1]) for out in outs]
+                    out = outs[0]
                     if gate:
-                        rounded = lambda x: x.astype(dtype).astype(jnp.float32)
-                        out, second = rounded(out), rounded(second)
-                        out = out / (1.0 + jnp.exp(-out)) * second
-                    if add:
-                        return store_added(t, out, weight)
+                        out, up = (out.astype(dtype).astype(jnp.float32) for out in outs)
+                        out = out / (1.0 + jnp.exp(-out)) * up
                     part = lax.axis_index("block") - lax.div(t * steps, jnp.int32(share))
                     # The tile's last block fills the parts that other tiles have and this one has not.
                     beyond = jnp.where((t + 1) * steps <= end, parts, part + 1)
@@ -402,7 +397,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                 out = (before + out.astype(dtype).astype(jnp.float32)).astype(dtype)
                 out_smem.at[0][...] = out
                 out = out.astype(jnp.float32)
-                weight = lax.broadcast_in_dim(weight.astype(jnp.float32) + add.offset, out.shape, [1])
+                weight = lax.broadcast_in_dim(weight.astype(jnp.float32) + offset, out.shape, [1])
                 out_smem.at[1][...] = (out * weight).astype(dtype)
                 out_refs[2].at[:, t][...] = (out * out).sum(axis=1)
                 plgpu.commit_smem()
@@ -431,7 +426,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                 @pl.when(wg < leaders)
                 def _():
                     squares = plgpu.load(squares_ref, layout=_rows_layout(32, 1).reduce(2), optimized=False)
-                    norm_smem.at[wg][...] = lax.rsqrt(squares.sum(axis=1) * (1 / K) + norm.eps)
+                    norm_smem.at[wg][...] = lax.rsqrt(squares.sum(axis=1) * (1 / K) + eps)
                     plgpu.commit_smem()
 
             lax.fori_loop(tile_of(start), tile_of(end - 1) + 1, of_tile, factors(start + d))
