@@ -34,14 +34,13 @@ _UNIT = 64  # rows of a wgmma
 _SM_COUNT = 132  # of an H100 or H200 SXM
 _PART = 64  # rows of x at a time
 _MOST = 192  # rows of x: XLA, which dequantizes in memory, takes as long as four or five parts
-OVERLAP = False
 _MOST_CHANNELS = 64  # for 8 bits with scales of channels, which XLA widens on the way
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     rows: int = 1  # warpgroups along N
-    depth: int = 3  # warpgroups along K
+    depth: int = 2  # warpgroups along K
     stages: int = 3  # steps in flight, of each of `depth`
     width: int = 128  # bytes of a row of w in a step
     blocks: int = _SM_COUNT  # at most
@@ -135,16 +134,13 @@ def split_of(w: QuantizedArray, M: int) -> int | None:
 
 def tuned(tokens: int, bits: int) -> Config:
     """For `tokens` rows of x, a multiple of 8. More bytes in flight than these are slower: the first come later."""
-    if tokens <= 16:
-        return Config(depth=3, stages=3) if bits == 4 else Config(depth=4, stages=2)
     if bits == 8:
-        return Config(depth=2, stages=4)
-    return Config(depth=3 if tokens <= 32 else 2, stages=2)
+        return Config(depth=4, stages=2) if tokens <= 16 else Config(depth=2, stages=4)
+    return Config(depth=2, stages=3 if tokens <= 32 else 2)
 
 
-def tuned_gate(tokens: int, bits: int) -> Config:
+def tuned_gate(tokens: int) -> Config:
     """As `tuned`, for tiles of 64 rows of the gate and 64 of what it multiplies."""
-    del bits
     if tokens <= 16:
         return Config(rows=2, depth=2, stages=3)
     return Config(rows=2, depth=1, stages=4 if tokens <= 32 else 3)
@@ -199,7 +195,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
     split = split_of(w, M) if add else 1
     assert split
     columns = split * T
-    c = config or (tuned_gate(T, bits) if gate else tuned(columns, bits))
+    c = config or (tuned_gate(T) if gate else tuned(columns, bits))
     step = step_of(K // split, w.values.dtype, c.width)
     width = step * bits // 8
     group = K // max(G, split)
@@ -419,8 +415,6 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                 finish(t, scaled(total, now[0][0]) if Gs == 1 else total, weight)
                 return now
 
-            if OVERLAP:
-                pl.when(wg < leaders)(plgpu.griddepcontrol_wait)
             if norm:
 
                 @pl.when(wg < leaders)
@@ -435,45 +429,26 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
         def _feed():
             _set_registers(c, False)
 
-            def ask_w(i, d):
-                here, slot = start + d + i * c.depth, _slot(i, c)
-                k = lax.rem(here, jnp.int32(steps))
-                for rows, some in wanted(tile_of(here)):
-                    if ahead:
-                        prefetch = lambda rows=rows: plgpu.async_prefetch(factor_refs[0].at[rows])
-                        pl.when((k == 0) | (here == start))(prefetch)
-                    at = pl.ds(pl.multiple_of(k * step, step), step)
-                    plgpu.copy_gmem_to_smem(w_ref.at[rows, at], w_smem.at[d, slot, some], full.at[d, slot])
-
-            def ask_x(i, d):
-                slot, k = _slot(i, c), lax.rem(start + d + i * c.depth, jnp.int32(steps)) * step
-                for h in range(split):
-                    at = pl.ds(pl.multiple_of(h * (K // split) + k, step), step)
-                    some = x_smem.at[d, slot, pl.ds(h * T, T)]
-                    plgpu.copy_gmem_to_smem(x_ref.at[everything, at], some, full.at[d, slot])
-
-            if OVERLAP:
-                plgpu.griddepcontrol_launch_dependents()
-
-                @pl.loop(0, jnp.minimum(turns(0, end), c.stages))
-                def _(i):
-                    for d in range(c.depth):
-                        pl.when(i < turns(d, end))(lambda d=d: ask_w(i, d))
-
-                plgpu.griddepcontrol_wait()
-
             @pl.loop(0, turns(0, end))
             def _(i):
+                slot = _slot(i, c)
                 for d in range(c.depth):
 
                     @pl.when(i < turns(d, end))
                     def _(d=d):
-                        pl.when(i >= c.stages)(lambda: plgpu.barrier_wait(free.at[d, _slot(i, c)]))
-                        if OVERLAP:
-                            pl.when(i >= c.stages)(lambda: ask_w(i, d))
-                        else:
-                            ask_w(i, d)
-                        ask_x(i, d)
+                        pl.when(i >= c.stages)(lambda: plgpu.barrier_wait(free.at[d, slot]))
+                        here = start + d + i * c.depth
+                        k = lax.rem(here, jnp.int32(steps)) * step
+                        for rows, some in wanted(tile_of(here)):
+                            if ahead:
+                                prefetch = lambda rows=rows: plgpu.async_prefetch(factor_refs[0].at[rows])
+                                pl.when((k == 0) | (here == start))(prefetch)
+                            at = pl.ds(pl.multiple_of(k, step), step)
+                            plgpu.copy_gmem_to_smem(w_ref.at[rows, at], w_smem.at[d, slot, some], full.at[d, slot])
+                        for h in range(split):
+                            at = pl.ds(pl.multiple_of(h * (K // split) + k, step), step)
+                            some = x_smem.at[d, slot, pl.ds(h * T, T)]
+                            plgpu.copy_gmem_to_smem(x_ref.at[everything, at], some, full.at[d, slot])
 
             for d in range(c.depth):  # all slots are free before the block ends
 
