@@ -1,4 +1,4 @@
-"""Compiles every kernel of quantized_matmul for hardware that is not here, and prints what the compilers say.
+"""Compiles every kernel of quantized_matmul and decode_layer for hardware that is not here; prints what compilers say.
 
     JAX_PLATFORMS=cpu python benchmarks/quantized/compile_ahead.py                      # H200 and four TPUs
     JAX_PLATFORMS=cpu python benchmarks/quantized/compile_ahead.py --targets h200       # one of them
@@ -10,6 +10,7 @@ instructions run one after another. Exits with 1 when a kernel does not compile,
 serialised.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 
 from benchmarks.quantized.bench import CHECKS, WORKS, Work, multiply
 from pallas_kernels import QuantizedArray
+from pallas_kernels.decode_layer.api import matmul_add, matmul_gate, matmul_parts
+from pallas_kernels.decode_layer.rows import Rows
 
 TPU_CALLS = {
     "int4 g128 M=16": Work(16, group=128),
@@ -32,6 +35,9 @@ TPU_CALLS = {
     "int8 channels": Work(512, "int8", None, "int8"),
     "int4 x int8": Work(16, "int4", None, "int8"),
 }
+
+
+DECODED = {f"decode M={M}": M for M in (1, 16, 32)}
 
 
 def calls(target: str):
@@ -45,6 +51,17 @@ def calls(target: str):
         w = QuantizedArray(values, scales, activations=work.activations, unsigned=unsigned)  # pyright: ignore
         run = multiply(work, "mosaic_gpu" if target == "h200" else "mosaic_tpu")
         yield name, run, (new(work.M, work.K, dtype="bfloat16"), w, new(work.G, dtype="int32"))
+    for name, M in DECODED.items() if target == "h200" else ():
+        x = new(M, 4096, dtype="bfloat16")
+        rows = Rows(x, new(max(8, M), 128, dtype="float32"))
+        w = lambda K, N: QuantizedArray(new(N, K, dtype="int4"), new(N, K // 128, dtype="bfloat16"), interleaved=True)
+        yield f"{name} parts", functools.partial(matmul_parts, eps=1e-5), (rows, w(4096, 6144))
+        yield f"{name} gate", functools.partial(matmul_gate, eps=1e-5), (rows, w(4096, 28672))
+        yield (
+            f"{name} add",
+            matmul_add,
+            (new(M, 14336, dtype="bfloat16"), w(14336, 4096), x, new(4096, dtype="float32")),
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A decoder's step with quantized weights on a Hopper GPU, in nine kernels a layer.
+"""A decoder's step with quantized weights on a Hopper GPU, in six kernels a layer.
 
 With few rows each kernel's start and end count beside the reading of the weights. What XLA makes seven to ten kernels
-of (norms, additions, rotation, the cache's writes, the gate, sums over a matmul's parts, offsets) is three kinds of
-small kernels here, four of them a layer. The same numbers are rounded at the same places as in `decoder`.
+of (norms, additions, rotation, the cache's writes, the gate, sums over a matmul's parts, offsets) are the ends of
+matmuls here, but for one small kernel. The same numbers are rounded as in `decoder`, but for a norm's output: it is
+rounded before each row is divided by its size, which the next matmul does to its sums.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from jaxscale.models import cache as kv
 from jaxscale.models.cache import Cache
 from jaxscale.sharding import active_mesh
 from pallas_kernels import QuantizedArray
-from pallas_kernels.decode_layer.api import add_norm, gate, kernels_fit, rotate_and_write
-from pallas_kernels.quantized_matmul.api import quantized_matmul_parts
+from pallas_kernels.decode_layer.api import kernels_fit, matmul_add, matmul_gate, matmul_parts, rotate_and_write
+from pallas_kernels.decode_layer.rows import to_rows
 from sharding_rules.rules import Rules
 
 
@@ -39,7 +39,7 @@ def fits(params: dict[str, Any], x: Float[Array, "B T D"], cfg: ModelConfig, cac
         and len(set(cfg.local_layers)) == 1
         and set(cache) == {"k", "v"}
         and kv.pages_fit(cache, q)
-        and kernels_fit(x, cache["k"], cfg.num_heads, cfg.mlp_dim)
+        and kernels_fit(x, cache["k"], cfg.num_heads)
     )
 
 
@@ -55,23 +55,21 @@ def hidden(
     """The residual stream before the last norm, and the cache, of embedded tokens [B, 1, D]."""
     angles = tuple(a[:, 0] for a in rope_angles(positions, *rotation))
     window = cfg.window if cfg.local_layers[0] else None
-    norm = functools.partial(add_norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
 
     @jax.jit
-    def layer(p, x, parts, cache, index):
-        """The residual stream, and what is still to be added to it."""
-        x, y = norm(x, parts, p["attn_norm"])
-        qkv = quantized_matmul_parts(y, p["attn"]["wqkv"])
+    def layer(p, next_norm, x, rows, cache, index):
+        qkv = matmul_parts(rows, p["attn"]["wqkv"], eps=cfg.norm_eps)
         q, k, v = rotate_and_write(qkv, cache["k"], cache["v"], index, positions[:, 0], *angles)
         cache = {"k": k, "v": v}
         options = {"window": window, "soft_cap": cfg.attn_soft_cap, "scale": cfg.query_scale}
         o = kv.attend(cache, q[:, None], index, positions, rules, sinks=None, **options)[:, 0]
-        x, y = norm(x, quantized_matmul_parts(o, p["attn"]["wo"]), p["mlp_norm"])
-        h = gate(quantized_matmul_parts(y, p["mlp"]["w_gate_up"]), x.dtype)
-        return x, quantized_matmul_parts(h, p["mlp"]["w_down"]), cache
+        x, rows = matmul_add(o, p["attn"]["wo"], x, p["mlp_norm"], offset=cfg.norm_offset)
+        h = matmul_gate(rows, p["mlp"]["w_gate_up"], eps=cfg.norm_eps)
+        return *matmul_add(h, p["mlp"]["w_down"], x, next_norm, offset=cfg.norm_offset), cache
 
-    x, parts = x[:, 0], None
-    for i, p in enumerate(params["layers"]):
-        x, parts, cache = layer(p, x, parts, cache, np.int32(i))
-    assert parts is not None
-    return (x + parts.sum(axis=0).astype(x.dtype))[:, None], cache
+    x, layers = x[:, 0], params["layers"]
+    norms = [p["attn_norm"] for p in layers]
+    rows = to_rows(x, norms[0], cfg.norm_offset)
+    for i, (p, next_norm) in enumerate(zip(layers, [*norms[1:], norms[0]])):  # the last one's goes nowhere
+        x, rows, cache = layer(p, next_norm, x, rows, cache, np.int32(i))
+    return x[:, None], cache

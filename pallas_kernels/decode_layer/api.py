@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
+from pallas_kernels.decode_layer.rows import Rows
+from pallas_kernels.quantized_matmul.api import check_array
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 
 # In the order of preference. Each module has the functions below; the first says what it does not take.
 BACKENDS = {
@@ -16,38 +19,40 @@ BACKENDS = {
 }
 
 
-def add_norm(
+def matmul_parts(rows: Rows, w: QuantizedArray, *, eps: float, implementation: str | None = None) -> jax.Array:
+    """[P, B, *outputs], float32 or one part in rows' dtype, whose sum over P is norm(rows) @ w."""
+    flat, backend = _flat("matmul_parts", implementation, rows.scaled, w, "unfit_parts")
+    out = backend.matmul_parts(rows, flat, eps)
+    return out.reshape(*out.shape[:2], *w.values.shape[: w.ndim - len(w.contraction)])
+
+
+def matmul_gate(rows: Rows, w: QuantizedArray, *, eps: float, implementation: str | None = None) -> jax.Array:
+    """silu(gate) * up [B, F] in rows' dtype, where norm(rows) @ w, rounded to that, is [gate, up]."""
+    if len(w.values.shape) != 2 or w.values.shape[0] % 2:
+        raise ValueError(f"matmul_gate takes w [D, 2F]. Got {w.shape}")
+    flat, backend = _flat("matmul_gate", implementation, rows.scaled, w, "unfit_gate")
+    return backend.matmul_gate(rows, flat, eps)
+
+
+def matmul_add(
+    h: jax.Array,
+    w: QuantizedArray,
     x: jax.Array,
-    parts: jax.Array | None,
     scale: jax.Array,
     *,
-    eps: float,
     offset: float = 0.0,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The residual stream with a layer's output added, and its RMS norm.
+) -> tuple[jax.Array, Rows]:
+    """The residual stream with a layer's output added: x [B, D] plus h [B, *contracted] @ w, and it as Rows.
 
-    Args:
-      x: [B, D].
-      parts: [P, B, D], what is added: their sum, rounded to x's dtype; None: nothing.
-      scale: floating [D]; offset is added to it.
-
-    Returns:
-      The sum and its norm, [B, D] in x's dtype; computed in float32.
+    The product is rounded to x's dtype before the addition. scale [D] plus offset is the weight of the next norm.
     """
-    if x.ndim != 2 or scale.shape != x.shape[1:] or (parts is not None and parts.shape[1:] != x.shape):
-        got = f"x {x.shape}, parts {None if parts is None else parts.shape}, scale {scale.shape}"
-        raise ValueError(f"add_norm takes x [B, D], parts [P, B, D], scale [D]. Got {got}")
-    backend = _choose("add_norm", implementation, lambda m: m.unfit_rows(x))
-    return backend.add_norm(x, parts, scale, eps, offset)
-
-
-def gate(parts: jax.Array, dtype, *, implementation: str | None = None) -> jax.Array:
-    """silu(gate) * up [B, F] in `dtype`, of [P, B, 2F] whose sum over P, rounded to dtype, is [gate, up]."""
-    if parts.ndim != 3 or parts.shape[2] % 2:
-        raise ValueError(f"gate takes [P, B, 2F]. Got {parts.shape}")
-    backend = _choose("gate", implementation, lambda m: m.unfit_hidden(parts.shape[2] // 2))
-    return backend.gate(parts, jnp.dtype(dtype))
+    if x.shape != (h.shape[0], w.values.shape[0]) or scale.shape != x.shape[1:] or w.ndim != len(w.contraction) + 1:
+        got = f"h {h.shape}, w {w.shape}, x {x.shape}, scale {scale.shape}"
+        raise ValueError(f"matmul_add takes h [B, *contracted], w [*contracted, D], x [B, D], scale [D]. Got {got}")
+    h = h.reshape(h.shape[0], -1)
+    flat, backend = _flat("matmul_add", implementation, h, w, "unfit_add")
+    return backend.matmul_add(h, flat, x, scale, offset)
 
 
 def rotate_and_write(
@@ -86,12 +91,20 @@ def rotate_and_write(
     return backend.rotate_and_write(parts, k_cache, v_cache, index, positions, cos, sin, heads, k_cache.dtype)
 
 
-def kernels_fit(x: Any, cache: Any, heads: int, hidden: int) -> bool:
-    """Whether all three run as kernels here: activations [*B, D], a cache [L, B, S, K, H], a gated MLP of `hidden`."""
-    if _dispatch.unless_hopper():
+def kernels_fit(x: Any, cache: Any, heads: int) -> bool:
+    """Whether there are kernels here for activations [*B, D] and a cache [L, B, S, K, H]."""
+    if _dispatch.unless_hopper() or x.dtype != jnp.bfloat16:
         return False
-    mosaic = _module("mosaic_gpu")
-    return not (mosaic.unfit_rows(x) or mosaic.unfit_heads(cache, heads) or mosaic.unfit_hidden(hidden))
+    return not _module("mosaic_gpu").unfit_heads(cache, heads)
+
+
+def _flat(op: str, implementation: str | None, x: jax.Array, w: QuantizedArray, unfit: str) -> tuple[Any, Any]:
+    """w as a matrix, and the module that multiplies x [B, K] with it."""
+    check_array(w)
+    flat = w.flat()
+    if x.ndim != 2 or flat.values.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: w {w.shape} contracts other numbers than x has. Got x {x.shape}")
+    return flat, _choose(op, implementation, lambda m: getattr(m, unfit)(x, flat))
 
 
 def _choose(op: str, implementation: str | None, unfit: Callable[[Any], str | None]) -> Any:

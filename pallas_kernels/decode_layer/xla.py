@@ -3,20 +3,26 @@
 import jax
 import jax.numpy as jnp
 
-
-def add_norm(x, parts, scale, eps: float, offset: float):
-    if parts is not None:
-        added = parts.astype(jnp.float32).sum(axis=0).astype(x.dtype)
-        x = (x.astype(jnp.float32) + added.astype(jnp.float32)).astype(x.dtype)
-    h = x.astype(jnp.float32)
-    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-    return x, (h * (scale.astype(jnp.float32) + offset)[None]).astype(x.dtype)
+from pallas_kernels.decode_layer.rows import Rows, to_rows
+from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.array import QuantizedArray
 
 
-def gate(parts, dtype):
-    total = parts.astype(jnp.float32).sum(axis=0).astype(dtype).astype(jnp.float32)
-    gate, up = jnp.split(total, 2, axis=-1)
+def matmul_parts(rows: Rows, w: QuantizedArray, eps: float):
+    x = rows.scaled
+    factor = jax.lax.rsqrt(rows.squares[: len(x)].sum(axis=1, keepdims=True) / x.shape[1] + eps)
+    return (quantized_matmul(x, w, preferred_element_type=jnp.float32) * factor)[None]
+
+
+def matmul_gate(rows: Rows, w: QuantizedArray, eps: float):
+    dtype = rows.scaled.dtype
+    gate, up = jnp.split(matmul_parts(rows, w, eps)[0].astype(dtype).astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(dtype)
+
+
+def matmul_add(h, w: QuantizedArray, x, scale, offset: float):
+    x = (x.astype(jnp.float32) + quantized_matmul(h, w).astype(jnp.float32)).astype(x.dtype)
+    return x, to_rows(x, scale, offset)
 
 
 def rotate_and_write(parts, k_cache, v_cache, index, positions, cos, sin, heads: int, dtype):

@@ -118,6 +118,36 @@ def test_few_rows_shared_by_warpgroups_and_blocks(rng, config, N, K):
         check(x, w, run(x, w))
 
 
+@pytest.mark.parametrize("config", [few.Config(2, 1, 2, blocks=2), few.Config(2, 2, 2, blocks=3)])
+def test_few_rows_gate_of_several_tiles(rng, config):
+    """Blocks that go from tile to tile; tests/kernels/test_decode_layer.py has the rest."""
+    M, F, eps = int(rng.choice([1, 7, 17])), 192, 0.1
+    w, x = weight(rng, 2 * F, 512, "int4", 128), rows(rng, M, 512) * jnp.bfloat16(1 / 64)
+    squares = np.pad(rng.uniform(0, 32, size=(M, 64)), ((0, max(8, 1 << (M - 1).bit_length()) - M), (0, 0)))
+    with plgpu.force_gpu_interpret_mode():
+        got = few.matmul_few_gate(x, w, config, few.Norm(jnp.asarray(squares, jnp.float32), eps))
+    y = np.asarray(x, np.float64) / np.sqrt(squares[:M].sum(axis=1, keepdims=True) / 512 + eps)
+    a, b = np.split(y @ dense(w).T, 2, axis=1)
+    want = a / (1 + np.exp(-a)) * b
+    # Gate and up are rounded, then the result; silu(a) changes by up to 1 + |a| of a change of a.
+    assert (np.abs(np.asarray(got, np.float64) - want) <= 2.0**-8 * (3 + np.abs(a)) * np.abs(want) + 1e-4).all()
+
+
+@pytest.mark.parametrize("config", [few.Config(1, 1, 2, blocks=3), few.Config(1, 2, 2, blocks=5)])
+def test_few_rows_add_of_several_tiles(rng, config):
+    M, N = int(rng.choice([1, 7, 17])), 1024
+    w, x, to = weight(rng, N, 1024, "int4", 128), rows(rng, M, 1024), rows(rng, M, N)
+    weights = jnp.asarray(rng.normal(size=N), jnp.float32)
+    with plgpu.force_gpu_interpret_mode():
+        total, scaled, squares = few.matmul_few_add(x, w, few.Add(to, weights, 0.5), config)
+    product = np.asarray(x, np.float64) @ dense(w).T
+    want, total = np.asarray(to, np.float64) + product, np.asarray(total, np.float64)
+    assert (np.abs(total - want) <= 2.0**-8 * (np.abs(want) + np.abs(product)) + 1e-4).all()
+    again = total * (np.asarray(weights, np.float64) + 0.5)
+    assert (np.abs(np.asarray(scaled, np.float64) - again) <= 2.0**-8 * np.abs(again)).all()
+    np.testing.assert_allclose(squares[:M].sum(axis=1), (total**2).sum(axis=1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("scales", [(1, 1), (32, 2)])
 def test_few_rows_scales_of_tensors_and_tiles(rng, scales):
     values = jnp.asarray(rng.integers(-8, 8, size=(64, 256)), jnp.int4)
