@@ -1,8 +1,8 @@
-"""A decoder's step with quantized weights on a Hopper GPU, in nine kernels a layer.
+"""A decoder's step with quantized weights on a Hopper GPU, in eight kernels a layer.
 
 With few rows each kernel's start and end count beside the reading of the weights. What XLA makes seven to ten kernels
-of (norms, additions, rotation, the cache's writes, the gate, sums over a matmul's parts, offsets) is three kinds of
-small kernels here, four of them a layer. The same numbers are rounded at the same places as in `decoder`.
+of (norms, additions, the gate, sums over a matmul's parts, offsets) is two kinds of small kernels here, three of them a
+layer; attention rotates and writes the cache. The same numbers are rounded at the same places as in `decoder`.
 """
 
 import functools
@@ -18,7 +18,8 @@ from jaxscale.models import cache as kv
 from jaxscale.models.cache import Cache
 from jaxscale.sharding import active_mesh
 from pallas_kernels import QuantizedArray
-from pallas_kernels.decode_layer.api import add_norm, gate, kernels_fit, rotate_and_write
+from pallas_kernels.decode_attention.api import attend_new_token
+from pallas_kernels.decode_layer.api import add_norm, gate, kernels_fit
 from pallas_kernels.quantized_matmul.api import quantized_matmul_parts
 from sharding_rules.rules import Rules
 
@@ -39,7 +40,7 @@ def fits(params: dict[str, Any], x: Float[Array, "B T D"], cfg: ModelConfig, cac
         and len(set(cfg.local_layers)) == 1
         and set(cache) == {"k", "v"}
         and kv.pages_fit(cache, q)
-        and kernels_fit(x, cache["k"], cfg.num_heads, cfg.mlp_dim)
+        and kernels_fit(x, cfg.mlp_dim)
     )
 
 
@@ -62,10 +63,9 @@ def hidden(
         """The residual stream, and what is still to be added to it."""
         x, y = norm(x, parts, p["attn_norm"])
         qkv = quantized_matmul_parts(y, p["attn"]["wqkv"])
-        q, k, v = rotate_and_write(qkv, cache["k"], cache["v"], index, positions[:, 0], *angles)
-        cache = {"k": k, "v": v}
         options = {"window": window, "soft_cap": cfg.attn_soft_cap, "scale": cfg.query_scale}
-        o = kv.attend(cache, q[:, None], index, positions, rules, sinks=None, **options)[:, 0]
+        o, k, v = attend_new_token(qkv, cache["k"], cache["v"], index, positions[:, 0], *angles, **options)
+        cache = {"k": k, "v": v}
         x, y = norm(x, quantized_matmul_parts(o, p["attn"]["wo"]), p["mlp_norm"])
         h = gate(quantized_matmul_parts(y, p["mlp"]["w_gate_up"]), x.dtype)
         return x, quantized_matmul_parts(h, p["mlp"]["w_down"]), cache

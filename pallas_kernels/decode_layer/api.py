@@ -50,48 +50,12 @@ def gate(parts: jax.Array, dtype, *, implementation: str | None = None) -> jax.A
     return backend.gate(parts, jnp.dtype(dtype))
 
 
-def rotate_and_write(
-    parts: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    index: jax.Array,
-    positions: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    *,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries rotated by position (rope); keys, rotated, and values written to the cache, in place where it is donated.
-
-    Args:
-      parts: [P, B, N + 2 K, H]: their sum, rounded to the cache's dtype, is queries, keys and values.
-      k_cache, v_cache: [L, B, S, K, H].
-      index: int32 [], the layer that is written.
-      positions: int32 [B], the slots; what is outside of the cache is not written.
-      cos, sin: float32 [B, H/2], of each token's angles.
-
-    Returns:
-      Queries [B, N, H] in the cache's dtype, and both caches.
-    """
-    shapes = f"parts {parts.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, cos {cos.shape}, sin {sin.shape}"
-    if parts.ndim != 4 or k_cache.ndim != 5 or k_cache.shape != v_cache.shape or k_cache.shape[1] != parts.shape[1]:
-        raise ValueError(f"rotate_and_write takes parts [P, B, N + 2 K, H], caches [L, B, S, K, H]. Got {shapes}")
-    _, B, both, H = parts.shape
-    K = k_cache.shape[3]
-    heads = both - 2 * K
-    if heads < 1 or k_cache.shape[4] != H or not cos.shape == sin.shape == (B, H // 2) or positions.shape != (B,):
-        raise ValueError(f"rotate_and_write: the sizes disagree. Got {shapes}, positions {positions.shape}")
-    backend = _choose("rotate_and_write", implementation, lambda m: m.unfit_heads(k_cache, heads))
-    index = jnp.asarray(index, jnp.int32)
-    return backend.rotate_and_write(parts, k_cache, v_cache, index, positions, cos, sin, heads, k_cache.dtype)
-
-
-def kernels_fit(x: Any, cache: Any, heads: int, hidden: int) -> bool:
-    """Whether all three run as kernels here: activations [*B, D], a cache [L, B, S, K, H], a gated MLP of `hidden`."""
+def kernels_fit(x: Any, hidden: int) -> bool:
+    """Whether both run as kernels here: activations [*B, D], a gated MLP of `hidden`."""
     if _dispatch.unless_hopper():
         return False
     mosaic = _module("mosaic_gpu")
-    return not (mosaic.unfit_rows(x) or mosaic.unfit_heads(cache, heads) or mosaic.unfit_hidden(hidden))
+    return not (mosaic.unfit_rows(x) or mosaic.unfit_hidden(hidden))
 
 
 def _choose(op: str, implementation: str | None, unfit: Callable[[Any], str | None]) -> Any:
