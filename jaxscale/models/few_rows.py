@@ -21,7 +21,6 @@ from pallas_kernels import QuantizedArray
 from pallas_kernels.decode_attention.api import attend_new_token
 from pallas_kernels.decode_layer.api import add_norm, gate, kernels_fit
 from pallas_kernels.quantized_matmul.api import quantized_matmul_parts
-from sharding_rules.rules import Rules
 
 
 def fits(params: dict[str, Any], x: Float[Array, "B T D"], cfg: ModelConfig, cache: Cache) -> bool:
@@ -51,7 +50,6 @@ def hidden(
     positions: Int[Array, "B T"],
     cache: Cache,
     rotation: tuple[Any, Any],
-    rules: Rules,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """The residual stream before the last norm, and the cache, of embedded tokens [B, 1, D]."""
     angles = tuple(a[:, 0] for a in rope_angles(positions, *rotation))

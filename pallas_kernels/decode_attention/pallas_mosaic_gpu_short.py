@@ -44,10 +44,10 @@ class Config:
     parts: int = 1  # blocks of a cluster, which share the keys of a head; the interpreter has no such stores
 
 
-def tuned(heads: int, tokens: int) -> Config:
-    """For so many kv heads of all sequences, each with so many slots for tokens."""
+def tuned(heads: int, tall: int, tokens: int) -> Config:
+    """For so many kv heads of all sequences, each with `tall` rows of queries and slots for so many tokens."""
     parts = 1
-    while 2 * parts <= min(8, tokens // TILE, SM_COUNT // heads) and not _dispatch.interpreted("gpu"):
+    while 2 * parts <= min(ROWS // tall, tokens // TILE, SM_COUNT // heads) and not _dispatch.interpreted("gpu"):
         parts *= 2
     return Config(parts=parts) if parts == 1 else Config(workers=1, parts=parts)
 
@@ -66,7 +66,7 @@ def fits(inputs: Inputs) -> bool:
 def unfit_new_token(cache: jax.Array, heads: int) -> str | None:
     """None, or the reason why `attend_new_token` does not run, or would be slower, with a cache [L, B, S, K, H]."""
     L, B, S, K, H = cache.shape
-    new = lambda *shape, dtype=cache.dtype: jax.ShapeDtypeStruct(shape, dtype)
+    new: Any = lambda *shape, dtype=cache.dtype: jax.ShapeDtypeStruct(shape, dtype)
     pages, ints = new(L * B, S, K, H), (new(B, 1, dtype=jnp.int32), new(B, dtype=jnp.int32))
     if cache.dtype != jnp.bfloat16 or S % TILE or not fits(Inputs(new(B, 1, heads, H), pages, pages, *ints)):
         return f"takes short caches in bfloat16, of a multiple of {TILE} slots, head_dim 64, 128. Got {cache}"
@@ -80,7 +80,7 @@ def decode_attention_short(inputs: Inputs, options: Options, config: Config | No
     B, T, N, H = inputs.q.shape
     queries = _Given(inputs)
     pages = inputs.k_pages, inputs.v_pages
-    config = config or tuned(B * pages[0].shape[2], inputs.page_table.shape[1] * pages[0].shape[1])
+    config = config or tuned(B * queries.K, queries.tall, inputs.page_table.shape[1] * queries.page)
     out = _attend(queries, *pages, options, config)
     return out.reshape(B, -1, T, queries.G, H).swapaxes(1, 2).reshape(B, T, N, H)
 
@@ -93,15 +93,13 @@ def attend_new_token(
     queries = _New(parts, index, positions, cos, sin, k_cache)
     # A row of a layer is a page.
     k_pages, v_pages = (jax.new_ref(x.reshape(L * B, S, K, H)) for x in (k_cache, v_cache))
-    out = _attend(queries, k_pages, v_pages, options, config or tuned(B * K, S))
+    out = _attend(queries, k_pages, v_pages, options, config or tuned(B * K, queries.tall, S))
     caches = (jax.freeze(x).reshape(k_cache.shape) for x in (k_pages, v_pages))
     return out.reshape(B, -1, H), *caches
 
 
 class _Given:
     """Queries that are ready, and a page table."""
-
-    new = False
 
     def __init__(self, inputs: Inputs):
         self.B, self.T, N, self.H = inputs.q.shape
@@ -143,14 +141,14 @@ class _Given:
         everything = pl.ds(lax.axis_index("wg") * 0, self.tall)  # `tall` rows of which there may be fewer
         plgpu.copy_gmem_to_smem(refs[0].at[b, head, everything], q_smem.at[pl.ds(0, self.tall)], full)
 
-    def sink(self, refs, head, layout):
+    def sink(self, refs, head, layout) -> Any:
         return plgpu.load(refs[-1].at[head], layout=layout, optimized=False) * LOG2E if self.sinks else None
 
 
 class _New:
     """Queries, keys and values of one new token in a matmul's parts, to be rotated and written to the cache."""
 
-    new, T, copies, sinks = True, 1, 1, False
+    T, copies = 1, 1
 
     def __init__(self, parts, index, positions, cos, sin, cache):
         _, self.B, self.page, self.K, self.H = cache.shape
@@ -213,7 +211,7 @@ class _New:
 
         plgpu.commit_smem()
 
-    def sink(self, refs, head, layout):
+    def sink(self, refs, head, layout) -> Any:
         return None
 
 
@@ -305,13 +303,13 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
                 fill(reduced, (ROWS,), -math.inf),
                 fill(reduced, (ROWS,), 0.0),
             )
-            if queries.new:
+            if isinstance(queries, _New):
                 logit_smem, value_smem = new_smem
                 first = (part == 0) & (wg == 0)
 
                 @pl.when(wg == 0)
                 def _():
-                    queries.prepare(given, b, head, (k_ref, v_ref), q_smem, out_smem, *new_smem, part == 0)
+                    queries.prepare(given, b, head, (k_ref, v_ref), q_smem, out_smem, logit_smem, value_smem, part == 0)
                     plgpu.barrier_arrive(q_full)
 
                 plgpu.barrier_wait(q_full)
@@ -406,7 +404,7 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
         @pl.when(wg == W)
         def _feed():
             _set_registers(W, False)
-            if not queries.new:
+            if isinstance(queries, _Given):
                 queries.copy(given, b, head, q_smem, q_full)
 
             @pl.loop(0, turns(0, hi))
@@ -439,7 +437,7 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=(W, stages))
     free = plgpu.Barrier(num_barriers=(W, stages))
     sums = max(W - 1, 1)
-    new = (plgpu.SMEM((ROWS,), jnp.float32), plgpu.SMEM((H,), dtype)) if queries.new else ()
+    new = (plgpu.SMEM((ROWS,), jnp.float32), plgpu.SMEM((H,), dtype)) if isinstance(queries, _New) else ()
     far = ()
     if parts > 1:
         far = [tiled((parts, tall, width), jnp.float32) for width in (H, _WIDTH)]
