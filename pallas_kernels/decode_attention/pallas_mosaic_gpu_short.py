@@ -141,8 +141,12 @@ class _Given:
         everything = pl.ds(lax.axis_index("wg") * 0, self.tall)  # `tall` rows of which there may be fewer
         plgpu.copy_gmem_to_smem(refs[0].at[b, head, everything], q_smem.at[pl.ds(0, self.tall)], full)
 
-    def sink(self, refs, head, layout) -> Any:
-        return plgpu.load(refs[-1].at[head], layout=layout, optimized=False) * LOG2E if self.sinks else None
+    def sink(self, refs, head, layout, counts) -> Any:
+        """The sinks' logits, which one block of a cluster counts, or None."""
+        if not self.sinks:
+            return None
+        sink = plgpu.load(refs[-1].at[head], layout=layout, optimized=False) * LOG2E
+        return jnp.where(jnp.broadcast_to(counts, sink.shape), sink, -jnp.inf)
 
 
 class _New:
@@ -167,7 +171,7 @@ class _New:
         return (slot >= 0) & (slot < self.page)
 
     def prepare(self, refs, b, head, caches, q_smem, plain_smem, logit_smem, value_smem, first):
-        """Queries to q_smem; if first, the new key and value to the cache, its logits and value to shared memory."""
+        """Queries and the new token's logits and value to shared memory; if first, key and value to the cache."""
         parts_ref, index_ref, positions_ref, cos_ref, sin_ref = refs
         halves = pl.ds(0, self.H // 2), pl.ds(self.H // 2, self.H // 2)
         row = FEW.reduce(0)
@@ -186,32 +190,29 @@ class _New:
             y1, y2 = (total(heads, where, layout) for where in halves)
             return [y.astype(self.dtype) for y in (y1 * cos - y2 * sin, y2 * cos + y1 * sin)]
 
-        # Below the heads that share this key come others, up to a multiple of 8: nobody reads what comes of them.
+        # All loads come before the first store. Below the heads that share this key come others, up to a multiple of
+        # 8: nobody reads what comes of them.
         q = rotated(pl.ds(head * self.G, self.tall), FEW, across(cos), across(sin))
+        k = rotated(self.N + head, row, cos, sin)
+        v = total(self.N + self.K + head, pl.ds(0, self.H), row).astype(self.dtype)
         all_rows = pl.ds(0, self.tall)
         for y, where in zip(q, halves):
             plain_smem[all_rows, where] = y
         q_smem[all_rows] = load(plain_smem.at[all_rows], FEW)
-
-        @pl.when(first)
-        def _():
-            k = rotated(self.N + head, row, cos, sin)
-            v = total(self.N + self.K + head, pl.ds(0, self.H), row).astype(self.dtype)
-            wide = lambda x: x.astype(jnp.float32)
-            logits = [(wide(x) * across(wide(y))).sum(axis=1) for x, y in zip(q, k)]
-            logit_smem[all_rows] = logits[0] + logits[1]
-            value_smem[...] = v
-
-            @pl.when(self.inside(refs, b))
-            def _():
-                k_ref, v_ref = (ref.at[index_ref[0] * self.B + b, positions_ref[b], head] for ref in caches)
-                for y, where in zip(k, halves):
-                    k_ref.at[where][...] = y
-                v_ref[...] = v
-
         plgpu.commit_smem()
+        wide = lambda x: x.astype(jnp.float32)
+        logits = [(wide(x) * across(wide(y))).sum(axis=1) for x, y in zip(q, k)]
+        logit_smem[all_rows] = logits[0] + logits[1]
+        value_smem[...] = v
 
-    def sink(self, refs, head, layout) -> Any:
+        @pl.when(first & self.inside(refs, b))
+        def _():
+            k_ref, v_ref = (ref.at[index_ref[0] * self.B + b, positions_ref[b], head] for ref in caches)
+            for y, where in zip(k, halves):
+                k_ref.at[where][...] = y
+            v_ref[...] = v
+
+    def sink(self, refs, head, layout, counts) -> Any:
         return None
 
 
@@ -242,10 +243,12 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
         if options.window is not None:
             lo = lax.div(jnp.maximum(query + 1 - options.window, 0), jnp.int32(TILE))
 
+        # The cluster's warpgroups take tiles in turn; the first block, which adds up, comes last.
+        begin = lo + (parts - 1 - part) * W
+
         def turns(w, upto):
-            """How many of the tiles of warpgroup w are below upto: every so many, the cluster's warpgroups in turn."""
-            mine = lo + part * W + w
-            return lax.div(jnp.maximum(upto - mine + everyone - 1, 0), jnp.int32(everyone))
+            """How many of the tiles of warpgroup w are below upto."""
+            return lax.div(jnp.maximum(upto - begin - w + everyone - 1, 0), jnp.int32(everyone))
 
         @pl.when(wg < W)
         def _compute():
@@ -269,7 +272,7 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
 
             def step(i, carry, masked):
                 acc, m, l = carry
-                j, slot = lo + part * W + wg + i * everyone, lax.rem(i, jnp.int32(stages))
+                j, slot = begin + wg + i * everyone, lax.rem(i, jnp.int32(stages))
                 k, v = k_smem.at[wg, slot], v_smem.at[wg, slot]
                 plgpu.barrier_wait(k_full.at[wg, slot])
 
@@ -304,12 +307,12 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
                 fill(reduced, (ROWS,), 0.0),
             )
             if isinstance(queries, _New):
-                logit_smem, value_smem = new_smem
+                prepare, (logit_smem, value_smem) = queries.prepare, new_smem
                 first = (part == 0) & (wg == 0)
 
                 @pl.when(wg == 0)
                 def _():
-                    queries.prepare(given, b, head, (k_ref, v_ref), q_smem, out_smem, logit_smem, value_smem, part == 0)
+                    prepare(given, b, head, (k_ref, v_ref), q_smem, out_smem, logit_smem, value_smem, part == 0)
                     plgpu.barrier_arrive(q_full)
 
                 plgpu.barrier_wait(q_full)
@@ -371,12 +374,9 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
                 if W > 1:
                     plgpu.barrier_wait(done)
                     others = [[load(state_smem.at[x, w], reduced) for x in range(2)] for w in range(W - 1)]
-                top = m
-                for other, _ in others:
-                    top = jnp.maximum(top, other)
-                sink = queries.sink(given, head, reduced)
+                top = functools.reduce(jnp.maximum, [other for other, _ in others], m)
+                sink = queries.sink(given, head, reduced, part == 0)
                 if sink is not None:
-                    sink = jnp.where(jnp.broadcast_to(part == 0, sink.shape), sink, -jnp.inf)
                     top = jnp.maximum(top, sink)
                 shift = jnp.where(top == -jnp.inf, 0.0, top)
                 weight = jnp.exp2(m - shift)
@@ -414,7 +414,7 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
 
                     @pl.when(i < turns(w, hi))
                     def _(w=w):
-                        token = (lo + part * W + w + i * everyone) * TILE
+                        token = (begin + w + i * everyone) * TILE
                         within = pl.ds(pl.multiple_of(lax.rem(token, jnp.int32(page)), size), size)
                         buffers = (k_free, k_full, k_ref, k_smem), (v_free, v_full, v_ref, v_smem)
                         indices = pages(token)
