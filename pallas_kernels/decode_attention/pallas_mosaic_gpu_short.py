@@ -170,7 +170,7 @@ class _New:
         slot = refs[2][b]
         return (slot >= 0) & (slot < self.page)
 
-    def prepare(self, refs, b, head, caches, q_smem, plain_smem, logit_smem, value_smem, first):
+    def prepare(self, refs, b, head, caches, q_smem, few_smem, logit_smem, value_smem, first):
         """Queries and the new token's logits and value to shared memory; if first, key and value to the cache."""
         parts_ref, index_ref, positions_ref, cos_ref, sin_ref = refs
         halves = pl.ds(0, self.H // 2), pl.ds(self.H // 2, self.H // 2)
@@ -195,14 +195,13 @@ class _New:
         q = rotated(pl.ds(head * self.G, self.tall), FEW, across(cos), across(sin))
         k = rotated(self.N + head, row, cos, sin)
         v = total(self.N + self.K + head, pl.ds(0, self.H), row).astype(self.dtype)
-        all_rows = pl.ds(0, self.tall)
         for y, where in zip(q, halves):
-            plain_smem[all_rows, where] = y
-        q_smem[all_rows] = load(plain_smem.at[all_rows], FEW)
+            few_smem[:, where] = y
+        q_smem[pl.ds(0, self.tall)] = load(few_smem, FEW)  # which cannot be written by halves of 64
         plgpu.commit_smem()
         wide = lambda x: x.astype(jnp.float32)
         logits = [(wide(x) * across(wide(y))).sum(axis=1) for x, y in zip(q, k)]
-        logit_smem[all_rows] = logits[0] + logits[1]
+        logit_smem[pl.ds(0, self.tall)] = logits[0] + logits[1]
         value_smem[...] = v
 
         @pl.when(first & self.inside(refs, b))
@@ -307,12 +306,12 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
                 fill(reduced, (ROWS,), 0.0),
             )
             if isinstance(queries, _New):
-                prepare, (logit_smem, value_smem) = queries.prepare, new_smem
+                prepare, (few_smem, logit_smem, value_smem) = queries.prepare, new_smem
                 first = (part == 0) & (wg == 0)
 
                 @pl.when(wg == 0)
                 def _():
-                    prepare(given, b, head, (k_ref, v_ref), q_smem, out_smem, logit_smem, value_smem, part == 0)
+                    prepare(given, b, head, (k_ref, v_ref), q_smem, few_smem, logit_smem, value_smem, part == 0)
                     plgpu.barrier_arrive(q_full)
 
                 plgpu.barrier_wait(q_full)
@@ -341,24 +340,22 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
                 far_sum, far_lse, far_done = far
                 few = pl.ds(0, tall)
                 sum_smem[0], state_smem[0, 0] = out, lse
-                wide = lambda x: plgpu.layout_cast(lax.broadcast_in_dim(x, (tall, _WIDTH), [0]), FEW)
-                lse = wide(load(state_smem.at[0, 0, few], FEW.reduce(1)))
+                wide = lambda x, width: lax.broadcast_in_dim(x, (tall, width), [0])
+                lse = plgpu.layout_cast(wide(load(state_smem.at[0, 0, few], FEW.reduce(1)), _WIDTH), FEW)
                 for x, there in ((load(sum_smem.at[0, few], FEW), far_sum), (lse, far_lse)):
                     plgpu.async_store_smem(x, there.at[part], far_done, cluster_idx=jnp.int32(0), cluster_dim="part")
 
                 @pl.when(part == 0)
                 def _():
                     plgpu.barrier_wait(far_done)
-                    every = [load(far_lse.at[p], FEW) for p in range(parts)]
+                    every = [load(far_lse.at[p], FEW).max(axis=1) for p in range(parts)]
                     top = functools.reduce(jnp.maximum, every)
                     shift = jnp.where(top == -jnp.inf, 0.0, top)
                     weights = [jnp.exp2(x - shift) for x in every]
                     total = sum(weights[1:], weights[0])
                     inverse = jnp.where(total > 0.0, 1.0 / jnp.where(total > 0.0, total, 1.0), 0.0)
-                    for at in range(0, H, _WIDTH):
-                        columns = pl.ds(at, _WIDTH)
-                        out = [load(far_sum.at[p, :, columns], FEW) * w for p, w in enumerate(weights)]
-                        out_smem[few, columns] = (sum(out[1:], out[0]) * inverse).astype(dtype)
+                    out = [load(far_sum.at[p], FEW) * wide(w * inverse, H) for p, w in enumerate(weights)]
+                    out_smem[...] = sum(out[1:], out[0]).astype(dtype)
 
             if W > 1:
 
@@ -397,8 +394,10 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
 
                 @pl.when(part == 0)
                 def _():
+                    # TMA leaves out rows that there are not. (Slices of 4 rows make tiles that Mosaic swizzles wrong.)
+                    everything = pl.ds(lax.axis_index("wg") * 0, tall)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out_ref.at[b, head])
+                    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, tall)], out_ref.at[b, head, everything])
                     plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == W)
@@ -437,21 +436,24 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=(W, stages))
     free = plgpu.Barrier(num_barriers=(W, stages))
     sums = max(W - 1, 1)
-    new = (plgpu.SMEM((ROWS,), jnp.float32), plgpu.SMEM((H,), dtype)) if isinstance(queries, _New) else ()
+    new = ()
+    if isinstance(queries, _New):
+        new = plgpu.SMEM((tall, H), dtype), plgpu.SMEM((ROWS,), jnp.float32), plgpu.SMEM((H,), dtype)
     far = ()
     if parts > 1:
         far = [tiled((parts, tall, width), jnp.float32) for width in (H, _WIDTH)]
         far = *far, plgpu.Barrier(num_arrivals=2 * parts)
-    return plgpu.kernel(
+    high = tall if _dispatch.interpreted("gpu") else rows
+    out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((B, K, rows, H), dtype),
+        out_type=jax.ShapeDtypeStruct((B, K, high, H), dtype),
         scratch_types=(
             tiled((ROWS, H), dtype),
             tiled((W, stages, TILE, H), dtype),
             tiled((W, stages, TILE, H), dtype),
             tiled((sums, ROWS, H), jnp.float32),
             plgpu.SMEM((2, sums, ROWS), jnp.float32),
-            plgpu.SMEM((ROWS, H), dtype),
+            tiled((ROWS if parts == 1 else tall, H), dtype),
             new,
             far,
             plgpu.Barrier(),
@@ -470,6 +472,7 @@ def _attend(queries: _Given | _New, k_pages, v_pages, options: Options, config: 
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         kernel_name="decode_attention_short",
     )(k_pages, v_pages, *queries.operands)
+    return out[:, :, :rows]
 
 
 def _set_registers(workers: int, computes: bool) -> None:
