@@ -235,7 +235,7 @@ def _layers(
             x = x * jnp.asarray(cfg.embed_dim**0.5, x.dtype)
 
     if cache is not None and few_rows.fits(params, x, cfg, cache):
-        x, cache = few_rows.hidden(params, x, cfg, positions, cache, _rotation(cfg, jnp.asarray(False)), rules)
+        x, cache = few_rows.hidden(params, x, cfg, positions, cache, _rotation(cfg, jnp.asarray(False)))
         return (x, cache, None), None
 
     def layer(name, cfg, rows, carry, stacked):

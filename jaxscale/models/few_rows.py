@@ -1,8 +1,8 @@
-"""A decoder's step with quantized weights on a Hopper GPU, in six kernels a layer.
+"""A decoder's step with quantized weights on a Hopper GPU, in five kernels a layer.
 
 With few rows each kernel's start and end count beside the reading of the weights. What XLA makes seven to ten kernels
 of (norms, additions, rotation, the cache's writes, the gate, sums over a matmul's parts, offsets) are the ends of
-matmuls here, but for one small kernel. The same numbers are rounded as in `decoder`, but for a norm's output: it is
+matmuls and the start of attention here. The same numbers are rounded as in `decoder`, but for a norm's output: it is
 rounded before each row is divided by its size, which the next matmul does to its sums.
 """
 
@@ -18,9 +18,9 @@ from jaxscale.models import cache as kv
 from jaxscale.models.cache import Cache
 from jaxscale.sharding import active_mesh
 from pallas_kernels import QuantizedArray
-from pallas_kernels.decode_layer.api import kernels_fit, matmul_add, matmul_gate, matmul_parts, rotate_and_write
+from pallas_kernels.decode_attention.api import attend_new_token
+from pallas_kernels.decode_layer.api import kernels_fit, matmul_add, matmul_gate, matmul_parts
 from pallas_kernels.decode_layer.rows import to_rows
-from sharding_rules.rules import Rules
 
 
 def fits(params: dict[str, Any], x: Float[Array, "B T D"], cfg: ModelConfig, cache: Cache) -> bool:
@@ -39,7 +39,7 @@ def fits(params: dict[str, Any], x: Float[Array, "B T D"], cfg: ModelConfig, cac
         and len(set(cfg.local_layers)) == 1
         and set(cache) == {"k", "v"}
         and kv.pages_fit(cache, q)
-        and kernels_fit(x, cache["k"], cfg.num_heads)
+        and kernels_fit(x)
     )
 
 
@@ -50,7 +50,6 @@ def hidden(
     positions: Int[Array, "B T"],
     cache: Cache,
     rotation: tuple[Any, Any],
-    rules: Rules,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """The residual stream before the last norm, and the cache, of embedded tokens [B, 1, D]."""
     angles = tuple(a[:, 0] for a in rope_angles(positions, *rotation))
@@ -59,10 +58,9 @@ def hidden(
     @jax.jit
     def layer(p, next_norm, x, rows, cache, index):
         qkv = matmul_parts(rows, p["attn"]["wqkv"], eps=cfg.norm_eps)
-        q, k, v = rotate_and_write(qkv, cache["k"], cache["v"], index, positions[:, 0], *angles)
-        cache = {"k": k, "v": v}
         options = {"window": window, "soft_cap": cfg.attn_soft_cap, "scale": cfg.query_scale}
-        o = kv.attend(cache, q[:, None], index, positions, rules, sinks=None, **options)[:, 0]
+        o, k, v = attend_new_token(qkv, cache["k"], cache["v"], index, positions[:, 0], *angles, **options)
+        cache = {"k": k, "v": v}
         x, rows = matmul_add(o, p["attn"]["wo"], x, p["mlp_norm"], offset=cfg.norm_offset)
         h = matmul_gate(rows, p["mlp"]["w_gate_up"], eps=cfg.norm_eps)
         return *matmul_add(h, p["mlp"]["w_down"], x, next_norm, offset=cfg.norm_offset), cache

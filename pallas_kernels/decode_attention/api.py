@@ -1,11 +1,13 @@
-"""The public function: checks its input, picks a backend, runs it."""
+"""The public functions: check their input, pick a backend, run it."""
 
+import dataclasses
 import functools
 import importlib
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
@@ -99,6 +101,60 @@ def decode_attention_implementation(
     return _choose(*_check(Inputs(*arrays), window, soft_cap, scale), implementation)
 
 
+def attend_new_token(
+    parts: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    index: jax.Array,
+    positions: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one new token of each sequence, whose key and value are written to a contiguous cache on the way.
+
+    Queries and keys are rotated by position (rope). The cache is written in place where it is donated. Masks, windows
+    and soft caps are those of `decode_attention` for lengths of `positions + 1`.
+
+    Args:
+      parts: [P, B, N + 2 K, H]: their sum, rounded to the cache's dtype, is queries, keys and values.
+      k_cache, v_cache: [L, B, S, K, H].
+      index: int32 [], the layer.
+      positions: int32 [B], the slots; what is outside of the cache is not written.
+      cos, sin: float32 [B, H/2], of each token's angles.
+      implementation: "mosaic_gpu", "xla" (whose attention is `decode_attention`), or None: the first that runs here.
+
+    Returns:
+      [B, N, H] in the cache's dtype, and both caches.
+    """
+    shapes = f"parts {parts.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, cos {cos.shape}, sin {sin.shape}"
+    if parts.ndim != 4 or k_cache.ndim != 5 or k_cache.shape != v_cache.shape or k_cache.shape[1] != parts.shape[1]:
+        raise ValueError(f"attend_new_token takes parts [P, B, N + 2 K, H], caches [L, B, S, K, H]. Got {shapes}")
+    _, B, both, H = parts.shape
+    K = k_cache.shape[3]
+    N = both - 2 * K
+    if N < 1 or N % K or k_cache.shape[4] != H or not cos.shape == sin.shape == (B, H // 2) or positions.shape != (B,):
+        raise ValueError(f"attend_new_token: the sizes disagree. Got {shapes}, positions {positions.shape}")
+    options = _options(window, soft_cap, scale, H)
+    kernel = importlib.import_module("pallas_kernels.decode_attention.pallas_mosaic_gpu_short")
+    xla = importlib.import_module("pallas_kernels.decode_attention.xla")
+    mosaic = lambda: _dispatch.unless_hopper() or kernel.unfit_new_token(k_cache, N)
+    chosen = _dispatch.choose("attend_new_token", implementation, {"mosaic_gpu": mosaic, "xla": lambda: None})
+    index = jnp.asarray(index, jnp.int32)
+    arrays = parts, k_cache, v_cache, index, positions, cos, sin
+    if chosen == "mosaic_gpu":
+        return kernel.attend_new_token(*arrays, options)
+    q, k_cache, v_cache = xla.rotate_and_write(*arrays)
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k_cache, v_cache))
+    table = jnp.asarray(np.arange(B, dtype=np.int32)[:, None])  # a constant, where an iota is a kernel
+    out = decode_attention(q[:, None], k, v, table, positions + 1, first_page=index * B, **dataclasses.asdict(options))
+    return out[:, 0], k_cache, v_cache
+
+
 def _choose(inputs: Inputs, options: Options, implementation: str | None) -> str:
     def check(module):
         supported = getattr(importlib.import_module(module), "supported", None)
@@ -150,9 +206,13 @@ def _check(inputs: Inputs, window, soft_cap, scale) -> tuple[Inputs, Options]:
         raise ValueError(f"decode_attention: sinks must be floating [N={N}]. Got {sinks.dtype} {sinks.shape}")
     if first_page is not None and (first_page.shape != () or first_page.dtype != jnp.int32):
         raise ValueError(f"decode_attention: first_page must be int32 []. Got {first_page.dtype} {first_page.shape}")
+    return inputs, _options(window, soft_cap, scale, H)
+
+
+def _options(window, soft_cap, scale, H: int) -> Options:
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"decode_attention: soft_cap must be positive, or None. Got {soft_cap}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: a window holds at least the query itself: an int >= 1. Got {window}")
     scale = 1.0 / math.sqrt(H) if scale is None else float(scale)
-    return inputs, Options(window, scale, None if soft_cap is None else float(soft_cap))
+    return Options(window, scale, None if soft_cap is None else float(soft_cap))

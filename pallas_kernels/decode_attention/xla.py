@@ -66,3 +66,20 @@ def decode_attention_xla(inputs: Inputs, options: Options) -> jax.Array:
     acc, _, l = jax.lax.fori_loop(first, last, step, tuple(start))
     out = acc * jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1.0), 0.0)[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, Hv).astype(inputs.q.dtype)
+
+
+def rotate_and_write(parts, k_cache, v_cache, index, positions, cos, sin):
+    """Queries [B, N, H] and both caches of `attend_new_token`, without its attention."""
+    dtype, K = k_cache.dtype, k_cache.shape[3]
+    total = parts.astype(jnp.float32).sum(axis=0).astype(dtype).astype(jnp.float32)
+    q, k, v = jnp.split(total, (total.shape[1] - 2 * K, total.shape[1] - K), axis=1)
+
+    def rotate(x):
+        a, b = jnp.split(x, 2, axis=-1)
+        c, s = cos[:, None], sin[:, None]
+        return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+    rows = jnp.arange(parts.shape[1], dtype=jnp.int32)
+    slots = jnp.where(positions < 0, k_cache.shape[2], positions)  # -1 would be the last one
+    write = lambda cache, x: cache.at[index, rows, slots].set(x.astype(dtype), mode="drop")
+    return rotate(q).astype(dtype), write(k_cache, rotate(k)), write(v_cache, v)

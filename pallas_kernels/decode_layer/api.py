@@ -55,52 +55,14 @@ def matmul_add(
     return backend.matmul_add(h, flat, x, scale, offset)
 
 
-def rotate_and_write(
-    parts: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    index: jax.Array,
-    positions: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    *,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries rotated by position (rope); keys, rotated, and values written to the cache, in place where it is donated.
-
-    Args:
-      parts: [P, B, N + 2 K, H]: their sum, rounded to the cache's dtype, is queries, keys and values.
-      k_cache, v_cache: [L, B, S, K, H].
-      index: int32 [], the layer that is written.
-      positions: int32 [B], the slots; what is outside of the cache is not written.
-      cos, sin: float32 [B, H/2], of each token's angles.
-
-    Returns:
-      Queries [B, N, H] in the cache's dtype, and both caches.
-    """
-    shapes = f"parts {parts.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, cos {cos.shape}, sin {sin.shape}"
-    if parts.ndim != 4 or k_cache.ndim != 5 or k_cache.shape != v_cache.shape or k_cache.shape[1] != parts.shape[1]:
-        raise ValueError(f"rotate_and_write takes parts [P, B, N + 2 K, H], caches [L, B, S, K, H]. Got {shapes}")
-    _, B, both, H = parts.shape
-    K = k_cache.shape[3]
-    heads = both - 2 * K
-    if heads < 1 or k_cache.shape[4] != H or not cos.shape == sin.shape == (B, H // 2) or positions.shape != (B,):
-        raise ValueError(f"rotate_and_write: the sizes disagree. Got {shapes}, positions {positions.shape}")
-    backend = _choose("rotate_and_write", implementation, lambda m: m.unfit_heads(k_cache, heads))
-    index = jnp.asarray(index, jnp.int32)
-    return backend.rotate_and_write(parts, k_cache, v_cache, index, positions, cos, sin, heads, k_cache.dtype)
-
-
-def kernels_fit(x: Any, cache: Any, heads: int) -> bool:
-    """Whether there are kernels here for activations [*B, D] and a cache [L, B, S, K, H]."""
-    if _dispatch.unless_hopper() or x.dtype != jnp.bfloat16:
-        return False
-    return not _module("mosaic_gpu").unfit_heads(cache, heads)
+def kernels_fit(x: Any) -> bool:
+    """Whether there are kernels here for activations [*B, D]."""
+    return not _dispatch.unless_hopper() and x.dtype == jnp.bfloat16
 
 
 def _flat(op: str, implementation: str | None, x: jax.Array, w: QuantizedArray, unfit: str) -> tuple[Any, Any]:
     """w as a matrix, and the module that multiplies x [B, K] with it."""
-    check_array(w)
+    check_array(op, w)
     flat = w.flat()
     if x.ndim != 2 or flat.values.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: w {w.shape} contracts other numbers than x has. Got x {x.shape}")
