@@ -122,7 +122,7 @@ def split_of(w: QuantizedArray, M: int) -> int | None:
     T = max(8, 1 << (M - 1).bit_length())
 
     def fits(split):
-        even = K % split == 0 and (G % split == 0 or G == 1) and K // split % (256 // bits) == 0
+        even = K % split == 0 and (G == 1 or (G % split == 0 and split < G)) and K // split % (256 // bits) == 0
         return even and step_of(K // split, w.values.dtype) == step and N * split % 2048 == 0 and T * split <= _PART
 
     def busy(split):
@@ -134,9 +134,7 @@ def split_of(w: QuantizedArray, M: int) -> int | None:
 
 def tuned(tokens: int, bits: int) -> Config:
     """For `tokens` rows of x, a multiple of 8. More bytes in flight than these are slower: the first come later."""
-    if bits == 8:
-        return Config(depth=4, stages=2) if tokens <= 16 else Config(depth=2, stages=4)
-    return Config(depth=2, stages=3 if tokens <= 32 else 2)
+    return Config(stages=4 if bits == 8 else 3 if tokens <= 32 else 2)
 
 
 def tuned_gate(tokens: int) -> Config:
@@ -215,7 +213,8 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
     x_order = x.astype(jnp.bfloat16)
     x_order = fill(x_order) if w.interleaved else jnp.pad(order(x_order, w.values.dtype), ((0, T - M), (0, 0)))
     # One scale (and offset) for each row of all tiles: loads are not clipped.
-    by_row = lambda x: repeat_to(x, (N, max(G, split))).reshape(N * split, -1)
+    late = add is not None and G == 1  # a channel's scale comes after the sum of a row's parts
+    by_row = lambda x: repeat_to(x, (N, G)).reshape(N if late else N * split, -1)
     factors_of = [by_row(x) for x in (w.scales, w.offsets) if x is not None]
     padded = [jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) for x in factors_of]
     Gs = padded[0].shape[1]  # of a row
@@ -325,7 +324,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
 
                 return sum((of(d) for d in range(1, c.depth)), start=of(0)).sum(axis=2)
 
-            def finish(t, total, weight):
+            def finish(t, total, weights):
                 """Stores the sums of all warpgroups: of the whole tile, or a part."""
                 if givers:
 
@@ -354,7 +353,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                     if givers:
                         pl.when(t < tile_of(end - 1))(lambda: plgpu.barrier_arrive(read.at[leader]))
                     if add:
-                        return store_added(t, outs[0], weight)
+                        return store_added(t, outs[0], *weights)
                     if norm:
                         factor = plgpu.load(norm_smem.at[leader], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
                         outs = [out * lax.broadcast_in_dim(factor, out.shape, [1]) for out in outs]
@@ -386,15 +385,17 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
             def place_of(t):
                 return pl.ds(pl.multiple_of(t * out_width, out_width), out_width)
 
-            def store_added(t, out, weight):
+            def store_added(t, out, weight, channel):
+                along = lambda x: lax.broadcast_in_dim(x.astype(jnp.float32), out.shape, [1])
+                if late:
+                    out *= along(channel)
                 plgpu.barrier_wait(near)
                 before = plgpu.load(out_smem.at[0], layout=form.reduce(2), optimized=False).astype(jnp.float32)
                 # Rounded as a matmul's output is, and as the residual stream is.
                 out = (before + out.astype(dtype).astype(jnp.float32)).astype(dtype)
                 out_smem.at[0][...] = out
                 out = out.astype(jnp.float32)
-                weight = lax.broadcast_in_dim(weight.astype(jnp.float32) + offset, out.shape, [1])
-                out_smem.at[1][...] = (out * weight).astype(dtype)
+                out_smem.at[1][...] = (out * (along(weight) + offset)).astype(dtype)
                 out_refs[2].at[:, t][...] = (out * out).sum(axis=1)
                 plgpu.commit_smem()
                 for i in range(2):
@@ -403,16 +404,20 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
 
             def of_tile(t, now):
                 zero = plgpu.layout_cast(jnp.zeros((_UNIT, columns), jnp.float32), plgpu.Layout.WGMMA)
-                weight = None
+                weights = ()
                 if add:
                     ask = lambda: plgpu.copy_gmem_to_smem(add_ref.at[everything, place_of(t)], out_smem.at[0], near)
                     pl.when(wg == 0)(ask)
-                    weight = plgpu.load(weight_ref.at[place_of(t)], layout=form.reduce(2).reduce(0), optimized=False)
-                if Gs == 1:
+                    load = functools.partial(plgpu.load, layout=form.reduce(2).reduce(0), optimized=False)
+                    weights = (
+                        load(weight_ref.at[place_of(t)]),
+                        load(factor_refs[0].at[place_of(t), 0]) if late else None,
+                    )
+                elif Gs == 1:
                     now = factors(t * steps)
                 upto = jnp.minimum((t + 1) * steps, end)
                 total, now = lax.fori_loop(turns(d, jnp.maximum(t * steps, start)), turns(d, upto), body, (zero, now))
-                finish(t, scaled(total, now[0][0]) if Gs == 1 else total, weight)
+                finish(t, scaled(total, now[0][0]) if Gs == 1 and not late else total, weights)
                 return now
 
             if norm:
@@ -423,7 +428,7 @@ def _few(x, w: QuantizedArray, dtype, config, norm: Norm | None = None, gate: bo
                     norm_smem.at[wg][...] = lax.rsqrt(squares.sum(axis=1) * (1 / K) + eps)
                     plgpu.commit_smem()
 
-            lax.fori_loop(tile_of(start), tile_of(end - 1) + 1, of_tile, factors(start + d))
+            lax.fori_loop(tile_of(start), tile_of(end - 1) + 1, of_tile, () if late else factors(start + d))
 
         @pl.when(wg == c.rows * c.depth)
         def _feed():

@@ -37,10 +37,13 @@ def close(got, want, roundings=3, least=1e-6):
     assert (np.abs(wide(got) - want) <= 2.0**-8 * roundings * np.abs(want) + least).all()
 
 
-def weight(rng, *shape, inner=1):
+FORMATS = ("int4", 32, True), ("uint4", 64, False), ("int8", None, True)
+
+
+def weight(rng, *shape, inner=1, kind=None):
     """A weight [*contracted, *outputs], as `unstack` lays it out or not, and its numbers as a matrix."""
     K = int(np.prod(shape[:inner]))
-    format, group, symmetric = [("int4", 32, True), ("uint4", 64, False), ("int8", None, True)][rng.integers(3)]
+    format, group, symmetric = kind or FORMATS[rng.integers(3)]
     dense = jnp.asarray(rng.normal(size=shape) / K**0.5, jnp.float32)
     w = quantize_array(
         dense, format, group=group, symmetric=symmetric, contraction=range(-len(shape), inner - len(shape))
@@ -88,11 +91,12 @@ def test_matmul_gate(rng, name):
 
 
 @backends
-def test_matmul_add(rng, name):
+@pytest.mark.parametrize("kind", FORMATS)
+def test_matmul_add(rng, name, kind):
     """And the next matmul's rows, whose squares come in as many parts as there are tiles."""
     B, D = int(rng.choice(BATCHES)), 512 * int(rng.integers(1, 3))
     x, scale, h = new(rng, B, D), new(rng, D), new(rng, B, 8, 128)
-    w, dense = weight(rng, 8, 128, D, inner=2)
+    w, dense = weight(rng, 8, 128, D, inner=2, kind=kind)
     total, rows = run(name, lambda *a, **k: matmul_add(*a, offset=0.5, **k), h, w, x, scale)
     product = wide(h).reshape(B, -1) @ dense
     want = wide(x) + product
