@@ -166,12 +166,7 @@ def _rests(shape: Any, name: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, ru
 
 def num_bytes(params: Any) -> int:
     """What the arrays of a tree take, two values of 4 bits to a byte."""
-    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in jax.tree.leaves(params))
-
-
-def bits_of(dtype: Any) -> int:
-    name = jnp.dtype(dtype).name
-    return 4 if name in ("int4", "uint4") or name.startswith("float4") else 8 * jnp.dtype(dtype).itemsize
+    return sum(math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(params))
 
 
 def summary(params: Any) -> str:

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 
 from jaxscale.checkpoint.ranks import write_safetensors
 from jaxscale.params import path_name
-from jaxscale.quantize.apply import bits_of
 from jaxscale.sharding import place
 from pallas_kernels.quantized_matmul.api import check_array
 from pallas_kernels.quantized_matmul.array import QuantizedArray
@@ -106,7 +105,7 @@ def _crc32(x: np.ndarray) -> int:
 
 def _bytes(x: np.ndarray) -> np.ndarray:
     """uint8: of 4-bit values two to a byte, the first in the low bits."""
-    if bits_of(x.dtype) == 8:
+    if jax.dtypes.itemsize_bits(x.dtype) == 8:
         return np.ascontiguousarray(x).view(np.uint8)
     nibbles = np.ascontiguousarray(x).view(np.uint8).reshape(-1) & 15
     nibbles = np.concatenate([nibbles, np.zeros(nibbles.size % 2, np.uint8)])
@@ -114,7 +113,7 @@ def _bytes(x: np.ndarray) -> np.ndarray:
 
 
 def _values(x: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    if bits_of(dtype) == 8:
+    if jax.dtypes.itemsize_bits(dtype) == 8:
         return x.view(dtype).reshape(shape)
     nibbles = np.stack([x & 15, x >> 4], axis=-1).reshape(-1)[: math.prod(shape)]
     if dtype == jnp.int4:

@@ -116,7 +116,6 @@ class QuantizedArray:
             values=self.values.reshape(N, K),
             scales=two(scales),
             offsets=two(offsets),
-            inputs=self.inputs,
             contraction=(-2,),
             unsigned=False,
         )

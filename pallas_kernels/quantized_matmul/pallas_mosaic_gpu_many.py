@@ -62,8 +62,12 @@ def unfit_many(w: QuantizedArray) -> str | None:
         return "takes no offsets beside activations of 8 bits"
     if K % _STEP or N % UNIT:
         return f"takes K that is a multiple of {_STEP} and N that is one of {UNIT}. Got K={K}, N={N}"
-    if scales[1] > 1 and (N % _STEP or scales != (N // _STEP, K // _STEP)):
-        return f"takes scales of channels, or of tiles of 128 x 128, [{N // _STEP}, {K // _STEP}]. Got {scales}"
+    tiles = w.activations == "float8_e4m3fn" and N % _STEP == 0 and scales == (N // _STEP, K // _STEP)
+    if scales[1] > 1 and not tiles:
+        return (
+            f"takes scales of channels, or beside activations in float8 of tiles of 128 x 128, "
+            f"[{N // _STEP}, {K // _STEP}]. Got {scales}, activations in {w.activations}"
+        )
     return None
 
 
@@ -71,7 +75,7 @@ def tuned(scaled: bool, integer: bool, groups: bool, N: int) -> Config:
     """For scales of tiles or of channels, rows in groups or not, N columns."""
     if integer:
         return Config(warpgroups=2, columns=256, promote=None)
-    promote = 1 if scaled else None if integer else 4
+    promote = 1 if scaled else 4
     if groups or N <= _STEP:
         return Config(promote=promote)
     return Config(promote=promote, pair=True, blocks=SM_COUNT // 2)

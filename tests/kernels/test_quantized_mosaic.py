@@ -197,6 +197,20 @@ def test_both_in_8_bits(rng, M, N, K, format, activations, group, config):
     assert (got[3] == 0).all()
 
 
+def test_integers_with_scales_of_tiles_fall_back(rng):
+    """The kernel scales tiles in float32 sums of float8 alone; it was chosen here, and failed."""
+    values = jnp.asarray(rng.integers(-127, 128, size=(256, 256)), jnp.int8)
+    scales, x = jnp.asarray(rng.uniform(0.5, 2, size=(2, 2)), jnp.float32), rows(rng, 193, 256)
+    w = QuantizedArray(values, scales, activations="int8")
+    with plgpu.force_gpu_interpret_mode():
+        assert quantized_matmul_implementation(x, w) == "xla"
+        with pytest.raises(NotImplementedError, match=r"tiles of 128 x 128, \[2, 2\]\. Got .* activations in int8"):
+            quantized_matmul(x, w, implementation="mosaic_gpu")
+    got = quantized_matmul(x, w, preferred_element_type=jnp.float32)
+    want = quantized_matmul(x, w, implementation="reference", preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize("activations", ["int8", "float8_e4m3fn"])
 def test_few_rows_of_8_bits(rng, activations):
     """They meet 4-bit values too."""
