@@ -10,6 +10,7 @@ instructions run one after another. Exits with 1 when a kernel does not compile,
 serialised.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -22,7 +23,7 @@ runner.ask_compilers()  # before JAX
 import jax
 import jax.numpy as jnp
 
-from benchmarks.quantized.bench import CHECKS, WORKS, Work, multiply
+from benchmarks.quantized.bench import CHECKS, WORKS, Work, multiply, round_for, routed, rows
 from pallas_kernels import QuantizedArray
 
 TPU_CALLS = {
@@ -44,7 +45,9 @@ def calls(target: str):
         values = new(*lead, work.N, work.K, dtype="int4" if unsigned else work.format)
         w = QuantizedArray(values, scales, activations=work.activations, unsigned=unsigned)  # pyright: ignore
         run = multiply(work, "mosaic_gpu" if target == "h200" else "mosaic_tpu")
-        yield name, run, (new(work.M, work.K, dtype="bfloat16"), w, new(work.G, dtype="int32"))
+        x, where = jax.eval_shape(lambda key, work=work: (rows(key, work), routed(work)), jax.random.key(0))
+        x = jax.eval_shape(functools.partial(round_for, work), x) if work.rounded else x
+        yield name, run, (x, w, where)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,8 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
         room = min(most, room_for(pairs, mine))
         key = among(experts, call.num_experts).reshape(-1)
         weights = checkpoint_name(level.all_gather(weights), ROUTED)
-        if level.groups is None and reads_peers(jax.tree.leaves(x)[0], jax.ShapeDtypeStruct((level.size * n, K), jnp.int32), level.size):
+        rows, places = jax.tree.leaves(x)[0], jax.ShapeDtypeStruct((level.size * n, K), jnp.int32)
+        if level.groups is None and reads_peers(rows, places, level.size):
             # Their kernels wait for each other, so each device has as many rounds as the one with most pairs.
             here, most_pairs = _gathered_pairs(level, mine, key, None)
             rounds = None if room == most else -(-most_pairs // room)

@@ -26,13 +26,14 @@ def among(experts, num_experts: int):
     return jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
 
 
-def round_first(fn: Callable[..., jax.Array], x, experts, weights, p):
+def round_first(fn: Callable[..., Any], x, experts, weights, p) -> jax.Array:
     """fn(x, experts, weights, p), the tokens rounded before they go anywhere, where gate and up would round their rows
     alike: once for both, and not for each of a token's places. A row that travels has 8 bits then.
 
     The same bits either way. Where a gradient is asked for it takes the other way, on which it is straight-through.
     """
-    return fn(x, experts, weights, p) if _rounding(p) is None else _round_first(fn, x, experts, weights, p)
+    asked = _rounding(p)
+    return fn(x, experts, weights, p) if asked is None else jnp.asarray(_round_first(fn, asked, x, experts, weights, p))
 
 
 def _rounding(p):
@@ -44,17 +45,17 @@ def _rounding(p):
     return asked.pop() if len(asked) == 1 else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _round_first(fn, x, experts, weights, p):
-    return fn(quantize_rows(x, *_rounding(p)), experts, weights, p)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _round_first(fn, asked, x, experts, weights, p):
+    return fn(quantize_rows(x, *asked), experts, weights, p)
 
 
-def _round_first_bwd(fn, vjp, grad):
+def _round_first_bwd(fn, asked, vjp, grad):
     d_x, _, d_weights, d_p = vjp(grad)
     return d_x, None, d_weights, d_p
 
 
-_round_first.defvjp(lambda fn, *args: jax.vjp(fn, *args), _round_first_bwd)
+_round_first.defvjp(lambda fn, asked, *args: jax.vjp(fn, *args), _round_first_bwd)
 
 
 def experts_local(call: Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None):

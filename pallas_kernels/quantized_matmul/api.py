@@ -114,7 +114,7 @@ def _matmul(x: jax.Array | QuantizedRows, w: QuantizedArray, dtype, backend: str
 def _matmul_fwd(x: jax.Array | QuantizedRows, w: QuantizedArray, dtype, backend: str):
     """Residuals: the weight, and an array that says the dtype of x."""
     if isinstance(x, QuantizedRows):
-        raise NotImplementedError("quantized_matmul of rows that are rounded already has no gradient; give it the array")
+        raise NotImplementedError("quantized_matmul of rounded rows has no gradient; give it the array")
     return _matmul(x, w, dtype, backend), (w, jnp.zeros((), x.dtype))
 
 

@@ -166,9 +166,7 @@ class QuantizedArray:
         return w.reshape(self.values.shape).transpose(inverse).astype(dtype)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("format", "dtype")
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("format", "dtype"))
 @dataclasses.dataclass(frozen=True)
 class QuantizedRows:
     """Activations rounded by `quantize_rows`: what a matmul by a QuantizedArray takes in place of the array [M, K].

@@ -78,14 +78,16 @@ def prepare(w: QuantizedArray) -> QuantizedArray:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped(lhs: jax.Array | QuantizedRows, rhs: QuantizedArray, group_sizes: jax.Array, dtype, backend: str) -> jax.Array:
+def _grouped(
+    lhs: jax.Array | QuantizedRows, rhs: QuantizedArray, group_sizes: jax.Array, dtype, backend: str
+) -> jax.Array:
     return _module(backend).grouped(lhs, rhs, group_sizes, dtype)
 
 
 def _grouped_fwd(lhs: jax.Array | QuantizedRows, rhs: QuantizedArray, group_sizes: jax.Array, dtype, backend: str):
     """Residuals: the matrices, the sizes, and an array that says the dtype of lhs."""
     if isinstance(lhs, QuantizedRows):
-        raise NotImplementedError("ragged_dot of rows that are rounded already has no gradient; give it the array")
+        raise NotImplementedError("ragged_dot of rounded rows has no gradient; give it the array")
     return _grouped(lhs, rhs, group_sizes, dtype, backend), (rhs, group_sizes, jnp.zeros((), lhs.dtype))
 
 

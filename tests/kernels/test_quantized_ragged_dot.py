@@ -213,7 +213,7 @@ def test_rounded_rows_that_do_not_fit(rng):
     near = quantize_rows(x, 1, "int8")
     w = matrices(rng, 3, 64, 24, "int8", activations="int8")
     assert ragged_dot(near, w, sizes).shape == (12, 24)
-    with pytest.raises(ValueError, match=r"takes quantize_rows\(x, 1, 'float8_e4m3fn'\). Got rows in int8 with 1 scales"):
+    with pytest.raises(ValueError, match=r"takes quantize_rows\(x, 1, 'float8_e4m3fn'\). Got rows in int8"):
         ragged_dot(near, matrices(rng, 3, 64, 24, "int8", activations="float8_e4m3fn"), sizes)
     with pytest.raises(ValueError, match=r"takes quantize_rows\(x, 2, 'int8'\). Got rows in int8 with 1 scales"):
         ragged_dot(near, matrices(rng, 3, 64, 24, "int8", 32, activations="int8"), sizes)
@@ -225,8 +225,8 @@ def test_rounded_rows_that_do_not_fit(rng):
         ragged_dots(near, (w, w.dequantize(jnp.bfloat16)), sizes)
     with pytest.raises(ValueError, match="K=64 of lhs is not K=128"):
         ragged_dot(near, matrices(rng, 3, 128, 24, "int8", activations="int8"), sizes)
-    with pytest.raises(NotImplementedError, match="already has no gradient; give it the array"):
-        loss = lambda scales: ragged_dot(dataclasses.replace(near, scales=scales), w, sizes).sum()
+    loss = lambda scales: ragged_dot(dataclasses.replace(near, scales=scales), w, sizes).sum()
+    with pytest.raises(NotImplementedError, match="rounded rows has no gradient; give it the array"):
         jax.grad(loss)(near.scales)
 
 

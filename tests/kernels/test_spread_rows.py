@@ -25,7 +25,9 @@ def places(rng, n, K, rows):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
-@pytest.mark.parametrize(("n", "K", "D", "dtype"), [(37, 3, 64, "bfloat16"), (90, 1, 256, "float32"), (50, 4, 128, "float8_e4m3fn")])
+@pytest.mark.parametrize(
+    ("n", "K", "D", "dtype"), [(37, 3, 64, "bfloat16"), (90, 1, 256, "float32"), (50, 4, 128, "float8_e4m3fn")]
+)
 def test_every_row_at_its_places(implementation, n, K, D, dtype, rng, monkeypatch):
     monkeypatch.setattr(pallas_mosaic_gpu, "_BLOCKS", 2)  # fewer to interpret, with more rows each
     rows = int(rng.integers(1, n * K + 20))
