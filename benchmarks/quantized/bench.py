@@ -71,10 +71,9 @@ WORKS = (
         "64 uneven float8": Work(32768, F8, None, F8, "float32", routing="zipf", **EXPERTS),
     }
     | {
-        f"64 {routing} {what} {name}": Work(32768, f, group, f, "float32", routing=routing, **more, **EXPERTS)
+        f"{what} {name}": Work(32768, F8, group, F8, "float32", routing=routing, **more, **EXPERTS)
         for what, more in (("rounded", {"rounded": True}), ("tokens", {"top_k": 8}))
-        for name, f, group in (("float8 tiles", F8, 128), ("float8", F8, None), ("int8", "int8", None))
-        for routing in ("even", "zipf")
+        for name, group, routing in (("tiles", 128, "even"), ("tiles uneven", 128, "zipf"), ("channels", None, "even"))
     }
     | {
         "decode int4 g128": Work(512, group=128, **DECODE),
@@ -317,7 +316,7 @@ def print_table(results) -> None:
     print(results.get(("ceilings", "", "", "")))
     print("us: all kernels of a call; own: ours alone, without what rounds, spreads, permutes and pads the rows")
     print(
-        f"{'work':30}{'error':>9}{'us':>9}{'own us':>9}{'TFLOP/s':>9}{'GB/s':>7}{'bf16 us':>9}{'xla us':>9}"
+        f"{'work':26}{'error':>9}{'us':>9}{'own us':>9}{'TFLOP/s':>9}{'GB/s':>7}{'bf16 us':>9}{'xla us':>9}"
         f"{'x bf16':>8}{'own x':>7}{'x xla':>7}"
     )
     for name, work in (WORKS | CHECKS).items():
@@ -331,7 +330,7 @@ def print_table(results) -> None:
         own = sum(t for kernel, t in timed[0].get("kernels", {}).items() if "quantized" in kernel) or float("nan")
         rate, bandwidth = 2e-6 * work.M * work.N * work.K / own, bytes_read(work) / own / 1e3
         print(
-            f"{name:30}{worst:9.1e}{us:9.1f}{own:9.1f}{rate:9.0f}{bandwidth:7.0f}{bf16:9.1f}{xla:9.1f}"
+            f"{name:26}{worst:9.1e}{us:9.1f}{own:9.1f}{rate:9.0f}{bandwidth:7.0f}{bf16:9.1f}{xla:9.1f}"
             f"{bf16 / us:8.2f}{bf16 / own:7.2f}{xla / us:7.2f}  {wrong}"
         )
 
