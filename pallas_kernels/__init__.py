@@ -8,13 +8,14 @@ from pallas_kernels.norm_rope.api import norm_rope, norm_rope_implementation
 from pallas_kernels.peer_rows.api import collect_at_home, peer_rows_implementation, spread_from_peers
 from pallas_kernels.quantize_rows.api import quantize_rows, quantize_rows_implementation
 from pallas_kernels.quantized_matmul.api import quantized_matmul, quantized_matmul_implementation
-from pallas_kernels.quantized_matmul.array import QuantizedArray, quantize_array
+from pallas_kernels.quantized_matmul.array import QuantizedArray, QuantizedRows, quantize_array
 from pallas_kernels.ragged_all_to_all.api import ragged_all_to_all, ragged_all_to_all_implementation
 from pallas_kernels.ragged_dot.api import ragged_dot, ragged_dot_implementation, ragged_dots
 from pallas_kernels.spread_rows.api import spread_rows, spread_rows_implementation
 
 __all__ = [
     "QuantizedArray",
+    "QuantizedRows",
     "attention",
     "attention_backward",
     "attention_float8",

@@ -39,6 +39,8 @@ class Work:
     K: int = 8192
     G: int = 0  # matrices; 0: one for all rows
     routing: str = "even"  # even; random; zipf: the g-th group in proportion to 1 / g
+    rounded: bool = False  # x is, before the call
+    top_k: int = 0  # x is M / top_k tokens, rounded where the weight asks for it, then spread to so many rows each
 
     @property
     def tiles(self) -> bool:
@@ -67,6 +69,13 @@ WORKS = (
         "64 groups float8": Work(32768, F8, None, F8, "float32", **EXPERTS),
         "64 groups int8": Work(32768, "int8", None, "int8", "float32", **EXPERTS),
         "64 uneven float8": Work(32768, F8, None, F8, "float32", routing="zipf", **EXPERTS),
+    }
+    | {
+        f"{what} {name}": Work(32768, F8, group, F8, "float32", routing=routing, **more, **EXPERTS)
+        for what, more in (("rounded", {"rounded": True}), ("tokens", {"top_k": 8}))
+        for name, group, routing in (("tiles", 128, "even"), ("tiles uneven", 128, "zipf"), ("channels", None, "even"))
+    }
+    | {
         "decode int4 g128": Work(512, group=128, **DECODE),
         "decode int8": Work(512, "int8", **DECODE),
         "decode float8 tiles": Work(512, F8, 128, F8, "float32", **DECODE),
@@ -84,6 +93,7 @@ CHECKS = {
     "float8 tiles odd": Work(1000, F8, 128, F8, "float32", 640, 1280),
     "int8 channels odd": Work(1000, "int8", None, "int8", "float32", 704, 1280),
     "groups float8 tiles odd": Work(1000, F8, 128, F8, "float32", 640, 1280, 7, "zipf"),
+    "tokens float8 odd": Work(1002, F8, None, F8, "float32", 640, 1280, 7, "zipf", top_k=6),
     "groups int4 g32 odd": Work(100, "int4", 32, None, "float16", 584, 1088, 7, "zipf"),
     "groups float4 odd": Work(300, "float4_e2m1fn", 64, None, "float32", 640, 1536, 9, "random"),
 }
@@ -104,6 +114,34 @@ def group_sizes(work: Work):
     return jnp.asarray(np.diff(np.round(np.cumsum(share) / share.sum() * work.M), prepend=0), jnp.int32)
 
 
+def routed(work: Work):
+    """What the function of `multiply` takes last: sizes, and where tokens are spread each one's rows, in any order."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    if not work.top_k:
+        return group_sizes(work)
+    pair = np.random.default_rng(8).permutation(work.M)
+    place = np.empty_like(pair)
+    place[pair] = np.arange(work.M)
+    token, place = pair // work.top_k, place.reshape(-1, work.top_k)
+    return group_sizes(work), jnp.asarray(token, jnp.int32), jnp.asarray(place, jnp.int32)
+
+
+def rows(key, work: Work):
+    """x, in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    return jax.random.normal(key, (work.M // max(work.top_k, 1), work.K), jnp.bfloat16)
+
+
+def round_for(work: Work, x):
+    from pallas_kernels import quantize_rows
+
+    return quantize_rows(x, work.K // work.group if work.group else 1, work.activations)  # pyright: ignore
+
+
 def bytes_read(work: Work) -> float:
     """The weights' values."""
     bits = 4 if work.format in ("int4", "uint4", "float4_e2m1fn") else 8
@@ -111,10 +149,20 @@ def bytes_read(work: Work) -> float:
 
 
 def multiply(work: Work, implementation: str | None, dtype=None):
-    """The function x, w, group sizes -> x @ w of quantized_matmul, or of ragged_dot where there are groups."""
-    from pallas_kernels import quantized_matmul, ragged_dot
+    """The function x, w, `routed` -> x @ w of quantized_matmul, or of ragged_dot where there are groups."""
+    import jax
+
+    from pallas_kernels import quantized_matmul, ragged_dot, spread_rows
 
     options = {"implementation": implementation, "preferred_element_type": dtype}
+
+    def spread(x, w, routed):
+        sizes, token, place = routed
+        x = round_for(work, x) if work.activations else x
+        return ragged_dot(jax.tree.map(lambda a: spread_rows(a, token, place), x), w, sizes, **options)
+
+    if work.top_k:
+        return spread
     if work.G:
         return lambda x, w, sizes: ragged_dot(x, w, sizes, **options)
     return lambda x, w, sizes: quantized_matmul(x, w, **options)
@@ -140,11 +188,10 @@ def maker():
 
 def arrays(work: Work, seed: int, count: int):
     import jax
-    import jax.numpy as jnp
 
     keys = jax.random.split(jax.random.key(seed), 2 * count)
     weights = [maker()(key, dataclasses.replace(work, M=0)) for key in keys[:count]]
-    return [jax.random.normal(key, (work.M, work.K), jnp.bfloat16) for key in keys[count:]], weights
+    return [rows(key, work) for key in keys[count:]], weights
 
 
 def check(work: Work) -> dict:
@@ -155,10 +202,11 @@ def check(work: Work) -> dict:
     (x,), (w,) = arrays(work, int.from_bytes(os.urandom(3), "little"), 1)
     w = laid_out(w, work)
     run = lambda name: jax.jit(multiply(work, name, jnp.float32))
-    sizes, ours = group_sizes(work), run("mosaic_gpu")
-    got, again = ours(x, w, sizes), ours(x, w, sizes)
+    where, ours = routed(work), run("mosaic_gpu")
+    given = round_for(work, x) if work.rounded else x
+    got, again = ours(given, w, where), ours(given, w, where)
     with jax.default_matmul_precision("highest"):  # the reference has a step for each matrix: minutes to compile
-        want = run("xla")(x.astype(jnp.float32), w, sizes) if work.G else run("reference")(x, w, sizes)
+        want = run("xla")(x.astype(jnp.float32), w, where) if work.G else run("reference")(x, w, where)
     error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
     # Tensor cores sum products of float8 with 14 bits or so.
     limit = 2e-3 if work.activations == F8 else 1e-5
@@ -176,7 +224,7 @@ def held(work: Work, dense: bool):
     import jax
     import jax.numpy as jnp
 
-    key = (dataclasses.replace(work, M=0), dense)
+    key = (dataclasses.replace(work, M=0, rounded=False, top_k=0), dense)
     matrix = max(work.G, 1) * work.N * work.K
     count = max(1, 2**29 // (matrix * (4 if dense else 1))) if work.few else 1
     count = min(count, 8)
@@ -187,9 +235,10 @@ def held(work: Work, dense: bool):
             shape = (work.G, work.K, work.N) if work.G else (work.K, work.N)
             HELD[key] = [jax.random.normal(k, shape, jnp.bfloat16) for k in keys]
         else:
-            HELD[key] = arrays(dataclasses.replace(work, M=8), 1, count)[1]
+            HELD[key] = arrays(dataclasses.replace(work, M=8, top_k=0), 1, count)[1]
     keys = jax.random.split(jax.random.key(2), count)
-    return [jax.random.normal(k, (work.M, work.K), jnp.bfloat16) for k in keys], HELD[key]
+    xs = [rows(k, work) for k in keys]
+    return [round_for(work, x) for x in xs] if work.rounded and not dense else xs, HELD[key]
 
 
 def laid_out(w, work: Work):
@@ -210,18 +259,20 @@ def timing(work: Work, implementation: str) -> dict:
     if implementation == "mosaic_gpu":
         weights = [laid_out(w, work) for w in weights]
     if implementation == "bf16":
-        run = ragged_dot if work.G else lambda x, w, sizes: x @ w
+        run = ragged_dot if work.G else lambda x, w, where: x @ w
+        if work.top_k:
+            run = multiply(dataclasses.replace(work, activations=None), None)
 
-    def calls(xs, weights, sizes):
+    def calls(xs, weights, where):
         """One after another: XLA may not join their kernels."""
         outs: list[jax.Array] = []
         for x, w in zip(xs, weights, strict=True):
             if outs:
                 x, outs[-1] = jax.lax.optimization_barrier((x, outs[-1]))
-            outs.append(run(x, w, sizes))
+            outs.append(run(x, w, where))
         return outs
 
-    us, launches = runner.profile(jax.jit(calls), xs, weights, group_sizes(work))
+    us, launches = runner.profile(jax.jit(calls), xs, weights, routed(work))
     return {"us": us / len(xs), "kernels": {name: round(statistics.median(t), 1) for name, t in launches.items()}}
 
 
@@ -233,7 +284,7 @@ def do(job) -> dict:
     if kind == "check":
         return check(work)
     if implementation == "bf16":
-        work = Work(work.M, N=work.N, K=work.K, G=work.G, routing=work.routing)
+        work = Work(work.M, N=work.N, K=work.K, G=work.G, routing=work.routing, top_k=work.top_k)
     return timing(work, implementation)
 
 
@@ -246,7 +297,9 @@ def jobs():
     for name in [*WORKS, *CHECKS]:
         yield "check", name, "mosaic_gpu", ""
     for implementation in ("mosaic_gpu", "bf16", "xla"):
-        for name in WORKS:
+        for name, work in WORKS.items():
+            if implementation == "xla" and (work.rounded or work.top_k):
+                continue  # as without
             yield "time", name, implementation, ""
 
 
@@ -261,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_table(results) -> None:
     print(results.get(("ceilings", "", "", "")))
-    print("us: all kernels of a call; own: ours alone, without what rounds, permutes and pads the rows")
+    print("us: all kernels of a call; own: ours alone, without what rounds, spreads, permutes and pads the rows")
     print(
         f"{'work':26}{'error':>9}{'us':>9}{'own us':>9}{'TFLOP/s':>9}{'GB/s':>7}{'bf16 us':>9}{'xla us':>9}"
         f"{'x bf16':>8}{'own x':>7}{'x xla':>7}"

@@ -23,7 +23,7 @@ runner.ask_compilers()  # before JAX
 import jax
 import jax.numpy as jnp
 
-from benchmarks.quantized.bench import CHECKS, WORKS, Work, multiply
+from benchmarks.quantized.bench import CHECKS, WORKS, Work, multiply, round_for, routed, rows
 from pallas_kernels import QuantizedArray
 from pallas_kernels.decode_layer.api import matmul_add, matmul_gate, matmul_parts
 from pallas_kernels.decode_layer.rows import Rows
@@ -50,13 +50,15 @@ def calls(target: str):
         values = new(*lead, work.N, work.K, dtype="int4" if unsigned else work.format)
         w = QuantizedArray(values, scales, activations=work.activations, unsigned=unsigned)  # pyright: ignore
         run = multiply(work, "mosaic_gpu" if target == "h200" else "mosaic_tpu")
-        yield name, run, (new(work.M, work.K, dtype="bfloat16"), w, new(work.G, dtype="int32"))
+        x, where = jax.eval_shape(lambda key, work=work: (rows(key, work), routed(work)), jax.random.key(0))
+        x = jax.eval_shape(functools.partial(round_for, work), x) if work.rounded else x
+        yield name, run, (x, w, where)
     for name, M in DECODED.items() if target == "h200" else ():
         x = new(M, 4096, dtype="bfloat16")
-        rows = Rows(x, new(max(8, M), 128, dtype="float32"))
+        normed = Rows(x, new(max(8, M), 128, dtype="float32"))
         w = lambda K, N: QuantizedArray(new(N, K, dtype="int4"), new(N, K // 128, dtype="bfloat16"), interleaved=True)
-        yield f"{name} parts", functools.partial(matmul_parts, eps=1e-5), (rows, w(4096, 6144))
-        yield f"{name} gate", functools.partial(matmul_gate, eps=1e-5), (rows, w(4096, 28672))
+        yield f"{name} parts", functools.partial(matmul_parts, eps=1e-5), (normed, w(4096, 6144))
+        yield f"{name} gate", functools.partial(matmul_gate, eps=1e-5), (normed, w(4096, 28672))
         yield (
             f"{name} add",
             matmul_add,

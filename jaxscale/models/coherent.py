@@ -16,7 +16,7 @@ from jaxscale.models.cache import Cache
 from jaxscale.models.routing import Routing
 from jaxscale.parallel import coherent, tensor
 from jaxscale.parallel.expert import EP
-from jaxscale.parallel.expert_local import Call, experts_local
+from jaxscale.parallel.expert_local import Call, experts_local, round_first
 from jaxscale.sharding import active_mesh
 from sharding_rules.rules import Rules
 
@@ -117,6 +117,7 @@ def _experts(p: Any, x, see, here, before, cfg: ModelConfig, rules: Rules):
         places = jnp.where(here[:, None], tokens["places"][:, 0], -1)
         call = Call(m.num_places, moe.activation(cfg), "all_to_all", 1, 1)
         first = jax.lax.axis_index(EP) * (m.num_places // jax.lax.axis_size(EP))
-        out = experts_local(call, y[:, 0], places, tokens["weights"][:, 0], p["experts"], first=first)[:, None]
+        fn = functools.partial(experts_local, call, first=first)
+        out = round_first(fn, y[:, 0], places, tokens["weights"][:, 0], p["experts"])[:, None]
     chosen = Routing(tokens["experts"], tokens["weights"], tokens["weights"])
     return x, moe.beside(out, p, y, chosen, cfg, rules), here, tokens.get("logits")

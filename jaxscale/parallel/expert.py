@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxscale.parallel import expert_remote
-from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local
+from jaxscale.parallel.expert_local import Call, among, apply_pairs, experts_local, round_first
 from jaxscale.parallel.permute import Places, Sorted, collect, merge_sorted, sort_pairs, spread
 from jaxscale.sharding import (
     ROUTED,
@@ -130,7 +130,8 @@ def apply_experts(
         if jax.sharding.get_abstract_mesh().empty and AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
             raise ValueError("arrays lie on a mesh but none is set; call this under `with jax.set_mesh(mesh):`")
         rows = None if row_pairs is None else x.shape[0] * row_pairs
-        return _flat(functools.partial(experts_local, call, rows=rows), x, experts, weights, p)
+        fn = functools.partial(experts_local, call, rows=rows)
+        return _flat(functools.partial(round_first, fn), x, experts, weights, p)
     ep = mesh.shape[EP]
     if num_experts % ep:
         divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
@@ -159,7 +160,8 @@ def apply_experts(
         x, experts, weights, p = jax.tree.map(lambda a: _vary(a, axes), (x, experts, weights, p))
         if tp and "b_down" in p:  # once: what the devices of tp return is summed
             p = p | {"b_down": p["b_down"] * (lax.axis_index(TP) == 0).astype(p["b_down"].dtype)}
-        fn = functools.partial(_dispatched, call, split=split) if ep > 1 else functools.partial(experts_local, call)
+        alone = functools.partial(round_first, functools.partial(experts_local, call))
+        fn = functools.partial(_dispatched, call, split=split) if ep > 1 else alone
         out = _flat(fn, x, experts, weights, p)
         if scatter:
             out = lax.psum_scatter(out, TP, scatter_dimension=1, tiled=True)
@@ -204,7 +206,7 @@ def _dispatched(call: Call, x, experts, weights, p, *, split: bool):
         raise NotImplementedError(f"dispatch='remote_copy' cannot run here: {reason}; use dispatch='auto'")
     if not split:  # every device of ep has these tokens (a batch that does not divide): each adds what is its own
         first = lax.axis_index(EP) * (call.num_experts // ep)
-        return experts_local(call, x, experts, weights, p, first=first)
+        return round_first(functools.partial(experts_local, call, first=first), x, experts, weights, p)
     n, K = experts.shape
     parts = min(call.chunks, n)
     size = -(-n // parts)
@@ -214,9 +216,12 @@ def _dispatched(call: Call, x, experts, weights, p, *, split: bool):
     for start in range(0, n, size):  # written out: the scheduler may start a transfer before the part before is done
         x, experts, weights = (a[start : start + size] for a in whole)
         if way == "two_level":
-            out.append(_two_level(call, remote, x, experts, weights, p))
+            fn = functools.partial(_two_level, call, remote)
         else:
-            out.append(_one_level(call, _Level(ep), way, x.shape[0] * K, x, experts, weights, p))
+            fn = functools.partial(_one_level, call, _Level(ep), way, x.shape[0] * K)
+        if remote is None:  # remote copies take arrays
+            fn = functools.partial(round_first, fn)
+        out.append(fn(x, experts, weights, p))
     return jnp.concatenate(out)
 
 
@@ -280,13 +285,14 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
         room = min(most, room_for(pairs, mine))
         key = among(experts, call.num_experts).reshape(-1)
         weights = checkpoint_name(level.all_gather(weights), ROUTED)
-        if level.groups is None and reads_peers(x, jax.ShapeDtypeStruct((level.size * n, K), jnp.int32), level.size):
+        rows, places = jax.tree.leaves(x)[0], jax.ShapeDtypeStruct((level.size * n, K), jnp.int32)
+        if level.groups is None and reads_peers(rows, places, level.size):
             # Their kernels wait for each other, so each device has as many rounds as the one with most pairs.
             here, most_pairs = _gathered_pairs(level, mine, key, None)
             rounds = None if room == most else -(-most_pairs // room)
             one_round = lambda turn, here, *values: apply_pairs(call, room, turn * room, here, *values, axis=EP)
             return _in_rounds(one_round, rounds, here, x, weights, p)
-        x = level.all_gather(x)
+        x = jax.tree.map(level.all_gather, x)
         here, _ = _gathered_pairs(level, mine, key, x)
         # Its own number of rounds for each device: they send nothing.
         rounds = None if room == most else -(-here[1].starts[-1] // room)
@@ -341,8 +347,8 @@ def _exchanged(call: Call, level: _Level, room: int, turn, indices, x, weights, 
     key = among(experts, call.num_experts).reshape(-1)
     tokens, single = places_in_boxes(boxes, key // mine, room, turn * room, experts.shape[1])
     ids = jnp.where(single.token < len(key), key[jnp.minimum(single.token, len(key) - 1)] % mine, mine)
-    sent = spread(x, tokens), ids[:, None], spread(weights.reshape(-1, 1), single)
-    got, ids, w = map(level.all_to_all, sent)
+    sent = jax.tree.map(lambda a: spread(a, tokens), x), ids[:, None], spread(weights.reshape(-1, 1), single)
+    got, ids, w = jax.tree.map(level.all_to_all, sent)
     y = experts_local(call, got, ids, w, p, rows=got.shape[0])
     return collect(level.all_to_all(y), tokens).astype(x.dtype)
 
@@ -367,7 +373,8 @@ def _by_hosts(call: Call, remote, across: _Level, inside: _Level, room: int, tur
     held = call.num_experts // across.size  # by a host
     tokens, _ = places_in_boxes(boxes, to, room, turn * room, K)
     ids = jnp.where(tokens.token[:, None] < n, experts[jnp.minimum(tokens.token, n - 1)], -1)
-    got, ids, w = map(across.all_to_all, (spread(x, tokens), ids, spread(weights, tokens)))
+    sent = jax.tree.map(lambda a: spread(a, tokens), x), ids, spread(weights, tokens)
+    got, ids, w = jax.tree.map(across.all_to_all, sent)
     way = choose_inside(inside.size, got.shape[0] / n, K, remote)
     local = call._replace(num_experts=held)
     y = _one_level(local, inside, way, n * K, got, ids - across.index() * held, w, p)

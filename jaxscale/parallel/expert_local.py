@@ -1,6 +1,7 @@
 """What the experts of one device make of its rows: the part of `jaxscale.parallel.expert` that knows of no other."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxscale.layers import act
 from jaxscale.parallel.permute import Sorted, collect, collect_over, sort_pairs, spread, spread_over
-from pallas_kernels import ragged_dot, ragged_dots
+from pallas_kernels import QuantizedArray, quantize_rows, ragged_dot, ragged_dots
 from pallas_kernels.ragged_dot import gated
 
 
@@ -23,6 +24,38 @@ class Call(NamedTuple):
 def among(experts, num_experts: int):
     """num_experts for what is nobody's."""
     return jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
+
+
+def round_first(fn: Callable[..., Any], x, experts, weights, p) -> jax.Array:
+    """fn(x, experts, weights, p), the tokens rounded before they go anywhere, where gate and up would round their rows
+    alike: once for both, and not for each of a token's places. A row that travels has 8 bits then.
+
+    The same bits either way. Where a gradient is asked for it takes the other way, on which it is straight-through.
+    """
+    asked = _rounding(p)
+    return fn(x, experts, weights, p) if asked is None else jnp.asarray(_round_first(fn, asked, x, experts, weights, p))
+
+
+def _rounding(p):
+    """(parts of a row with scales of their own, format) that gate and up both ask for, if they do."""
+    matrices = p["w_gate"], p["w_up"]
+    if not all(isinstance(w, QuantizedArray) and w.activations and w.inputs is None for w in matrices):
+        return None
+    asked = {(w.scales.shape[-1], w.activations) for w in matrices}
+    return asked.pop() if len(asked) == 1 else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _round_first(fn, asked, x, experts, weights, p):
+    return fn(quantize_rows(x, *asked), experts, weights, p)
+
+
+def _round_first_bwd(fn, asked, vjp, grad):
+    d_x, _, d_weights, d_p = vjp(grad)
+    return d_x, None, d_weights, d_p
+
+
+_round_first.defvjp(lambda fn, asked, *args: jax.vjp(fn, *args), _round_first_bwd)
 
 
 def experts_local(call: Call, x, experts, weights, p, *, first: Any = 0, rows: int | None = None):
@@ -47,6 +80,7 @@ def apply_pairs(call: Call, rows: int, start: Any, here: tuple[Any, Sorted], x, 
 
     Each expert's rows lie together in that order, for a grouped matmul.
 
+    x: tokens, an array or, without gradients, rounded.
     axis: over whose devices tokens travel. The pairs and weights are then those of all its tokens, x this device's.
     """
     move, back = spread, collect
@@ -56,7 +90,7 @@ def apply_pairs(call: Call, rows: int, start: Any, here: tuple[Any, Sorted], x, 
     K = weights.shape[1]
     tokens, single = pairs.expand(rows, K, start)
     group = local[jnp.minimum(single.token, len(local) - 1)]
-    h, w = move(x, tokens), spread(weights.reshape(-1, 1), single)
+    h, w = jax.tree.map(lambda a: move(a, tokens), x), spread(weights.reshape(-1, 1), single)
     sizes = jnp.diff(jnp.clip(pairs.starts - start, 0, rows))
     y = expert_mlp(call, h, w, sizes, jnp.minimum(group, p["w_up"].shape[0] - 1), p)
     return back(y, tokens).astype(x.dtype)
@@ -64,7 +98,7 @@ def apply_pairs(call: Call, rows: int, start: Any, here: tuple[Any, Sorted], x, 
 
 def expert_mlp(call: Call, h, w, sizes, group, p):
     """The weights come in before the last matmul: its output is then needed by no gradient."""
-    used = jnp.arange(len(h))[:, None] < sizes.sum()  # the others may hold anything, and their gradients
+    used = jnp.arange(h.shape[0])[:, None] < sizes.sum()  # the others may hold anything, and their gradients
     w = jnp.where(used, w, 0.0)
     y = ragged_dot(_into_hidden(call.activation, h, w, sizes, group, p), p["w_down"], sizes)
     if "b_down" in p:

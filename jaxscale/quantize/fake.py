@@ -37,9 +37,8 @@ class FakeQuantized(Weight):
             assert r.activations is not None
             rows = x.reshape(-1, math.prod(w.shape[d] for d in self.contraction))
             groups = 1 if r.group is None else rows.shape[1] // r.group
-            values, scales = quantize_rows(rows, groups, r.activations, implementation="xla")  # on any mesh
-            wide = values.astype(jnp.float32).reshape(rows.shape[0], groups, -1) * scales[..., None]
-            return wide.reshape(x.shape).astype(x.dtype)
+            near = quantize_rows(rows, groups, r.activations, implementation="xla")  # on any mesh
+            return near.dequantize().reshape(x.shape).astype(x.dtype)
 
         if r.activations is not None:
             x = straight_through(fake_rows, x)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _dispatch, _triton
@@ -52,11 +53,15 @@ def quantize_rows(
         tile = load(x_ref, here, pl.ds(0, width), keep=keep).astype(jnp.float32)
         values, scales = round_rows(tile, held_as(dtype), FORMATS[dtype][2])
         store(values_ref, values, here, pl.ds(0, width), keep=keep)
-        store(scales_ref, scales, here, keep=inside((row, height, R)))
+        index = row + lax.iota(jnp.int32, height)
+        across, down = lax.rem(index, jnp.int32(groups)), lax.div(index, jnp.int32(groups))
+        place = jnp.where(index < R, across * M + down, index)  # what is masked stands nowhere, for the interpreter
+        store(scales_ref, scales, place, keep=inside((row, height, R)))
 
     outputs = [((R, group), held_as(dtype)), ((R,), jnp.float32)]
     grid = (pl.cdiv(R, height),)
     values, scales = _triton.launch(
         kernel, "quantize_rows", grid, (x.reshape(R, group),), outputs, warps=c.warps, stages=1
     )
-    return values.reshape(M, K), scales.reshape(M, groups)
+    # As kernels want them that take a step along K for many rows: their transposition and this one are none.
+    return values.reshape(M, K), scales.reshape(groups, M).T

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
-from pallas_kernels.quantized_matmul.array import QuantizedArray, check_activations
+from pallas_kernels.quantize_rows.api import check_rounded
+from pallas_kernels.quantized_matmul.array import QuantizedArray, QuantizedRows, check_activations
 
 # In the order of preference. Each module has matmul(x [M, K], w, dtype) -> [M, N] for a w from `QuantizedArray.flat`
 # without `inputs`, and may have supported(x, w, dtype) -> None | reason.
@@ -28,7 +29,7 @@ _VALUES = (jnp.int4, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2
 
 
 def quantized_matmul(
-    x: jax.Array,
+    x: jax.Array | QuantizedRows,
     w: QuantizedArray,
     *,
     preferred_element_type=None,
@@ -37,10 +38,11 @@ def quantized_matmul(
     """`x @ w` for a quantized w, over all of its contracted dims: `jnp.tensordot` of x's last dims with those of w.
 
     Sums are float32. The gradient reaches x alone, through the weight as it is (activations that are rounded pass it
-    on straight-through); the weight has none.
+    on straight-through); the weight has none, nor have rows that are rounded already.
 
     Args:
-      x: [..., *contracted], float32, bfloat16 or float16.
+      x: [..., *contracted], float32, bfloat16 or float16; or [M, K] from `quantize_rows` as w asks for it, with the K
+        numbers that w contracts: what meets several weights is rounded once.
       w: values [*outputs, *contracted].
       preferred_element_type: dtype of the output, floating; that of x by default.
       implementation: a key of `BACKENDS`; None takes the first that can run the call here.
@@ -54,10 +56,14 @@ def quantized_matmul(
     """
     dtype = _check(x, w, preferred_element_type)
     inner = len(w.contraction)
-    rows, outputs = x.shape[: x.ndim - inner], w.values.shape[: w.ndim - inner]
-    K = math.prod(x.shape[x.ndim - inner :])
-    x = x.reshape(math.prod(rows), K)
+    outputs = w.values.shape[: w.ndim - inner]
+    if isinstance(x, QuantizedRows):
+        rows = x.shape[:1]
+    else:
+        rows = x.shape[: x.ndim - inner]
+        x = x.reshape(math.prod(rows), math.prod(x.shape[x.ndim - inner :]))
     if w.inputs is not None:
+        assert isinstance(x, jax.Array)
         x = x * w.inputs.astype(x.dtype)[None]
     flat = dataclasses.replace(w.flat(), inputs=None)
     backend = _choose(x, flat, dtype, implementation)
@@ -90,6 +96,8 @@ def quantized_matmul_implementation(x, w, *, preferred_element_type=None, implem
     dtype = _check(x, w, preferred_element_type)
 
     def flat(x, w):
+        if isinstance(x, QuantizedRows):
+            return x, w.flat()
         return x.reshape(-1, math.prod(x.shape[len(x.shape) - len(w.contraction) :])), w.flat()
 
     x, w = jax.eval_shape(flat, x, w)
@@ -97,12 +105,14 @@ def quantized_matmul_implementation(x, w, *, preferred_element_type=None, implem
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x: jax.Array, w: QuantizedArray, dtype, backend: str) -> jax.Array:
+def _matmul(x: jax.Array | QuantizedRows, w: QuantizedArray, dtype, backend: str) -> jax.Array:
     return _module(backend).matmul(x, w if backend == "mosaic_gpu" else w.natural(), dtype)
 
 
-def _matmul_fwd(x: jax.Array, w: QuantizedArray, dtype, backend: str):
+def _matmul_fwd(x: jax.Array | QuantizedRows, w: QuantizedArray, dtype, backend: str):
     """Residuals: the weight, and an array that says the dtype of x."""
+    if isinstance(x, QuantizedRows):
+        raise NotImplementedError("quantized_matmul of rounded rows has no gradient; give it the array")
     return _matmul(x, w, dtype, backend), (w, jnp.zeros((), x.dtype))
 
 
@@ -140,6 +150,9 @@ def _check(x, w: QuantizedArray, preferred_element_type):
             raise ValueError(
                 f"quantized_matmul: {name} {part.shape} are those of several weights; scan or vmap over these"
             )
+    if isinstance(x, QuantizedRows):
+        check_rounded(x, w)
+        inner, contracted = 1, (math.prod(contracted),)
     if tuple(x.shape[len(x.shape) - inner :]) != tuple(contracted) or len(x.shape) < inner:
         raise ValueError(
             f"quantized_matmul: x must end in the dims {tuple(contracted)} that w {w.shape} contracts. Got x {x.shape}"

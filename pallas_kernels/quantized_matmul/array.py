@@ -1,10 +1,11 @@
-"""QuantizedArray: a weight as values of 4 or 8 bits with scales, and what turns arrays into it and back."""
+"""QuantizedArray: a weight as values of 4 or 8 bits with scales, and what turns arrays into it and back. QuantizedRows:
+what it is multiplied with, where that is rounded too."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,40 @@ class QuantizedArray:
             w = w * self.inputs.astype(jnp.float32).reshape(*own, *[1] * (outputs - len(own)), -1)
         inverse = sorted(range(self.ndim), key=lambda i: self.order[i])
         return w.reshape(self.values.shape).transpose(inverse).astype(dtype)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("format", "dtype"))
+@dataclasses.dataclass(frozen=True)
+class QuantizedRows:
+    """Activations rounded by `quantize_rows`: what a matmul by a QuantizedArray takes in place of the array [M, K].
+
+    Each row is rounded by itself. So rows may be cut, gathered and sent to other devices first, leaf by leaf, and give
+    bit for bit what rounding them afterwards gives: `jax.tree.map(lambda a: a[token], rows)`.
+
+    Attributes:
+      values: [M, K], int8 or float8_e4m3fn.
+      scales: float32 [M, S], one for each of S equal parts of a row.
+      format: what they are rounded to; values of "int4" lie in int8.
+      dtype: of the array, and by default of a matmul's output.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    format: Activations
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    def dequantize(self) -> jax.Array:
+        """float32 [M, K]."""
+        parts = self.values.astype(jnp.float32).reshape(*self.scales.shape, -1)
+        return (parts * self.scales[..., None]).reshape(self.shape)
 
 
 def order(x: jax.Array, dtype) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
-from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantize_rows.api import rows_for
 from pallas_kernels.quantized_matmul.array import QuantizedArray
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import matmul_few, matmul_few_parts, unfit_few
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_many import matmul_many, unfit_many
@@ -30,15 +30,14 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
     """[M, N] of x [M, K] and a flat w."""
     if w.activations is None:
         return matmul_few(x, w, dtype)
-    values, scales = quantize_rows(x, w.scales.shape[1], w.activations, w.outliers)
+    rows = rows_for(x, w)
     if _few(x, w):  # bound by reading w: 8 bits win nothing, and bfloat16 holds their values exactly
         if w.scales.shape[1] == 1:
-            return (matmul_few(values.astype(jnp.bfloat16), w, jnp.float32) * scales).astype(dtype)
-        rounded = values.astype(jnp.float32).reshape(*scales.shape, -1) * scales[..., None]
-        return matmul_few(rounded.reshape(x.shape).astype(jnp.bfloat16), w, dtype)
+            return (matmul_few(rows.values.astype(jnp.bfloat16), w, jnp.float32) * rows.scales).astype(dtype)
+        return matmul_few(rows.dequantize().astype(jnp.bfloat16), w, dtype)
     # int4 is exact in both, and widening it a small part of the time.
-    w_values = w.natural().values.astype(values.dtype)[None]
-    return matmul_many(values, scales, w_values, w.scales.astype(jnp.float32)[None], dtype)
+    w_values = w.natural().values.astype(rows.values.dtype)[None]
+    return matmul_many(rows, w_values, w.scales.astype(jnp.float32)[None], dtype)
 
 
 def matmul_parts(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
+from pallas_kernels.quantized_matmul.array import QuantizedArray, QuantizedRows, repeat_to
 from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import varying_as
 from pallas_kernels.ragged_dot.mosaic_gpu_pieces import (
     ALIGN,
@@ -35,7 +35,7 @@ from pallas_kernels.ragged_dot.mosaic_gpu_pieces import (
     tiled,
     walk,
 )
-from pallas_kernels.ragged_dot.schedule import Tiles, bounds, make_tiles
+from pallas_kernels.ragged_dot.schedule import Tiles, make_tiles
 
 _STEP = 128  # of K: 128 bytes of a row
 
@@ -82,40 +82,36 @@ def tuned(scaled: bool, integer: bool, groups: bool, N: int) -> Config:
 
 
 def matmul_many(
-    x: jax.Array,
-    x_scales: jax.Array,
+    rows: QuantizedRows,
     w: jax.Array,
     w_scales: jax.Array,
     dtype,
     group_sizes: jax.Array | None = None,
     config: Config | None = None,
 ) -> jax.Array:
-    """[M, N]: for the rows of group g, the sum over s of x_scales[:, s] (x[:, s] @ w[g][:, s].T) w_scales[g][:, s].
+    """[M, N]: for the rows of group g, their product with w[g].T, scales and all.
 
     Args:
-      x: [M, K], int8 or float8, K % 128 == 0.
-      x_scales: [M, S] float32; S = 1, or K / 128.
-      w: [G, N, K], as x; N % 64 == 0.
+      rows: [M, K], K % 128 == 0; one scale each, or K / 128.
+      w: [G, N, K], as the rows' values; N % 64 == 0.
       w_scales: float32; [G', N', 1] where G' and N' divide G and N, or [G, N / 128, K / 128].
       dtype: of the output.
       group_sizes: int32 [G], as ragged_dot has it; None: G = 1, all rows.
     """
-    (M, K), (G, N, _), scaled = x.shape, w.shape, x_scales.shape[1] > 1
+    x, x_scales = rows.values, rows.scales.T  # what a step needs is contiguous
+    (M, K), (G, N, _), scaled = x.shape, w.shape, x_scales.shape[0] > 1
     integer = x.dtype == jnp.int8
     c = config or tuned(scaled, integer, group_sizes is not None, N)
     assert not scaled or (c.promote == 1 and c.columns == _STEP), c
     kind = jnp.int32 if integer else jnp.float32
-    rows, depth = c.warpgroups * UNIT, K // _STEP
+    height, depth = c.warpgroups * UNIT, K // _STEP
     promote = c.promote and max(p for p in range(1, c.promote + 1) if depth % p == 0)
     span = 2 * c.columns if c.pair else c.columns
     across = -(-N // span)
-    tiles = _all_rows(M, rows) if group_sizes is None else make_tiles(group_sizes, M, rows, ALIGN, unit=UNIT)
-    if group_sizes is not None:  # rows past the groups give zeros, whatever they hold
-        inside = jnp.arange(M, dtype=jnp.int32) < bounds(group_sizes, M)[1][-1]
-        x_scales = jnp.where(inside[:, None], x_scales, 0)
+    tiles = _all_rows(M, height) if group_sizes is None else make_tiles(group_sizes, M, height, ALIGN, unit=UNIT)
     x = jnp.pad(x, ((0, -M % ALIGN), (0, 0)))  # TMA takes whole units of 8 rows
-    # [S, M]: what a step needs is contiguous. Loads of a tile that begins at any row are not clipped.
-    x_scales = jnp.pad(x_scales, ((0, rows + -M % ALIGN), (0, 0))).T
+    # Loads of a tile that begins at any row are clipped where TMA makes them.
+    x_scales = jnp.pad(x_scales, ((0, 0), (0, -M % ALIGN + (0 if scaled else height))))
     if scaled:
         w_scales = repeat_to(w_scales, (G, *w_scales.shape[1:]))
     else:
@@ -220,7 +216,8 @@ def matmul_many(
                         total = promoted(promote, steps, done, group, column)
                     if not scaled:
                         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)
-                        here = pl.ds(pl.multiple_of(row, ALIGN), UNIT)
+                        # Past the groups: the zeros after the last row's, whatever these rows hold.
+                        here = pl.ds(pl.multiple_of(jnp.where(steps > 0, row, x_ref.shape[0]), ALIGN), UNIT)
                         total = total * rowwise(load(xs_ref.at[0, here], row_layout))
                         here = pl.ds(pl.multiple_of(column, c.columns), c.columns)
                         total = total * lax.broadcast_in_dim(load(ws_ref.at[group, here], column_layout), shape, [1])
@@ -245,7 +242,7 @@ def matmul_many(
 
             def one_tile(i, done):
                 group, start, column, _, _, steps = tile(i)
-                here = pl.ds(pl.multiple_of(start, ALIGN), rows)
+                here = pl.ds(pl.multiple_of(start, ALIGN), height)
                 columns = pl.ds(pl.multiple_of(column, c.columns), c.columns)
 
                 def copy(k, slot):
@@ -266,9 +263,9 @@ def matmul_many(
         kernel,
         out_type=jax.ShapeDtypeStruct((x.shape[0], N), dtype),
         scratch_types=(
-            tiled((c.stages, rows, _STEP), x.dtype),
+            tiled((c.stages, height, _STEP), x.dtype),
             tiled((c.stages, c.columns, _STEP), w.dtype),
-            plgpu.SMEM((c.stages, rows) if scaled else (1, 1), jnp.float32),
+            plgpu.SMEM((c.stages, height) if scaled else (1, 1), jnp.float32),
             store_buffer(c, dtype),
             plgpu.Barrier(num_arrivals=3 if scaled else 2, num_barriers=c.stages),
             free,

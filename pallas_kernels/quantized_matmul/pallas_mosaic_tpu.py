@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _dispatch
-from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantize_rows.api import rows_for
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 
 _LANES = 128
@@ -45,12 +45,13 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
     (M, _), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     scales = repeat_to(w.scales.astype(jnp.float32), (N, G)).T
     plain = w.offsets is None and w.activations is None
-    values, x_scales = (x, None) if w.activations is None else quantize_rows(x, 1, w.activations, w.outliers)
+    rows = None if w.activations is None else rows_for(x, w)
+    values = x if rows is None else rows.values
     out = _product(values, w.values, scales, dtype if plain else jnp.float32)
     if w.offsets is not None:
         sums = values.astype(jnp.float32).reshape(M, G, -1).sum(axis=2)
         out += jnp.dot(sums, repeat_to(w.offsets, (N, G)).T, precision="highest")
-    return (out if x_scales is None else out * x_scales).astype(dtype)
+    return (out if rows is None else out * rows.scales).astype(dtype)
 
 
 def _product(x: jax.Array, w: jax.Array, scales: jax.Array, dtype) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _triton
 from pallas_kernels._triton import cover, dot, inside, load, store
-from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantize_rows.api import rows_for
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 
 _MOST = 256  # rows of x in 16 bits: with more, XLA, which dequantizes in memory, is as fast
@@ -82,9 +82,9 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype, config: Config | None = None)
     (M, K), N, G = x.shape, w.values.shape[0], w.scales.shape[1]
     scales = repeat_to(w.scales.astype(jnp.float32), (N, G)).T
     if w.activations is not None:
-        values, x_scales = quantize_rows(x, 1, w.activations, w.outliers)
-        out = _product([values], w.values.astype(jnp.int8), scales, jnp.float32, config or tuned_int8(M))
-        return (out * x_scales).astype(dtype)
+        rows = rows_for(x, w)
+        out = _product([rows.values], w.values.astype(jnp.int8), scales, jnp.float32, config or tuned_int8(M))
+        return (out * rows.scales).astype(dtype)
     halves, values = [x], w.values
     if values.dtype == jnp.int4:
         halves = [x[:, ::2], x[:, 1::2]]

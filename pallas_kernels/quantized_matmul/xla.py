@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
-from pallas_kernels.quantize_rows.xla import quantize_rows
+from pallas_kernels.quantize_rows.api import rows_for
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 
 
@@ -32,7 +32,8 @@ def _quantized_activations(x: jax.Array, w: QuantizedArray) -> jax.Array:
     """float32 [M, N] = sum over groups of (x's scale) (w's scale) (products of values) + (x's sum) (w's offset)."""
     assert w.activations is not None
     M, G, N = x.shape[0], w.scales.shape[1], w.values.shape[0]
-    values, x_scales = quantize_rows(x, G, w.activations, w.outliers)
+    rows = rows_for(x, w, implementation="xla")
+    values, x_scales = rows.values, rows.scales
     integer = values.dtype == jnp.int8
     # Where they do not meet in 8 bits they meet in bfloat16, which holds them all. XLA's float8 matmul on CPUs is off
     # by 2 %.

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
+from pallas_kernels.quantize_rows.api import check_rounded
 from pallas_kernels.quantized_matmul.api import check_array
-from pallas_kernels.quantized_matmul.array import QuantizedArray
+from pallas_kernels.quantized_matmul.array import QuantizedArray, QuantizedRows
 from pallas_kernels.ragged_dot.checks import check_rows
 from pallas_kernels.ragged_dot.schedule import row_groups
 
@@ -25,7 +26,7 @@ BACKENDS = {
 
 
 def quantized_ragged_dot(
-    lhs: jax.Array,
+    lhs: jax.Array | QuantizedRows,
     rhs: QuantizedArray,
     group_sizes: jax.Array,
     *,
@@ -35,10 +36,10 @@ def quantized_ragged_dot(
     """`ragged_dot`, which see, by quantized matrices: rows in groups, each group times a matrix of its own.
 
     Sums are float32. The gradient reaches lhs alone, through the matrices as they are (activations that are rounded
-    pass it on straight-through); they have none.
+    pass it on straight-through); they have none, nor have rows that are rounded already.
 
     Args:
-      lhs: [M, K], float32, bfloat16 or float16.
+      lhs: [M, K], float32, bfloat16 or float16; or what `quantize_rows` makes of it as rhs asks for it.
       rhs: a QuantizedArray of shape [G, K, N]: values [G, N, K].
       group_sizes: int32 [G], in rows.
       preferred_element_type: dtype of the output, floating; that of lhs by default.
@@ -53,6 +54,7 @@ def quantized_ragged_dot(
     """
     dtype = _check(lhs, rhs, group_sizes, preferred_element_type)
     if rhs.inputs is not None:
+        assert isinstance(lhs, jax.Array)
         lhs = lhs * _inputs(rhs, group_sizes, lhs)
     rhs = prepare(rhs.natural())
     backend = _choose(lhs, rhs, dtype, implementation)
@@ -76,12 +78,16 @@ def prepare(w: QuantizedArray) -> QuantizedArray:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped(lhs: jax.Array, rhs: QuantizedArray, group_sizes: jax.Array, dtype, backend: str) -> jax.Array:
+def _grouped(
+    lhs: jax.Array | QuantizedRows, rhs: QuantizedArray, group_sizes: jax.Array, dtype, backend: str
+) -> jax.Array:
     return _module(backend).grouped(lhs, rhs, group_sizes, dtype)
 
 
-def _grouped_fwd(lhs: jax.Array, rhs: QuantizedArray, group_sizes: jax.Array, dtype, backend: str):
+def _grouped_fwd(lhs: jax.Array | QuantizedRows, rhs: QuantizedArray, group_sizes: jax.Array, dtype, backend: str):
     """Residuals: the matrices, the sizes, and an array that says the dtype of lhs."""
+    if isinstance(lhs, QuantizedRows):
+        raise NotImplementedError("ragged_dot of rounded rows has no gradient; give it the array")
     return _grouped(lhs, rhs, group_sizes, dtype, backend), (rhs, group_sizes, jnp.zeros((), lhs.dtype))
 
 
@@ -130,6 +136,8 @@ def _check(lhs, rhs: QuantizedArray, group_sizes, preferred_element_type):
             f"ragged_dot: inputs {rhs.inputs.shape} must be [K] or [G, K] = {rhs.shape[:2]}, "
             "one row for all matrices or one for each"
         )
+    if isinstance(lhs, QuantizedRows):
+        check_rounded(lhs, rhs)
     if rhs.outliers is not None:
         raise ValueError(
             f"ragged_dot rounds all groups of a row alike; leave outliers {rhs.outliers.shape} out, or use "

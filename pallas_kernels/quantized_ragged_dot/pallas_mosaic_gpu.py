@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
-from pallas_kernels.quantize_rows.api import quantize_rows
+from pallas_kernels.quantize_rows.api import rows_for
 from pallas_kernels.quantized_matmul.array import QuantizedArray
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_many import matmul_many, unfit_many
 from pallas_kernels.quantized_ragged_dot.pallas_mosaic_gpu_few import grouped_few, unfit_few
@@ -32,9 +32,9 @@ def supported(lhs, rhs: QuantizedArray, dtype) -> str | None:
 def grouped(lhs: jax.Array, rhs: QuantizedArray, group_sizes: jax.Array, dtype) -> jax.Array:
     """[M, N] of lhs [M, K] and rhs [G, K, N]; zeros past the groups."""
     if rhs.activations is not None:
-        values, scales = quantize_rows(lhs, rhs.scales.shape[-1], rhs.activations)
-        matrices = rhs.values.astype(values.dtype)  # int4 is exact in both
-        return matmul_many(values, scales, matrices, rhs.scales.astype(jnp.float32), dtype, group_sizes)
+        rows = rows_for(lhs, rhs)
+        matrices = rhs.values.astype(rows.values.dtype)  # int4 is exact in both
+        return matmul_many(rows, matrices, rhs.scales.astype(jnp.float32), dtype, group_sizes)
     if unfit_few(lhs, rhs) is None:
         return grouped_few(lhs, rhs, group_sizes, dtype)
     return dense.grouped(lhs, rhs.dequantize(lhs.dtype), group_sizes, dtype)

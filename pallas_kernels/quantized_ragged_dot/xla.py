@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize_rows.xla import quantize_rows
+from pallas_kernels.quantize_rows.api import rows_for
 from pallas_kernels.quantized_matmul.array import QuantizedArray, repeat_to
 from pallas_kernels.ragged_dot import xla
 from pallas_kernels.ragged_dot.schedule import bounds, row_groups
@@ -20,13 +20,12 @@ def grouped(lhs: jax.Array, rhs: QuantizedArray, group_sizes: jax.Array, dtype) 
     if rhs.activations is None:
         return xla.grouped(lhs, rhs.dequantize(lhs.dtype), group_sizes, dtype)
     (G, N, _), S = rhs.values.shape, rhs.scales.shape[-1]
-    values, scales = quantize_rows(lhs, S, rhs.activations)
+    rows = rows_for(lhs, rhs, implementation="xla")
     if S > 1 or rhs.offsets is not None:
-        wide = values.astype(jnp.float32).reshape(*scales.shape, -1) * scales[..., None]
-        return xla.grouped(wide.reshape(lhs.shape), rhs.dequantize(), group_sizes, dtype)
+        return xla.grouped(rows.dequantize(), rhs.dequantize(), group_sizes, dtype)
     exact = dataclasses.replace(rhs, scales=jnp.ones_like(rhs.scales)).dequantize(jnp.bfloat16)
-    out = xla.grouped(values.astype(jnp.bfloat16), exact, group_sizes, jnp.float32)
+    out = xla.grouped(rows.values.astype(jnp.bfloat16), exact, group_sizes, jnp.float32)
     channels = repeat_to(rhs.scales.astype(jnp.float32), (G, N, 1))[..., 0]
     inside = jnp.arange(lhs.shape[0], dtype=jnp.int32) < bounds(group_sizes, lhs.shape[0])[1][-1]
-    scales = jnp.where(inside[:, None], scales, 0)  # rows past the groups may hold anything
+    scales = jnp.where(inside[:, None], rows.scales, 0)  # rows past the groups may hold anything
     return (out * scales * channels[row_groups(group_sizes, lhs.shape[0])]).astype(dtype)

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import _dispatch
 from pallas_kernels.attention.inputs import unify_vma
-from pallas_kernels.quantized_matmul.array import QuantizedArray
+from pallas_kernels.quantized_matmul.array import QuantizedArray, QuantizedRows
 from pallas_kernels.quantized_ragged_dot.api import quantized_ragged_dot, quantized_ragged_dot_implementation
 from pallas_kernels.ragged_dot.checks import check_rows
 
@@ -29,7 +29,7 @@ RAGGED_DOT = "ragged_dot"  # the output's name for jax.checkpoint policies: kept
 
 
 def ragged_dot(
-    lhs: jax.Array,
+    lhs: jax.Array | QuantizedRows,
     rhs: jax.Array | QuantizedArray,
     group_sizes: jax.Array,
     *,
@@ -44,7 +44,7 @@ def ragged_dot(
     group, with zeros for an empty one; both take the cotangent in the dtype of lhs.
 
     Args:
-      lhs: [M, K], float32, bfloat16 or float16.
+      lhs: [M, K], float32, bfloat16 or float16; beside QuantizedArrays also from `quantize_rows`.
       rhs: [G, K, N], the same dtype; or a QuantizedArray of this shape, which has no gradient (`quantized_ragged_dot`).
       group_sizes: int32 [G], in rows.
       preferred_element_type: dtype of the output, floating; that of lhs by default.
@@ -63,7 +63,7 @@ def ragged_dot(
 
 
 def ragged_dots(
-    lhs: jax.Array,
+    lhs: jax.Array | QuantizedRows,
     rhs: tuple[jax.Array | QuantizedArray, ...],
     group_sizes: jax.Array,
     *,
@@ -75,6 +75,8 @@ def ragged_dots(
     Their gradients to lhs are one sum, in float32 inside the kernel where there is one for it.
     """
     plain = tuple(r for r in rhs if not isinstance(r, QuantizedArray))
+    if plain and isinstance(lhs, QuantizedRows):
+        raise ValueError(f"ragged_dot takes rows in {lhs.format} beside QuantizedArrays. Got rhs {plain[0].dtype}")
     if len(plain) < len(rhs):
         options = {"preferred_element_type": preferred_element_type, "implementation": implementation}
         return tuple(
@@ -87,6 +89,7 @@ def ragged_dots(
         raise ValueError(
             f"ragged_dots takes matrices of one shape and dtype. Got {[(r.shape, r.dtype) for r in plain]}"
         )
+    assert isinstance(lhs, jax.Array)
     dtype = _check(lhs, plain[0], group_sizes, preferred_element_type)
     backend = _choose(lhs, plain[0], dtype, implementation)
     if 0 in (*lhs.shape, *plain[0].shape):

@@ -1,9 +1,16 @@
 """Which rows of which group stand in each tile: small tables, made on the device from the sizes of the groups."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _triton
+
+_MOST_GROUPS = 128  # whose pairs are compared in the registers of one block: 256 spill
 
 
 class Tiles(NamedTuple):
@@ -42,42 +49,82 @@ def make_tiles(
     unit: for workers that take tiles in turns. Large groups come first, and each is cut into tiles of as many units of
       this many rows, give or take one: a whole tile and a sliver would keep workers waiting for each other.
     """
-    begins, ends = bounds(group_sizes, M)
-    begins, ends = jnp.append(begins, ends[-1:]), jnp.append(ends, jnp.int32(M))
     G = group_sizes.shape[0]
-    group = jnp.arange(G + 1, dtype=jnp.int32)
-    first = begins // align * align
-    length = jnp.where(ends > begins, ends - first, 0)
-    counts = -(-length // block)
+    most = _most_tiles(M, G, block, align)
+    fill = functools.partial(_fill, G=G, M=M, block=block, align=align, empty=empty, unit=unit)
+    if _triton.unfit() is None and G <= _MOST_GROUPS:
+        return _in_one_kernel(fill, group_sizes, most)
+    columns, count, short = fill(group_sizes, jnp.arange(most, dtype=jnp.int32))
+    return Tiles(jnp.stack(columns, axis=1), count[None], short[None])
+
+
+def _fill(sizes: jax.Array, index: jax.Array, *, G: int, M: int, block: int, align: int, empty: bool, unit: int | None):
+    """The table's columns at `index`, the number of tiles and that of short groups; sizes may go on past G.
+
+    Iotas, comparisons and sums alone: XLA makes five kernels or so of them, Triton one.
+    """
+    ceil = lambda x, y: lax.div(x + (y - 1), jnp.int32(y) if isinstance(y, int) else y)
+    group = lax.iota(jnp.int32, sizes.shape[0])
+    across, down = group[None], group[:, None]
+    sizes = jnp.where(group < G, jnp.clip(sizes, 0, M), 0).astype(jnp.int32)
+    begins = jnp.minimum(sum_where(across < down, sizes[None]), M)
+    ends = jnp.minimum(begins + sizes, M)
+    size, used = ends - begins, ends.max()
+
+    def cut(begins, ends):
+        """The first row of the first tile, and how many rows are cut."""
+        first = begins - lax.rem(begins, jnp.int32(align))
+        return first, jnp.where(ends > begins, ends - first, 0)
+
+    _, length = cut(begins, ends)
+    counts = ceil(length, block)
     if empty:
         counts = jnp.where(group < G, jnp.maximum(counts, 1), counts)
-    # How many tiles there are up to the end of each group, in the order of groups or, large ones first, of sizes.
-    if unit is None:
-        before = group[None] <= group[:, None]
-    else:
-        size = jnp.where(group < G, ends - begins, -1)
-        larger, as_large = size[None] > size[:, None], size[None] == size[:, None]
-        before = larger | (as_large & (group[None] <= group[:, None]))
-    upto = sum_where(before, counts[None])
+    earlier = across < down
+    if unit is not None:
+        earlier = (size[None] > size[:, None]) | ((size[None] == size[:, None]) & earlier)
+    before = sum_where(earlier, counts[None])
+    short = jnp.where((length > 0) & (length < block), 1, 0).sum(dtype=jnp.int32)
 
-    index = jnp.arange(_most_tiles(M, G, block, align), dtype=jnp.int32)
-    count = counts.sum(dtype=jnp.int32)
-    used = index < count
-    mine = (index[:, None] >= (upto - counts)[None]) & (index[:, None] < upto[None])
-    pick = lambda x: sum_where(mine, x[None])
-    index = index - pick(upto - counts)
+    # Whose tile it is; those of the rows after the last group come last.
+    total = counts.sum(dtype=jnp.int32)
+    mine = (index[:, None] >= before[None]) & (index[:, None] < (before + counts)[None])
+    own = (sum_where(mine, x[None]) for x in (group, begins, ends, before))
+    group, begin, end, before = (jnp.where(index < total, x, y) for x, y in zip(own, (G, used, M, total)))
+    first, length = cut(begin, end)
     step = unit or block
-    units = -(-length // step)
-    least, more = units // jnp.maximum(counts, 1), units % jnp.maximum(counts, 1)  # the first `more` have one more
-    least, more, begins, ends, first = (pick(x) for x in (least, more, begins, ends, first))
-    start = first + step * (index * least + jnp.minimum(index, more))
-    height = step * jnp.where(index < more, least + 1, least)
-    start = jnp.where(used, start, M)
-    begin = jnp.where(used, jnp.maximum(begins, start), M)
-    end = jnp.where(used, jnp.minimum(ends, start + height), M)
-    short = (length[:-1] > 0) & (length[:-1] < block)
-    table = jnp.stack([jnp.where(used, pick(group), G), start, begin, end], axis=1)
-    return Tiles(table, count[None], short.sum(dtype=jnp.int32)[None])
+    units, parts = ceil(length, step), jnp.maximum(ceil(length, block), 1)
+    least, more = lax.div(units, parts), lax.rem(units, parts)  # the first `more` have one more
+    place = index - before
+    start = first + step * (place * least + jnp.minimum(place, more))
+    height = step * jnp.where(place < more, least + 1, least)
+    count = total + ceil(cut(used, jnp.int32(M))[1], block)
+    here = lambda x, none: jnp.where(index < count, x, none)
+    begin, end = jnp.maximum(begin, start), jnp.minimum(end, start + height)
+    return (here(group, G), here(start, M), here(begin, M), here(end, M)), count, short
+
+
+def _in_one_kernel(fill, group_sizes: jax.Array, most: int) -> Tiles:
+    """Blocks have some rows of the table each, and all look at all groups."""
+    G = group_sizes.shape[0]
+    width, rows = 1 << (G - 1).bit_length(), 32
+    warps = max(4, width // 16)
+
+    def kernel(sizes_ref, table_ref, count_ref, short_ref):
+        start = pl.program_id(0) * rows
+        sizes = _triton.load(sizes_ref, pl.ds(0, width), keep=_triton.inside((0, width, G)))
+        columns, count, short = fill(sizes, start + lax.iota(jnp.int32, rows))
+        keep = _triton.inside((start, rows, most))
+        for i, column in enumerate(columns):
+            _triton.store(table_ref, column, pl.ds(start, rows), jnp.int32(i), keep=keep)
+
+        @pl.when(start == 0)
+        def _():
+            count_ref[0], short_ref[0] = count, short
+
+    outputs = [((most, 4), jnp.int32), ((1,), jnp.int32), ((1,), jnp.int32)]
+    grid = (pl.cdiv(most, rows),)
+    return Tiles(*_triton.launch(kernel, "ragged_tiles", grid, (group_sizes,), outputs, warps=warps, stages=1))
 
 
 def sum_where(where: jax.Array, x: jax.Array) -> jax.Array:

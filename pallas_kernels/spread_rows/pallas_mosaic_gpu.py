@@ -28,8 +28,8 @@ def supported(x, token, place) -> str | None:
     del token
     if reason := _dispatch.unless_hopper():
         return reason
-    if jnp.dtype(x.dtype).itemsize not in (2, 4):
-        return f"copies rows of 2 or 4 bytes a number. Got {x.dtype}"
+    if jnp.dtype(x.dtype).itemsize not in (1, 2, 4):
+        return f"copies rows of 1, 2 or 4 bytes a number. Got {x.dtype}"
     if x.shape[1] % 64 or 0 in x.shape or place.shape[1] > _MOST_PLACES:
         return f"takes D that is a multiple of 64 and up to {_MOST_PLACES} places. Got x {x.shape}, place {place.shape}"
     if _slots(x) < 2:

@@ -41,7 +41,9 @@ def test_each_number_is_the_nearest(rng, name, dtype):
     x = jnp.asarray(x.reshape(M, -1), [jnp.float32, jnp.bfloat16][rng.integers(2)])
     print(x.shape, x.dtype, groups)
     with on(name):
-        values, scales = quantize_rows(x, groups, dtype, implementation=name)
+        rows = quantize_rows(x, groups, dtype, implementation=name)
+    assert (rows.format, rows.dtype, rows.shape) == (dtype, x.dtype, x.shape)
+    values, scales = rows.values, rows.scales
     assert values.shape == x.shape and values.dtype == (jnp.int8 if "int" in dtype else jnp.float8_e4m3fn)
     assert scales.shape == (M, groups) and scales.dtype == jnp.float32
     x = np.asarray(x, np.float64).reshape(M, groups, group)
@@ -61,9 +63,30 @@ def test_backends_agree_bit_by_bit(rng):
     x, dtype = jnp.asarray(rng.normal(size=(100, 256)), jnp.bfloat16), str(rng.choice(list(LARGEST)))
     with on("triton"):
         values, scales = triton.quantize_rows(x, 2, dtype, config=triton.Config(2048, 4))  # pyright: ignore
-    want, want_scales = quantize_rows(x, 2, dtype, implementation="xla")  # pyright: ignore
-    np.testing.assert_array_equal(np.asarray(values, np.float32), np.asarray(want, np.float32))
-    np.testing.assert_array_equal(scales, want_scales)
+    want = quantize_rows(x, 2, dtype, implementation="xla")  # pyright: ignore
+    np.testing.assert_array_equal(np.asarray(values, np.float32), np.asarray(want.values, np.float32))
+    np.testing.assert_array_equal(scales, want.scales)
+    back = np.asarray(values, np.float64).reshape(100, 2, 128) * np.asarray(scales, np.float64)[..., None]
+    np.testing.assert_allclose(want.dequantize(), back.reshape(100, 256), rtol=2.0**-22)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_may_be_gathered_first(rng, name):
+    """Rounding a row that is gathered is gathering a row that is rounded, bit by bit."""
+    x, dtype = jnp.asarray(rng.normal(size=(30, 256)), jnp.bfloat16), str(rng.choice(list(LARGEST)))
+    token = jnp.asarray(rng.integers(30, size=70), jnp.int32)
+    with on(name):
+        first = quantize_rows(x, 2, dtype, implementation=name)  # pyright: ignore
+        then = quantize_rows(x[token], 2, dtype, implementation=name)  # pyright: ignore
+    for a, b in zip(jax.tree.leaves(jax.tree.map(lambda a: a[token], first)), jax.tree.leaves(then), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_no_gradient(rng):
+    x = jnp.asarray(rng.normal(size=(4, 64)), jnp.float32)
+    with pytest.raises(NotImplementedError, match="has no gradient; give the matmul the array"):
+        jax.grad(lambda x: quantize_rows(x, 2, "float8_e4m3fn").dequantize().sum())(x)
+    assert jax.grad(lambda x: (x + quantize_rows(jax.lax.stop_gradient(x), 2, "int8").scales.sum()).sum())(x).shape
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -71,8 +94,8 @@ def test_backends_agree_bit_by_bit(rng):
 def test_what_is_not_finite_stays_seen(rng, name, bad):
     x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32).at[1, 40].set(bad)
     with on(name):
-        values, scales = quantize_rows(x, 2, "int8", implementation=name)
-    back = values.astype(jnp.float32).reshape(3, 2, 32) * scales[..., None]
+        rows = quantize_rows(x, 2, "int8", implementation=name)
+    back = rows.dequantize().reshape(3, 2, 32)
     assert np.array_equal(np.isfinite(np.asarray(back)).all(axis=-1), [[True, True], [True, False], [True, True]])
 
 
@@ -82,8 +105,8 @@ def test_one_nan_of_many_numbers_stays_seen(rng, dtype):
     x = rng.normal(size=(64, 256)).astype(np.float32)
     row, column = rng.integers(64), rng.integers(256)
     x[row, column] = np.nan
-    scales = np.asarray(jax.jit(quantize_rows, static_argnums=(1, 2))(x, 4, dtype)[1])
-    assert np.argwhere(~np.isfinite(scales)).tolist() == [[row, column // 64]]
+    scales = jax.jit(quantize_rows, static_argnums=(1, 2))(x, 4, dtype).scales
+    assert np.argwhere(~np.isfinite(np.asarray(scales))).tolist() == [[row, column // 64]]
 
 
 def test_outliers_keep_8_bits(rng):
@@ -92,16 +115,17 @@ def test_outliers_keep_8_bits(rng):
     with on("triton"):
         assert quantize_rows_implementation(x, 3) == "triton"
         assert quantize_rows_implementation(x, 3, outliers) == "xla"
-        values, scales = quantize_rows(x, 3, "int4", outliers)
-    tops = np.abs(np.asarray(values).reshape(5, 3, 32).astype(int)).max(axis=-1)
+        rows = quantize_rows(x, 3, "int4", outliers)
+    tops = np.abs(np.asarray(rows.values).reshape(5, 3, 32).astype(int)).max(axis=-1)
     assert (tops == [7, 127, 7]).all()
     want = np.abs(np.asarray(x).reshape(5, 3, 32)).max(axis=-1) / [7, 127, 7]
-    np.testing.assert_allclose(scales, want, rtol=1e-6)
+    np.testing.assert_allclose(rows.scales, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
 def test_no_numbers(shape):
-    values, scales = quantize_rows(jnp.zeros(shape, jnp.bfloat16), 2, "int4")
+    rounded = quantize_rows(jnp.zeros(shape, jnp.bfloat16), 2, "int4")
+    values, scales = rounded.values, rounded.scales
     assert (values.shape, values.dtype, scales.shape, scales.dtype) == (shape, jnp.int8, (shape[0], 2), jnp.float32)
     assert (np.asarray(scales) == 0).all()
 
@@ -113,8 +137,8 @@ def test_types_under_shard_map(rng):
     f = lambda x: quantize_rows(x, 2, "int8", implementation="triton")
     with jax.set_mesh(mesh), on("triton"):
         x = jax.device_put(x, jax.NamedSharding(mesh, P("dp", None)))
-        values, scales = jax.eval_shape(jax.shard_map(f, out_specs=P("dp", None)), x)
-    assert (values.shape, values.dtype, scales.shape) == (x.shape, jnp.int8, (8, 2))
+        rows = jax.eval_shape(jax.shard_map(f, out_specs=P("dp", None)), x)
+    assert (rows.shape, rows.values.dtype, rows.scales.shape) == (x.shape, jnp.int8, (8, 2))
 
 
 def test_refused_calls_say_why(rng):

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import QuantizedArray, quantize_array, quantized_matmul, quantized_matmul_implementation
+from pallas_kernels import (
+    QuantizedArray,
+    quantize_array,
+    quantize_rows,
+    quantized_matmul,
+    quantized_matmul_implementation,
+)
 from pallas_kernels.quantized_matmul.api import BACKENDS
 from pallas_kernels.quantized_matmul.array import FORMATS
 
@@ -103,6 +109,30 @@ def test_rounded_activations(rng, implementation, activations, format, group):
     step = scale.max() * (32 if activations == "float8_e4m3fn" else 1) * np.abs(dense(w)).max()
     assert np.abs(got - want).max() <= step and np.abs(got - want).mean() < 1e-3 * np.abs(want).mean() + 1e-6
     assert (got[2] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_rows_rounded_before(rng, implementation):
+    """One rounding for several weights, bit for bit what each would do; over several dims too."""
+    heads = jnp.asarray(rng.normal(size=(6, 16, 10)), jnp.float32)
+    activations = str(rng.choice(["int8", "float8_e4m3fn"]))
+    options = {"group": 32, "activations": activations}
+    x = jnp.asarray(rng.normal(size=(5, 96)), [jnp.float32, jnp.bfloat16][rng.integers(2)])
+    near = quantize_rows(x, 3, activations)  # pyright: ignore
+    q = weight(rng, 96, 10, "int4", **options)
+    out = quantize_array(heads, "int4", contraction=(-3, -2), **options)  # pyright: ignore
+    for w, full in ((q, x), (out, x.reshape(5, 6, 16))):
+        got = quantized_matmul(near, w, implementation=implementation)
+        want = quantized_matmul(full, w, implementation=implementation)
+        assert got.dtype == x.dtype and got.shape == (5, 10)
+        np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+    assert quantized_matmul_implementation(near, q) == quantized_matmul_implementation(x, q)
+    with pytest.raises(ValueError, match="must end in the dims"):
+        quantized_matmul(near, weight(rng, 48, 10, "int4", group=16, activations=activations))
+    with pytest.raises(ValueError, match=r"quantize_rows\(x, 1,"):
+        quantized_matmul(near, weight(rng, 96, 10, "int4", activations=activations))
+    with pytest.raises(NotImplementedError, match="give it the array"):
+        jax.grad(lambda s: quantized_matmul(dataclasses.replace(near, scales=s), q).sum())(near.scales)
 
 
 @pytest.mark.parametrize("implementation", PORTABLE)

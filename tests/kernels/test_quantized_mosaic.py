@@ -15,7 +15,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import QuantizedArray, quantize_array, quantized_matmul, quantized_matmul_implementation
+from pallas_kernels import (
+    QuantizedArray,
+    quantize_array,
+    quantize_rows,
+    quantized_matmul,
+    quantized_matmul_implementation,
+)
 from pallas_kernels.quantized_matmul import pallas_mosaic_gpu as gpu
 from pallas_kernels.quantized_matmul import pallas_mosaic_gpu_few as few
 from pallas_kernels.quantized_matmul import pallas_mosaic_gpu_many as many
@@ -191,6 +197,8 @@ def test_both_in_8_bits(rng, M, N, K, format, activations, group, config):
     x = rows(rng, M, K).at[3].set(0).at[4, 5].set(1e4)  # one row of zeros, one outlier that all else is small beside
     with configured(many, config):
         got = run(x, w)
+        before = run(quantize_rows(x, w.scales.shape[-1], activations), w)  # pyright: ignore
+    np.testing.assert_array_equal(got, before)
     want = quantized_matmul(x, w, implementation="reference", preferred_element_type=jnp.float32)
     size = np.abs(np.asarray(want)).max(axis=1, keepdims=True)
     assert (np.abs(np.asarray(got) - np.asarray(want)) <= 2e-6 * size).all()

@@ -14,8 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import QuantizedArray, quantize_array, ragged_dot, ragged_dot_implementation, ragged_dots
-from pallas_kernels.quantize_rows.xla import quantize_rows
+from pallas_kernels import (
+    QuantizedArray,
+    quantize_array,
+    quantize_rows,
+    ragged_dot,
+    ragged_dot_implementation,
+    ragged_dots,
+)
 from pallas_kernels.quantized_matmul import pallas_mosaic_gpu_many as many
 from pallas_kernels.quantized_matmul.array import Format
 from pallas_kernels.quantized_ragged_dot import pallas_mosaic_gpu_few as few
@@ -47,9 +53,9 @@ def rounded(x, w: QuantizedArray) -> np.ndarray:
     """x in float64 as a matmul that rounds activations sees it."""
     if w.activations is None:
         return np.asarray(x, np.float64)
-    values, scales = quantize_rows(x, w.scales.shape[-1], w.activations)
-    values = np.asarray(values.astype(jnp.float32), np.float64).reshape(*scales.shape, -1)
-    return (values * np.asarray(scales, np.float64)[..., None]).reshape(x.shape)
+    near = quantize_rows(x, w.scales.shape[-1], w.activations)
+    values = np.asarray(near.values.astype(jnp.float32), np.float64).reshape(*near.scales.shape, -1)
+    return (values * np.asarray(near.scales, np.float64)[..., None]).reshape(x.shape)
 
 
 def check(x, w, sizes, got, bound=2.0**-19):
@@ -185,6 +191,43 @@ def test_both_in_8_bits(rng, monkeypatch, draw):
     got = run(x, w, sizes, "mosaic_gpu")
     check(jnp.nan_to_num(x), w, sizes, got)
     assert (got[3] == 0).all() and (got[sum(sizes) :] == 0).all()
+
+
+def test_rows_rounded_before(rng, monkeypatch):
+    """Bit for bit the product of the array: in the kernel, of tiles or channels, with an odd M; and without it."""
+    make, sizes, M, config = MANY[int(rng.integers(len(MANY)))]
+    monkeypatch.setattr(many, "tuned", lambda *_: config)
+    w, M = make(rng), M + int(rng.integers(8))
+    x = rows(rng, M, w.shape[1]).at[sum(sizes) :].set(jnp.nan)
+    near = quantize_rows(x, w.scales.shape[-1], w.activations)
+    for name in ("mosaic_gpu", "xla"):
+        got = run(near, w, sizes, name)
+        np.testing.assert_array_equal(got, run(x, w, sizes, name))
+        check(jnp.nan_to_num(x), w, sizes, got)
+    two = ragged_dots(near, (w, w), jnp.asarray(sizes, jnp.int32))
+    assert all(y.dtype == x.dtype for y in two)
+
+
+def test_rounded_rows_that_do_not_fit(rng):
+    x, sizes = rows(rng, 12, 64), jnp.asarray([5, 0, 4], jnp.int32)
+    near = quantize_rows(x, 1, "int8")
+    w = matrices(rng, 3, 64, 24, "int8", activations="int8")
+    assert ragged_dot(near, w, sizes).shape == (12, 24)
+    with pytest.raises(ValueError, match=r"takes quantize_rows\(x, 1, 'float8_e4m3fn'\). Got rows in int8"):
+        ragged_dot(near, matrices(rng, 3, 64, 24, "int8", activations="float8_e4m3fn"), sizes)
+    with pytest.raises(ValueError, match=r"takes quantize_rows\(x, 2, 'int8'\). Got rows in int8 with 1 scales"):
+        ragged_dot(near, matrices(rng, 3, 64, 24, "int8", 32, activations="int8"), sizes)
+    with pytest.raises(ValueError, match="takes none that are rounded"):
+        ragged_dot(near, matrices(rng, 3, 64, 24, "int8"), sizes)
+    with pytest.raises(ValueError, match="cannot be multiplied with the weight's inputs"):
+        ragged_dot(near, dataclasses.replace(w, inputs=jnp.ones(64)), sizes)
+    with pytest.raises(ValueError, match="rows in int8 beside QuantizedArrays"):
+        ragged_dots(near, (w, w.dequantize(jnp.bfloat16)), sizes)
+    with pytest.raises(ValueError, match="K=64 of lhs is not K=128"):
+        ragged_dot(near, matrices(rng, 3, 128, 24, "int8", activations="int8"), sizes)
+    loss = lambda scales: ragged_dot(dataclasses.replace(near, scales=scales), w, sizes).sum()
+    with pytest.raises(NotImplementedError, match="rounded rows has no gradient; give it the array"):
+        jax.grad(loss)(near.scales)
 
 
 def test_many_rows_of_16_bits_are_multiplied_by_dequantized_matrices(rng, monkeypatch):

@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.parallel import expert_local
-from pallas_kernels import ragged_dot, ragged_dot_implementation, ragged_dots
+from pallas_kernels import _triton, ragged_dot, ragged_dot_implementation, ragged_dots
 from pallas_kernels.ragged_dot import gated, pallas_mosaic_gpu, pallas_mosaic_tpu, schedule, xla
 from pallas_kernels.spread_rows.pallas_mosaic_gpu import spread_rows as spread_rows_gpu
 
@@ -297,7 +297,11 @@ def test_mosaic_types_under_shard_map(name, check_vma):
 def test_tiles_cover_each_row_once(rng, block, align, unit):
     for M, total in ((300, 300), (300, 211), (64, 64), (5, 5), (128, 0)):
         sizes = random_sizes(rng, M, 7, total=total)
-        tiles = schedule.make_tiles(jnp.asarray(sizes, jnp.int32), M, block, align, unit=unit)
+        args = jnp.asarray(sizes, jnp.int32), M, block, align
+        tiles = schedule.make_tiles(*args, unit=unit)
+        with _triton.force_interpret_mode():
+            kernels = schedule.make_tiles(*args, unit=unit)
+        assert all(map(jnp.array_equal, tiles, kernels))
         table, (count,), (short,) = (np.asarray(x) for x in tiles)
         owner = np.full(M, -1)
         for group, start, begin, end in table[:count]:

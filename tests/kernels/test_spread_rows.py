@@ -25,7 +25,9 @@ def places(rng, n, K, rows):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
-@pytest.mark.parametrize(("n", "K", "D", "dtype"), [(37, 3, 64, "bfloat16"), (90, 1, 256, "float32")])
+@pytest.mark.parametrize(
+    ("n", "K", "D", "dtype"), [(37, 3, 64, "bfloat16"), (90, 1, 256, "float32"), (50, 4, 128, "float8_e4m3fn")]
+)
 def test_every_row_at_its_places(implementation, n, K, D, dtype, rng, monkeypatch):
     monkeypatch.setattr(pallas_mosaic_gpu, "_BLOCKS", 2)  # fewer to interpret, with more rows each
     rows = int(rng.integers(1, n * K + 20))
@@ -38,7 +40,8 @@ def test_every_row_at_its_places(implementation, n, K, D, dtype, rng, monkeypatc
     else:
         out = run(x, token, place)
     used = np.asarray(token) < n
-    np.testing.assert_array_equal(np.asarray(out)[used], np.asarray(x)[np.asarray(token)[used]])
+    out, x = (np.asarray(a.astype(jnp.float32)) for a in (out, x))
+    np.testing.assert_array_equal(out[used], x[np.asarray(token)[used]])
 
 
 def test_what_it_runs_on():
@@ -50,7 +53,7 @@ def test_what_it_runs_on():
         for x, place, reason in [
             (new((4, 65), jnp.bfloat16), call[2], "multiple of 64"),
             (call[0], new((4, 17), jnp.int32), "up to 16 places"),
-            (new((4, 64), jnp.int8), call[2], "2 or 4 bytes"),
+            (new((4, 64), np.float64), call[2], "1, 2 or 4 bytes"),
             (new((4, 2**15), jnp.float32), call[2], "two rows of each"),
         ]:
             with pytest.raises(NotImplementedError, match=reason):
