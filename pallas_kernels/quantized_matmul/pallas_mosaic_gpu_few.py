@@ -98,8 +98,8 @@ def unfit_gate(x, w: QuantizedArray) -> str | None:
 def unfit_add(x, w: QuantizedArray) -> str | None:
     """None, or the reason why `matmul_few_add` cannot run this call."""
     if split_of(w, x.shape[0]) is None:
-        most = _PART // 2
-        return f"takes at most {most} rows of x, N a multiple of 512, K of 512. Got x {x.shape}, w {w.shape}"
+        some = f"at most {_PART // 4} rows of x for N a multiple of 512, {_PART // 2} for one of 1024"
+        return f"takes {some}, K a multiple of 512. Got x {x.shape}, w {w.shape}"
     return unfit_normed(x, w)
 
 
