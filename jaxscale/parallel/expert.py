@@ -50,7 +50,7 @@ from jaxscale.sharding import (
     partitions,
     shard_map,
 )
-from pallas_kernels import peer_rows_implementation
+from pallas_kernels import QuantizedRows, peer_rows_implementation
 from sharding_rules.hlo import SELDOM
 from sharding_rules.resolve import resolve_spec
 from sharding_rules.rules import MEGATRON_FSDP, Rules
@@ -219,7 +219,8 @@ def _dispatched(call: Call, x, experts, weights, p, *, split: bool):
             fn = functools.partial(_two_level, call, remote)
         else:
             fn = functools.partial(_one_level, call, _Level(ep), way, x.shape[0] * K)
-        if remote is None:  # remote copies take arrays
+        peers = way == "all_gather" and _reads_peers(x, experts, ep)
+        if remote is None and not peers:  # both take arrays; over two H100s rows of 8 bits were slower on their way
             fn = functools.partial(round_first, fn)
         out.append(fn(x, experts, weights, p))
     return jnp.concatenate(out)
@@ -285,8 +286,7 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
         room = min(most, room_for(pairs, mine))
         key = among(experts, call.num_experts).reshape(-1)
         weights = checkpoint_name(level.all_gather(weights), ROUTED)
-        rows, places = jax.tree.leaves(x)[0], jax.ShapeDtypeStruct((level.size * n, K), jnp.int32)
-        if level.groups is None and reads_peers(rows, places, level.size):
+        if level.groups is None and not isinstance(x, QuantizedRows) and _reads_peers(x, experts, level.size):
             # Their kernels wait for each other, so each device has as many rounds as the one with most pairs.
             here, most_pairs = _gathered_pairs(level, mine, key, None)
             rounds = None if room == most else -(-most_pairs // room)
@@ -314,6 +314,11 @@ def _one_level(call: Call, level: _Level, way: str, pairs: int, x, experts, weig
     boxes = sort_pairs(to.reshape(-1), level.size)
     rounds = None if room == most else _rounds(jnp.diff(boxes.starts), room)
     return _in_rounds(functools.partial(_exchanged, call, level, room), rounds, (experts, boxes), x, weights, p)
+
+
+def _reads_peers(x, experts, devices: int) -> bool:
+    n, K = experts.shape
+    return reads_peers(x, jax.ShapeDtypeStruct((devices * n, K), jnp.int32), devices)
 
 
 def reads_peers(x, place, devices: int) -> bool:

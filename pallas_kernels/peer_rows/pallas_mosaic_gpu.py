@@ -39,8 +39,8 @@ def supported(x, place, devices: int) -> str | None:
     # XLA's metadata goes by their numbers, and all of a mesh wait for each other, not those of one axis alone.
     if [d.id for d in mesh] != list(range(devices)):
         return f"takes a mesh of devices 0 to {devices - 1}, in this order, all on one axis. Got {[d.id for d in mesh]}"
-    if jnp.dtype(x.dtype).itemsize not in (1, 2, 4):
-        return f"takes rows of 1, 2 or 4 bytes a number. Got {x.dtype}"
+    if jnp.dtype(x.dtype).itemsize not in (2, 4):
+        return f"takes rows of 2 or 4 bytes a number. Got {x.dtype}"
     if x.shape[1] % _INNER or 0 in x.shape or place.shape[1] > _MOST_PLACES:
         return (
             f"takes D that is a multiple of {_INNER} and up to {_MOST_PLACES} places. "

@@ -6,11 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-
-from pallas_kernels import _triton
-
-_MOST_GROUPS = 128  # whose pairs are compared in the registers of one block: 256 spill
 
 
 class Tiles(NamedTuple):
@@ -52,8 +47,10 @@ def make_tiles(
     G = group_sizes.shape[0]
     most = _most_tiles(M, G, block, align)
     fill = functools.partial(_fill, G=G, M=M, block=block, align=align, empty=empty, unit=unit)
-    if _triton.unfit() is None and G <= _MOST_GROUPS:
-        return _in_one_kernel(fill, group_sizes, most)
+    from pallas_kernels.ragged_dot import schedule_triton  # not with the package: it takes 0.4 s
+
+    if schedule_triton.supported(G) is None:
+        return Tiles(*schedule_triton.tables(fill, group_sizes, most))
     columns, count, short = fill(group_sizes, jnp.arange(most, dtype=jnp.int32))
     return Tiles(jnp.stack(columns, axis=1), count[None], short[None])
 
@@ -102,29 +99,6 @@ def _fill(sizes: jax.Array, index: jax.Array, *, G: int, M: int, block: int, ali
     here = lambda x, none: jnp.where(index < count, x, none)
     begin, end = jnp.maximum(begin, start), jnp.minimum(end, start + height)
     return (here(group, G), here(start, M), here(begin, M), here(end, M)), count, short
-
-
-def _in_one_kernel(fill, group_sizes: jax.Array, most: int) -> Tiles:
-    """Blocks have some rows of the table each, and all look at all groups."""
-    G = group_sizes.shape[0]
-    width, rows = 1 << (G - 1).bit_length(), 32
-    warps = max(4, width // 16)
-
-    def kernel(sizes_ref, table_ref, count_ref, short_ref):
-        start = pl.program_id(0) * rows
-        sizes = _triton.load(sizes_ref, pl.ds(0, width), keep=_triton.inside((0, width, G)))
-        columns, count, short = fill(sizes, start + lax.iota(jnp.int32, rows))
-        keep = _triton.inside((start, rows, most))
-        for i, column in enumerate(columns):
-            _triton.store(table_ref, column, pl.ds(start, rows), jnp.int32(i), keep=keep)
-
-        @pl.when(start == 0)
-        def _():
-            count_ref[0], short_ref[0] = count, short
-
-    outputs = [((most, 4), jnp.int32), ((1,), jnp.int32), ((1,), jnp.int32)]
-    grid = (pl.cdiv(most, rows),)
-    return Tiles(*_triton.launch(kernel, "ragged_tiles", grid, (group_sizes,), outputs, warps=warps, stages=1))
 
 
 def sum_where(where: jax.Array, x: jax.Array) -> jax.Array:

@@ -72,7 +72,6 @@ def traced(devices, dtype="bfloat16", D=512, K=8):
 def test_kernels_are_traced():
     with jax.set_mesh(make_mesh(devices=jax.devices()[:4], ep=4)), plgpu.force_gpu_interpret_mode():
         rows, sums = traced(4)
-        assert traced(4, "float8_e4m3fn")[0].dtype == jnp.float8_e4m3fn
     assert (rows.shape, sums.shape, sums.dtype) == ((160, 512), (24, 512), jnp.bfloat16)
 
 
@@ -89,7 +88,7 @@ def test_what_it_runs_on():
                 ((x, place, 1), "2 to 8 devices"),
                 ((new((6, 520), jnp.bfloat16), place, 2), "multiple of 256"),
                 ((x, new((12, 9), jnp.int32), 2), "up to 8 places"),
-                ((new((6, 512), np.float64), place, 2), "1, 2 or 4 bytes"),
+                ((new((6, 512), jnp.int8), place, 2), "2 or 4 bytes"),
                 ((new((6, 8192), jnp.bfloat16), place, 2), "rows of two tokens"),
             ]:
                 with pytest.raises(NotImplementedError, match=reason):
