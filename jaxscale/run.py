@@ -74,9 +74,6 @@ def run(
     mesh = make_mesh(cfg.mesh)
     check_config(cfg, mesh.size)
     specs = decoder.param_specs(cfg.model)
-    begun_with = load_outline(cfg.init_from) if cfg.init_from else None
-    for note in _check_outline(cfg, *begun_with) if begun_with else ():
-        console.print(note, style="yellow", highlight=False)
     _check_memory(specs, mesh, rules)
     precision, scales = _precision(cfg)
     index, count = share = batch_share(mesh, cfg.data.batch_size, rules)
@@ -84,6 +81,9 @@ def run(
     first = jax.process_index() == 0
     saved = out / "tokenizer.json"
     begins = not saved.exists()
+    if begins and cfg.init_from:  # a run that goes on has no more need of it
+        for note in _check_outline(cfg, *load_outline(cfg.init_from)):
+            console.print(note, style="yellow", highlight=False)
     tokenizer = _tokenizer_of(cfg, saved)
     if first:
         out.mkdir(parents=True, exist_ok=True)  # before the corpus is read: it may not be possible

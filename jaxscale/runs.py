@@ -55,8 +55,10 @@ def go_on(model: str) -> TrainConfig:
     """A published model, or another run's, goes on with text of your own (--data.source), at a low learning rate."""
     import jax
 
+    from jaxscale import distributed
     from jaxscale.run import load_outline
 
+    distributed.initialize()  # before JAX looks at its devices
     cfg, _ = load_outline(model)
     return TrainConfig(
         model=dataclasses.replace(cfg, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16"),

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import types
@@ -22,6 +23,7 @@ from jaxscale import (
     OptimizerConfig,
     TrainConfig,
     cli,
+    distributed,
     make_mesh,
     runs,
 )
@@ -247,10 +249,14 @@ def test_a_run_begins_with_another_models_parameters(config, tmp_path):
     assert "hf, which it begins with: model.rope_theta 10000.0 -> 77.0" in log.getvalue()
 
 
-def test_a_model_goes_on_by_its_name(config, tmp_path):
+def test_a_model_goes_on_by_its_name(config, tmp_path, monkeypatch):
     """`jaxscale train DIRECTORY` makes a run of it: its configuration in float32, its tokens."""
     run(dataclasses.replace(config, steps=1), console=quiet())
+    joined = []
+    monkeypatch.setattr(distributed, "initialize", lambda: joined.append(True))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if joined else pytest.fail("before the job was joined"))
     cfg = runs.go_on(config.out)
+    monkeypatch.undo()
     assert dataclasses.replace(cfg.model, dtype=config.model.dtype) == config.model
     assert (cfg.init_from, cfg.data.tokenizer, cfg.out) == (config.out, config.out, "runs/run-tuned")
     text = {"source": config.data.source, "seq_len": 32, "holdout": 0.2}
@@ -260,6 +266,8 @@ def test_a_model_goes_on_by_its_name(config, tmp_path):
     log = io.StringIO()
     run(cfg, console=Console(file=log))
     assert "other tokens" not in log.getvalue()
+    shutil.rmtree(config.out)  # what has begun has no more need of it
+    assert int(run(dataclasses.replace(cfg, steps=2), console=quiet()).step) == 2
     with pytest.raises(ValueError, match="nowhere is no model; give a name"):
         runs.go_on(str(tmp_path / "nowhere"))
 
