@@ -73,24 +73,6 @@ def quantized_matmul(
     return jnp.asarray(_matmul(x, flat, dtype, backend)).reshape(*rows, *outputs)
 
 
-def quantized_matmul_parts(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """[P, *rows, *outputs], float32 or one part in x's dtype: the sum over P, rounded to that, is `quantized_matmul`'s.
-
-    For a kernel that reads the product anyway and can add: where few rows meet a weight, blocks share its columns, and
-    the addition of what each has would be a kernel of its own. No gradients. Arguments as in `quantized_matmul`.
-    """
-    dtype = _check(x, w, None)
-    inner = len(w.contraction)
-    rows, outputs = x.shape[: x.ndim - inner], w.values.shape[: w.ndim - inner]
-    flat = w.flat()
-    if w.inputs is None and w.activations is None and 0 not in (*x.shape, *flat.shape):
-        flat_x = x.reshape(math.prod(rows), -1)
-        if (backend := _choose(flat_x, flat, dtype, None)) == "mosaic_gpu":
-            out = _module(backend).matmul_parts(flat_x, flat, dtype)
-            return out.reshape(out.shape[0], *rows, *outputs)
-    return quantized_matmul(x, w)[None]
-
-
 def quantized_matmul_implementation(x, w, *, preferred_element_type=None, implementation=None) -> str:
     """The backend that `quantized_matmul` runs for the same arguments, here; arrays may be jax.ShapeDtypeStruct."""
     dtype = _check(x, w, preferred_element_type)

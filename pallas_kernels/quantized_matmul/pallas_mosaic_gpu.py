@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import _dispatch
 from pallas_kernels.quantize_rows.api import rows_for
 from pallas_kernels.quantized_matmul.array import QuantizedArray
-from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import matmul_few, matmul_few_parts, unfit_few
+from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import matmul_few, unfit_few
 from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_many import matmul_many, unfit_many
 
 
@@ -38,11 +38,6 @@ def matmul(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
     # int4 is exact in both, and widening it a small part of the time.
     w_values = w.natural().values.astype(rows.values.dtype)[None]
     return matmul_many(rows, w_values, w.scales.astype(jnp.float32)[None], dtype)
-
-
-def matmul_parts(x: jax.Array, w: QuantizedArray, dtype) -> jax.Array:
-    """[P, M, N], whose sum over P is x [M, K] @ w, activations as they are."""
-    return matmul_few_parts(x, w, dtype)
 
 
 def _few(x, w: QuantizedArray) -> bool:
