@@ -16,7 +16,7 @@ import pytest
 
 from jaxscale.checkpoint import CorruptCheckpointError, MemoryCheckpointer
 from jaxscale.checkpoint import layout as lay
-from jaxscale.checkpoint.memory import wire
+from jaxscale.checkpoint.memory import keeper, wire
 
 from .conftest import abstract, bits, free_addresses
 
@@ -24,8 +24,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def pid_of(address):
-    with wire.Connection(address, "job", seconds=10) as keeper:
-        return keeper.ask("status")[0]["pid"]
+    with wire.Connection(address, "job", seconds=10) as own:
+        return own.ask("status")[0]["pid"]
 
 
 def everywhere(clients, call):
@@ -243,6 +243,29 @@ def test_a_keeper_that_ends_is_replaced(hosts, rng, caplog):
     for restored in everywhere(clients, lambda c: c.restore(abstract(states[1]))):
         assert bits(restored) == bits(states[5])
     everywhere(clients, lambda c: c.wait())
+    everywhere(clients, lambda c: c.close())
+
+
+def test_a_step_that_was_dropped_is_saved_again(hosts, rng):
+    """A host alone saved a step before the job went back: what became of that one is nothing to the step of now."""
+    addresses = hosts(2)
+    states = {step: {"x": rng.normal(size=50)} for step in (1, 2, 3)}
+    client = lambda host: MemoryCheckpointer(addresses, job="job", lost=1, host=host, devices=jax.devices()[:1])
+    clients = everywhere(range(2), client)
+    everywhere(clients, lambda c: c.save(1, states[1]))
+    everywhere(clients, lambda c: c.wait())
+    clients[0].save(2, states[2])  # it alone
+    clients[0].close(stop=False)
+    clients[0] = client(0)
+    for restored in everywhere(clients, lambda c: c.restore(states[1], 1)):
+        assert bits(restored) == bits(states[1])
+    time.sleep(keeper.WAIT_SECONDS + 1)  # its keeper learns that there is no such step elsewhere
+    clients[1].save(2, states[3])
+    time.sleep(0.5)  # and is asked for it before the new one is there
+    clients[0].save(2, states[3])
+    everywhere(clients, lambda c: c.wait())
+    for restored in everywhere(clients, lambda c: c.restore(states[1])):
+        assert bits(restored) == bits(states[3])
     everywhere(clients, lambda c: c.close())
 
 

@@ -29,7 +29,7 @@ from jaxscale.checkpoint import erasure
 from jaxscale.checkpoint.memory import wire
 
 CHUNK = 4 << 20  # bytes asked of another keeper at a time
-WAIT_SECONDS = 20.0  # an answer that is not ready after this says so, and is asked for again
+WAIT_SECONDS = 2.0  # an answer that is not ready after this says so, and is asked for again
 CONNECT_SECONDS = 20.0  # another host's keeper may just be starting
 PROTECT_SECONDS = 120.0  # a snapshot that is not protected on every host by then counts as not saved
 HOLDS_NOTHING_SECONDS = 30.0  # a keeper without a snapshot ends so long after its trainer
@@ -249,33 +249,36 @@ class Keeper:
         while True:
             with self.changed:
                 step = self.changed.wait_for(self._unprotected)[0]
-            try:
-                self._protect(step)
-            except Exception as error:
-                with self.changed:
-                    self.failures[step] = str(error) or type(error).__name__
-                    self.changed.notify_all()
-
-    def _protect(self, step: int) -> None:
-        peers = self._connect(seconds=CONNECT_SECONDS)
-        try:
-            with self.changed:
                 slot = self._complete(step)
                 assert slot is not None
-                manifests = {self.host: slot.manifest}
+                mine = slot.manifest
+            try:
+                self._protect(step, mine)
+            except Exception as error:
+                with self.changed:
+                    if self._holds(step, mine):  # of one that was dropped the same step of another run knows nothing
+                        self.failures[step] = str(error) or type(error).__name__
+                        self.changed.notify_all()
+
+    def _protect(self, step: int, mine: dict[str, Any]) -> None:
+        """Raises an error if the snapshot that was committed with the manifest `mine` is dropped meanwhile."""
+        peers = self._connect(seconds=CONNECT_SECONDS)
+        until = functools.partial(self._until, step, mine)
+        try:
+            manifests = {self.host: mine}
             for host, peer in peers.items():
-                manifests[host] = self._until(step, lambda peer=peer: peer.ask("manifest", step=step)[0]["manifest"])
+                manifests[host] = until(lambda peer=peer: peer.ask("manifest", step=step)[0]["manifest"])
             ordered = [manifests[host] for host in range(len(self.hosts))]
-            parity = self._build_parity(step, ordered, peers) if self.lost else []
+            parity = self._build_parity(step, ordered, peers, until) if self.lost else []
             with self.changed:
-                if self._complete(step) is None:
+                if not self._holds(step, mine):
                     return
                 self.manifests[step], self.parity[step] = ordered, parity
                 self.changed.notify_all()
             for peer in peers.values():
-                self._until(step, lambda peer=peer: step in peer.ask("has_parity", step=step)[0]["parity"])
+                until(lambda peer=peer: step in peer.ask("has_parity", step=step)[0]["parity"])
             with self.changed:
-                if self._complete(step) is not None:
+                if self._holds(step, mine):
                     self.protected.add(step)
                     self.changed.notify_all()
         finally:
@@ -287,7 +290,11 @@ class Keeper:
         return self.status()
 
     def _build_parity(
-        self, step: int, manifests: list[dict[str, Any]], peers: dict[int, wire.Connection]
+        self,
+        step: int,
+        manifests: list[dict[str, Any]],
+        peers: dict[int, wire.Connection],
+        until: Callable[[Callable[[], Any]], Any],
     ) -> list[np.ndarray]:
         """The `lost` pieces that this host keeps, from one piece of every other host for each."""
         hosts, lost = len(self.hosts), self.lost
@@ -302,7 +309,7 @@ class Keeper:
                 fetch = functools.partial(_fetch, peers[member], "read", step=step)
                 for start in range(0, piece, CHUNK):
                     stop = min(start + CHUNK, piece)
-                    part = self._until(step, functools.partial(fetch, start=base + start, stop=base + stop))
+                    part = until(functools.partial(fetch, start=base + start, stop=base + stop))
                     erasure.combine([factor], [np.frombuffer(part, np.uint8)], out[k][start:stop])
         return out
 
@@ -370,6 +377,11 @@ class Keeper:
         slot = self._slot(step)
         return slot if slot is not None and slot.done else None
 
+    def _holds(self, step: int, manifest: dict[str, Any]) -> bool:
+        """Whether the snapshot that was committed with this very manifest is still here."""
+        slot = self._complete(step)
+        return slot is not None and slot.manifest is manifest
+
     def _unprotected(self) -> list[int]:
         steps = [slot.step for slot in self.slots if slot.done and slot.step is not None]
         return sorted(step for step in steps if step not in self.protected and step not in self.failures)
@@ -419,11 +431,11 @@ class Keeper:
                 raise ValueError(f"step {step}: {why}")
             return found
 
-    def _until(self, step: int, ask: Callable[[], Any]) -> Any:
-        """Asks again while the answer is empty and this host still has the step."""
+    def _until(self, step: int, mine: dict[str, Any], ask: Callable[[], Any]) -> Any:
+        """Asks again while the answer is empty and this host still has the snapshot with the manifest `mine`."""
         end = time.monotonic() + PROTECT_SECONDS
         while not (found := ask()):
-            if self._complete(step) is None:
+            if not self._holds(step, mine):
                 raise ValueError(f"step {step} was dropped")
             if time.monotonic() > end:
                 raise ValueError(f"other hosts did not finish step {step} in {PROTECT_SECONDS:.0f} s")
