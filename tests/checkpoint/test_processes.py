@@ -52,7 +52,7 @@ with Checkpointer(directory) as ckpt:
     try:
         ckpt.wait()
     except OSError as error:
-        print("FAILED", error, flush=True)
+        print(f"FAILED {error}", flush=True)  # in one piece: libraries write to the same pipe
     assert time.monotonic() - begin < 20
     assert ckpt.steps() == [2, 3], ckpt.steps()
     arrays.local_share = healthy

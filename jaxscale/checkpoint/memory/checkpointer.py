@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxscale.checkpoint.background import Background, OnError, one_line
 from jaxscale.checkpoint.beside import DeviceCopies
@@ -125,6 +126,8 @@ class MemoryCheckpointer:
         answer = self._own.ask("recover", step=step, timeout=RECOVER_SECONDS)[0]
         if answer["rebuilt"]:
             log.warning("step %d of host %d was rebuilt from the other hosts", step, self.host)
+        if jax.process_count() > 1:  # before any host saves again: others may hold a later step of the run that ended
+            multihost_utils.sync_global_devices(f"jaxscale memory step {step}")
         manifests = self._manifests(step)
         with contextlib.ExitStack() as peers:
             read = self._reader(step, manifests, answer["path"], peers)
@@ -160,8 +163,6 @@ class MemoryCheckpointer:
         steps = self.steps()
         newest = steps[-1] if steps else -1
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
