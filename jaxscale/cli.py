@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        expected = (ValueError, OSError, NotImplementedError, ImportError)
+        expected = (ValueError, OSError, NotImplementedError, ImportError, MemoryError)
         if not isinstance(error, expected):
             from jaxscale.train import NonFiniteLoss, Preempted  # brings JAX, which a mistyped option need not wait for
 
@@ -159,6 +159,7 @@ def _generate(args: list[str]) -> int:
     from jaxscale.generate import generate, stream_text
     from jaxscale.mesh import make_mesh
     from jaxscale.models.cache import CacheFormat
+    from jaxscale.plan.room import memory_errors
     from jaxscale.quantize.recipe import to_nearest
 
     log = Console(stderr=True)
@@ -171,32 +172,34 @@ def _generate(args: list[str]) -> int:
         mesh = make_mesh(devices=jax.devices()[:1])
     else:
         mesh = make_mesh(sizes, jax.devices()[: sizes.num_devices] if sizes.num_devices else None)
-    model = _load(options.model, mesh, options.quantize)
-    for note in model.notes:
-        log.print(note, style="yellow", highlight=False)
-    prompts = [
-        model.tokenizer.encode(text).tolist() if options.raw else model.encode_chat(text) for text in options.prompt
-    ]
-    single = len(prompts) == 1
+    remedy = "use --quantize w4a16-g64, --cache int8, or a mesh that splits the model, such as --mesh tp=2"
+    with memory_errors(lambda: remedy):
+        model = _load(options.model, mesh, options.quantize)
+        for note in model.notes:
+            log.print(note, style="yellow", highlight=False)
+        prompts = [
+            model.tokenizer.encode(text).tolist() if options.raw else model.encode_chat(text) for text in options.prompt
+        ]
+        single = len(prompts) == 1
 
-    def write(row: int, text: str) -> None:
-        if single:
-            print(text, end="", flush=True)
+        def write(row: int, text: str) -> None:
+            if single:
+                print(text, end="", flush=True)
 
-    new = generate(
-        model.params,
-        model.cfg,
-        prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop_tokens=model.stop_tokens,
-        key=jax.random.key(options.seed) if options.temperature else None,
-        mesh=mesh,
-        on_token=stream_text(model.tokenizer, write),
-        cache_format=options.cache or model.cache_format,  # pyright: ignore[reportArgumentType]
-    )
+        new = generate(
+            model.params,
+            model.cfg,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop_tokens=model.stop_tokens,
+            key=jax.random.key(options.seed) if options.temperature else None,
+            mesh=mesh,
+            on_token=stream_text(model.tokenizer, write),
+            cache_format=options.cache or model.cache_format,  # pyright: ignore[reportArgumentType]
+        )
     if single:
         print()
     else:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,12 @@ from jaxscale.parallel import expert as over_ep
 from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
-from jaxscale.params import fallback_notes, init_params, num_params, path_name, resolve_param
+from jaxscale.params import fallback_notes, init_params, num_params, path_name
 from jaxscale.plan.check import check_config
 from jaxscale.plan.estimate import pipeline_of
 from jaxscale.plan.hardware import pod_of
+from jaxscale.plan.room import memory_errors, room_note
 from jaxscale.quantize import training as quantized
-from jaxscale.sharding import axes_of
 from jaxscale.train import (
     Callback,
     TrainState,
@@ -74,7 +72,8 @@ def run(
     mesh = make_mesh(cfg.mesh)
     check_config(cfg, mesh.size)
     specs = decoder.param_specs(cfg.model)
-    _check_memory(specs, mesh, rules)
+    devices = mesh.devices.ravel().tolist()
+    crowded = room_note(cfg, devices, rules)
     precision, scales = _precision(cfg)
     index, count = share = batch_share(mesh, cfg.data.batch_size, rules)
     where = {"process_index": index, "process_count": count}
@@ -95,7 +94,7 @@ def run(
         f"{mesh.devices.flat[0].device_kind} device(s); {data.num_tokens:,} training tokens in {data.num_rows:,} rows",
         highlight=False,
     )
-    for note in fallback_notes(specs, mesh, rules):
+    for note in [*fallback_notes(specs, mesh, rules), *([crowded] if crowded else [])]:
         console.print(note, style="yellow", highlight=False)
 
     context = None
@@ -106,7 +105,7 @@ def run(
 
     sizes = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len, "accum_steps": cfg.accum_steps}
     sizes |= {"remat": cfg.remat, "loss_chunk": cfg.loss_chunk, "rules": rules}
-    pipeline = pipeline_of(cfg.model, split, pod_of(mesh.devices.ravel().tolist()), **sizes)
+    pipeline = pipeline_of(cfg.model, split, pod_of(devices), **sizes)
     if split.pp > 1:
         idle = over_pp.bubble(pipeline, split.pp)
         console.print(
@@ -145,7 +144,8 @@ def run(
         return parts["nll"], parts["weight"]
 
     levels = open_levels(out / "checkpoints", cfg.checkpoint)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as opened:
+    smaller = lambda: room_note(cfg, devices, rules, full=True) or "use fewer or shorter rows, or --remat full"
+    with memory_errors(smaller), jax.set_mesh(mesh), contextlib.ExitStack() as opened:
         opened.push(levels)
         levels.claim()  # before anything is written beside what another run writes
         if first and begins:
@@ -321,24 +321,6 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -
         elif old != new:
             out.append(f"{where}{name} {old} -> {new}")
     return sorted(out)
-
-
-def _check_memory(specs: Any, mesh: jax.sharding.Mesh, rules: Rules) -> None:
-    """Refuses a model whose parameters and Adam's two moments alone are more than the devices hold."""
-    need = 0
-    for spec in jax.tree.leaves(specs):
-        parts = math.prod(mesh.shape[axis] for axis in axes_of(resolve_param(spec, mesh, rules).spec))
-        need += 3 * math.prod(spec.shape) // parts * jax.numpy.dtype(spec.dtype).itemsize
-    device = jax.local_devices()[0]
-    have = (device.memory_stats() or {}).get("bytes_limit")
-    if have is None and device.platform == "cpu":
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
-    if have is not None and need > have:
-        raise ValueError(
-            f"{num_params(specs):,} parameters with Adam's moments need {need / 2**30:.1f} GiB on each of {mesh.size} "
-            f"device(s), which have {have / 2**30:.1f}; use more devices, fsdp or tp that splits them, or a "
-            "smaller model (`jaxscale plan` says what fits)"
-        )
 
 
 def _tokenizer_of(cfg: TrainConfig, saved: Path) -> Any:

@@ -32,6 +32,8 @@ from jaxscale.checkpoint import Checkpointer
 from jaxscale.checkpoint.huggingface import export_hf
 from jaxscale.data import HFTokenizer, train_bpe
 from jaxscale.models import decoder, presets
+from jaxscale.params import num_params
+from jaxscale.plan import room
 from jaxscale.run import load_run, run
 from jaxscale.train import NonFiniteLoss, Preempted
 
@@ -303,3 +305,19 @@ def test_conversations_are_trained_on_and_answered(config, tmp_path, rng):
         backend.decode(prompt, skip_special_tokens=False) == "<|im_start|>user\nmesh<|im_end|>\n<|im_start|>assistant\n"
     )
     assert loaded.stop_tokens == (backend.token_to_id("<|im_end|>"),)
+
+
+def test_a_run_that_does_not_fit_says_what_would(config, monkeypatch):
+    """Before it is compiled by the estimate, and when a device turns out to be full."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, embed_dim=256, mlp_dim=2048))
+    state = 3 * 4 * num_params(decoder.param_specs(config.model)) / 8  # of each device
+    monkeypatch.setattr(room, "device_memory", lambda: 1.6 * state)
+
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.\nmore")
+
+    monkeypatch.setattr("jaxscale.run.fit", full)
+    said = io.StringIO()
+    with pytest.raises(MemoryError, match=r"^a device's memory is full \(RESOURCE_EXHAUSTED.*bytes\.\); a step is est"):
+        run(config, console=Console(file=said, width=1000))
+    assert "a step is estimated to need" in said.getvalue() and "fits no mesh of cpu:8" in said.getvalue()
