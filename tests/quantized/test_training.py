@@ -310,7 +310,7 @@ def test_a_mesh_trains_as_one_device_does(rng):
     there = jax.device_put(params, jaxscale.param_shardings(SPECS, mesh, MEGATRON_FSDP))
     with jax.set_mesh(mesh):
         (got, _), split = both(there, scales, batch)
-    # One activation next to a tie, of 256 tokens, may be a step of 1 / 127 away where sums over tp end in another last
+    # One activation next to a tie, of 128 tokens, may be a step of 1 / 127 away where sums over tp end in another last
     # place: up to 5e-5 of the loss in one of eight draws. Rounding as a whole moves it by 2e-5 to 1e-3.
     np.testing.assert_allclose(got, want, rtol=1e-4 if name == "w8a8" else 1e-5)
     error = lambda a, b: float(np.abs(np.asarray(a) - b).mean() / np.abs(np.asarray(b)).mean())
