@@ -279,8 +279,8 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
     """A published model, a file or directory of one, or what a training run left behind."""
     import jax
 
-    from jaxscale.checkpoint.gguf import chatml
-    from jaxscale.data.chats import END, control_token
+    from jaxscale.chatml import END, chatml
+    from jaxscale.data.chats import control_token
     from jaxscale.mesh import make_mesh
     from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import LoadedModel, load_model

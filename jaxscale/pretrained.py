@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from jaxscale.checkpoint.gguf import chatml
+from jaxscale.chatml import START, chatml
 from jaxscale.checkpoint.huggingface_config import config_from_hf
 from jaxscale.config import ModelConfig, from_dict
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
@@ -241,7 +241,7 @@ def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any, recipe: Re
         params=params,
         tokenizer=load_tokenizer(path),
         stop_tokens=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
-        chat=chatml if "<|im_start|>" in template else None,
+        chat=chatml if START in template else None,
     )
 
 
