@@ -241,9 +241,7 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     from jaxscale.checkpoint import Checkpointer
 
     out = Path(out)
-    if not (out / "config.json").exists():
-        raise ValueError(f"{out} holds no run: there is no config.json; give the directory that `jaxscale train` wrote")
-    train = from_dict(TrainConfig, _read_config(out / "config.json"))
+    train = _config_of(out)
     optimizer = make_optimizer(train.optimizer, train.steps)
     with Checkpointer(out / "checkpoints") as checkpointer:
         target = abstract_train_state(decoder.param_specs(train.model), optimizer, mesh, rules, _precision(train)[1])
@@ -263,7 +261,13 @@ def load_outline(name_or_path: str) -> tuple[ModelConfig, Any]:
     out = Path(name_or_path)
     if not (out / "checkpoints").is_dir():
         return pretrained.load_outline(name_or_path)
-    return from_dict(TrainConfig, _read_config(out / "config.json")).model, load_tokenizer(out / "tokenizer.json")
+    return _config_of(out).model, load_tokenizer(out / "tokenizer.json")
+
+
+def _config_of(out: Path) -> TrainConfig:
+    if not (out / "config.json").exists():
+        raise ValueError(f"{out} holds no run: there is no config.json; give the directory that `jaxscale train` wrote")
+    return from_dict(TrainConfig, _read_config(out / "config.json"))
 
 
 def _check_outline(cfg: TrainConfig, model: ModelConfig, tokenizer: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxscale import DataConfig
-from jaxscale.checkpoint.gguf import chatml
+from jaxscale.chatml import chatml
 from jaxscale.data import HFTokenizer, make_dataset, train_bpe
 
 WORDS = ["mesh", "array", "shard", "and", "the", "two", "devices", "hold", "<|im_end|>", "é"]

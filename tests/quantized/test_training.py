@@ -17,7 +17,8 @@ from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params, path_name
 from jaxscale.quantize.delayed import HISTORY
-from jaxscale.quantize.recipe import parse_recipe
+from jaxscale.quantize.fake import FakeQuantized
+from jaxscale.quantize.recipe import Rounding, parse_recipe
 from jaxscale.quantize.rounded_weight import RoundedWeight, round_weight
 from jaxscale.quantize.rounding import round_at_random, round_to
 from jaxscale.quantize.training import PRECISIONS, Precision, init_scales, parse_precision, rounded
@@ -69,6 +70,32 @@ def test_a_matmul_and_its_gradients_are_those_of_rounded_operands(rng, name):
         # Ties may fall to either side.
         assert np.abs(np.asarray(got) - want).mean() < 2e-3 * np.abs(want).mean()
         assert np.abs(np.asarray(got) - want).max() < 0.05 * np.abs(want).max()
+
+
+@pytest.mark.usefixtures("optimized")  # XLA's maximum drops nan on CPUs where it is vectorized
+@pytest.mark.parametrize("name", ["fp8", "fp8-current", "int8", "w8a8"])
+def test_one_nan_reaches_what_is_made_of_it(rng, name):
+    p = parse_precision(name)
+    arrays = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 64, 128), (128, 64), (2, 64, 64))]
+
+    @jax.jit
+    def run(x, w, ct):
+        if isinstance(p, Precision):
+            node = lambda w: round_weight(w, (-2,), jnp.full((2, HISTORY), 3.0) if p.delayed else None, p)
+        else:
+            node = lambda w: FakeQuantized(w, Rounding(format="int8", activations="int8"), (-2,))
+        out, pull = jax.vjp(lambda x, w: node(w).matmul("BTD,DF->BTF", x), x, w)
+        return out, *pull(ct)
+
+    def lost(which):
+        at = tuple(rng.integers(n) for n in arrays[which].shape)
+        made = run(*(a.at[at].set(jnp.nan) if i == which else a for i, a in enumerate(arrays)))
+        return [not np.isnan(a).any() for a in made]
+
+    assert lost(0) == [False, True, False]  # x: into the output, not its own gradient, the weight's
+    assert lost(1) == [False, False, True]
+    assert lost(2) == [True, False, False]
+    assert np.isfinite(jnp.concatenate([a.reshape(-1) for a in run(*arrays)])).all()
 
 
 @pytest.mark.parametrize("format", ["int8", "float8_e5m2", "float8_e4m3fn"])
