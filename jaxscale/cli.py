@@ -380,11 +380,12 @@ def _doctor(args: list[str]) -> int:
     if args:
         raise ValueError(f"jaxscale doctor takes no options, got {' '.join(args)}")
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from jaxscale.doctor import examine
 
-    table = Table("", "what", "found", "what it unlocks", box=None)
+    fold = [Column(name, overflow="fold") for name in ("what", "found", "what it unlocks")]  # no name of a flag is cut
+    table = Table("", *fold, box=None)
     marks = {"ok": "[green]✓[/]", "missing": "[red]✗[/]", "note": "[yellow]·[/]"}
     for line in examine():
         table.add_row(marks[line.state], line.topic, line.found, line.unlocks.replace("[", "\\["))
@@ -450,10 +451,12 @@ def _find_run(name: str, runs: Any) -> Callable[[], Any]:
         return named[name]
     if ":" in name:
         return _function(name)
-    from jaxscale.pretrained import NAMED  # brings JAX
+    from jaxscale.pretrained import NAMED, QUANTIZED  # brings JAX
 
     path = Path(name)
-    if not (name in NAMED or path.suffix == ".gguf" or (path / "config.json").is_file()):
+    # What was quantized is no model to go on from; who reads it says so.
+    held = any((path / file).is_file() for file in ("config.json", QUANTIZED))
+    if not (name in NAMED or path.suffix == ".gguf" or held):
         raise ValueError(
             f"no run {name!r}{_nearest(name, [*named, *NAMED])}; the runs are {', '.join(named)}, file.py:function, "
             f"or a model to go on from: {', '.join(NAMED)}, a .gguf file, a Hugging Face directory, a run's directory"
@@ -513,6 +516,7 @@ def _named_runs(runs: Any) -> dict[str, Callable[[], Any]]:
 
 def _simulate(args: list[str]) -> list[str]:
     """Take `--simulate N` out of the arguments; it must act before JAX looks at its devices."""
+    args = _apart(args, "--simulate")
     if "--simulate" not in args:
         return args
     if args.count("--simulate") > 1:
@@ -532,7 +536,7 @@ def _mesh(cfg: Any, args: list[str]) -> tuple[Any, list[str]]:
     """Take `--mesh fsdp=2,tp=4`, as other commands write it, out of the arguments and into the configuration."""
     from jaxscale.config import MeshConfig
 
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--mesh=") else [arg])]
+    args = _apart(args, "--mesh")
     if "--mesh" not in args:
         return cfg, args
     at = args.index("--mesh")
@@ -540,6 +544,11 @@ def _mesh(cfg: Any, args: list[str]) -> tuple[Any, list[str]]:
     if not sizes or sizes.startswith("-"):
         raise ValueError("--mesh: expected axes and their sizes, as in --mesh fsdp=2,tp=4")
     return dataclasses.replace(cfg, mesh=MeshConfig.parse(sizes)), args[:at] + args[at + 2 :]
+
+
+def _apart(args: list[str], option: str) -> list[str]:
+    """`option=value` as the two arguments that it stands for."""
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith(f"{option}=") else [arg])]
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -33,7 +33,7 @@ from jaxscale.parallel import expert as over_ep
 from jaxscale.parallel import pipeline as over_pp
 from jaxscale.parallel.context_cost import Context, plan
 from jaxscale.parallel.context_layout import permute_batch
-from jaxscale.params import fallback_notes, init_params, num_params, path_name
+from jaxscale.params import abstract_params, fallback_notes, init_params, num_params, path_name
 from jaxscale.plan.check import check_config
 from jaxscale.plan.estimate import pipeline_of
 from jaxscale.plan.hardware import pod_of
@@ -242,12 +242,12 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
 
     out = Path(out)
     train = _config_of(out)
-    optimizer = make_optimizer(train.optimizer, train.steps)
-    with Checkpointer(out / "checkpoints") as checkpointer:
-        target = abstract_train_state(decoder.param_specs(train.model), optimizer, mesh, rules, _precision(train)[1])
-        state = checkpointer.restore(target)
+    step = jax.ShapeDtypeStruct((), np.int32, sharding=jax.NamedSharding(mesh, jax.P()))
+    target = {"params": abstract_params(decoder.param_specs(train.model), mesh, rules), "step": step}
+    with Checkpointer(out / "checkpoints") as checkpointer:  # moments, twice the parameters, stay where they are
+        state = checkpointer.restore(target, only=["params/*", "step"])
     return LoadedRun(
-        train=train, params=state.params, tokenizer=load_tokenizer(out / "tokenizer.json"), step=int(state.step)
+        train=train, params=state["params"], tokenizer=load_tokenizer(out / "tokenizer.json"), step=int(state["step"])
     )
 
 

@@ -65,6 +65,8 @@ def call(capsys, *args):
         (["train", "tiny", "--mesh", "ep=8"], "has no experts to split over ep; set ep=1 and use dp or fsdp"),
         (["train", "tiny", "--mesh", "cp=8", "--data.seq-len", "100"], "use 96 or 104, or a cp that divides"),
         (["train", "tiny", "--simulate", "²"], "--simulate ²: expected a number of devices"),
+        (["plan", "--model", "nix"], "no model is called 'nix'; the models are tiny, "),
+        (["--simulate=many", "doctor"], "--simulate many: expected a number of devices"),
         (["bench", "links", "--out", "."], "Is a directory"),
         (["bench", "links", "--matmul", "0"], "--matmul 0 must be at least 1"),
         (["doctor", "--nope"], "doctor takes no options, got --nope"),

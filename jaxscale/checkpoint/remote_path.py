@@ -97,7 +97,12 @@ class RemotePath:
 
         prefix = f"{self.key}/" if self.key else ""
         keys = self.store.list(ts.KvStore.KeyRange(prefix, f"{self.key}0") if prefix else ts.KvStore.KeyRange())
-        return [key.decode()[len(prefix) :] for key in self._await(keys)]
+        try:
+            return [key.decode()[len(prefix) :] for key in self._await(keys)]
+        except OSError as error:
+            if self.base["driver"] == "file" and "non-directory" in str(error):  # a file, which holds nothing
+                return []
+            raise
 
     def _await(self, future: Any) -> Any:
         try:

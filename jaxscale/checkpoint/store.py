@@ -157,7 +157,8 @@ class Checkpointer:
         candidates = [s for s in self.steps() if s <= newest] if step is None else [step]
         options: dict[str, Any] = {"layout": layout, "only": only, "missing": missing}
         found, restored = reading.restore_newest(self.directory, candidates, target, **options)
-        self._verified.add(found)
+        if only is None:  # what was read in part may be damaged elsewhere
+            self._verified.add(found)
         return restored
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:

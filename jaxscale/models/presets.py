@@ -15,8 +15,9 @@ def preset(name: str) -> ModelConfig:
     """The configuration with this name, as in "llama3-8b" or "llama3_8b"; ValueError names the nearest ones."""
     make = PRESETS.get(name.lower().replace("_", "-").replace(".", "-"))
     if make is None:
-        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
-        raise ValueError(f"no model is called {name!r}; did you mean {' or '.join(near)}?")
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the models are {', '.join(PRESETS)}"
+        raise ValueError(f"no model is called {name!r}; {hint}")
     return make()
 
 

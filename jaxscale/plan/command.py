@@ -84,7 +84,7 @@ def rows_of(batch: str, seq_len: int) -> int:
     text, tokens, rest = batch.lower().replace("_", "").partition("-tokens")
     scale = {"k": 2**10, "m": 2**20}.get(text[-1:], 1)
     number = text[:-1] if scale > 1 else text
-    if rest or not number.isdecimal() or not int(number):
+    if rest or not number.isdecimal() or not int(number) or (scale > 1 and not tokens):  # 4M rows: tokens are meant
         raise ValueError(f"--batch {batch!r} is neither rows (512) nor tokens (4M-tokens, 512K-tokens)")
     count = int(number) * scale
     if not tokens:

@@ -25,13 +25,14 @@ class Plan(NamedTuple):
     runner_up: Estimate | None  # the fastest on another mesh
     pareto: tuple[Estimate, ...]  # nothing else is faster with less memory; fastest first
     considered: int
+    meshes: int  # that were looked at
     fitting: tuple[Estimate, ...]  # the fastest on each mesh, fastest first
 
     @property
     def why(self) -> str:
         """What the runner-up loses by."""
         if self.runner_up is None:
-            return "no other mesh fits"
+            return "no other mesh fits" if self.meshes > 1 else "none, there was one mesh to look at"
         parts = {
             "computation": lambda e: e.compute_seconds,
             "memory traffic": lambda e: e.memory_seconds,
@@ -40,7 +41,9 @@ class Plan(NamedTuple):
         lost = {name: of(self.runner_up) - of(self.best) for name, of in parts.items()}
         text = ", ".join(f"{name} {s * 1e3:+.0f} ms" for name, s in lost.items() if abs(s) >= 5e-4)
         behind = self.runner_up.seconds / self.best.seconds - 1
-        return f"{_name(self.runner_up)} is {behind:.1%} slower: {text or 'the same within a millisecond'}"
+        # The compiler may have put another one first than the estimate.
+        slower = f"{behind:.1%} slower" if behind >= 0 else f"{-behind:.1%} faster by the estimate alone"
+        return f"{_name(self.runner_up)} is {slower}: {text or 'the same within a millisecond'}"
 
     def table(self) -> Table:
         """Time against memory: what is worth choosing from."""
@@ -65,7 +68,7 @@ class Plan(NamedTuple):
         head = (
             f"{self.model.name} on {self.pod.name}, {b.tokens:,} tokens a step: {_name(b)}, about {b.seconds:.3g} s "
             f"({b.share_of_peak:.0%} of the matmul rate), {human_bytes(b.memory.total)} of "
-            f"{human_bytes(self.pod.hardware.memory)}; {self.considered} alternatives"
+            f"{human_bytes(self.pod.hardware.memory)}; {self.considered} alternatives on {self.meshes} mesh(es)"
         )
         return "\n\n".join([head, str(self.table()), f"Runner-up: {self.why}", str(b.table()), str(b.traffic_table())])
 
@@ -133,6 +136,7 @@ def search(
         fitting=tuple(fastest.values()),
         pareto=tuple(pareto(found)),
         considered=len(found),
+        meshes=len(shapes),
     )
 
 

@@ -231,6 +231,18 @@ def test_levels_with_intervals_of_their_own(tmp_path, rng, caplog):
         far.save(1, target)
 
 
+def test_old_copies_are_removed_from_a_mounted_directory(tmp_path, rng):
+    far = tmp_path / "far"
+    with Checkpointer(tmp_path / "near") as disk:
+        remote = RemoteCheckpointer(f"file://{far}", disk, keep_last=1)
+        for step in (1, 2):
+            disk.save(step, {"w": jnp.asarray(rng.normal(size=3))})
+            remote.copy(step)
+            remote.wait()
+        remote.close()
+        assert remote.steps() == [2] and not [path for path in (far / "1").rglob("*") if path.is_file()]
+
+
 def test_levels_that_do_not_fit_are_refused(tmp_path):
     disk = Checkpointer(tmp_path)
     remote = RemoteCheckpointer({"driver": "memory", "path": "x"}, disk)

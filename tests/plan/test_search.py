@@ -144,7 +144,7 @@ def test_rows_of_a_batch():
     assert rows_of("512", 8192) == 512
     assert rows_of("4M-tokens", 8192) == 512
     assert rows_of("16K-tokens", 4096) == 4
-    for bad in ("4M-token", "many", "0", "1K-tokens", "10000-tokens"):
+    for bad in ("4M-token", "4M", "many", "0", "1K-tokens", "10000-tokens"):
         with pytest.raises(ValueError, match="--batch"):
             rows_of(bad, 8192)
 
@@ -157,7 +157,14 @@ def test_the_command_prints_a_plan_and_writes_its_page(capsys, tmp_path):
     assert plan_command(options) == 0
     said = capsys.readouterr().out
     assert "fsdp=16,tp=4" in page.read_text() and str(page) in said
-    assert "llama3-8b on v5p:4x4x4" in said and "Collectives of a step" in said and "no other mesh fits" in said
+    assert "llama3-8b on v5p:4x4x4" in said and "Collectives of a step" in said and "there was one mesh" in said
+
+
+def test_a_runner_up_that_the_estimate_holds_to_be_faster_is_not_called_slower():
+    found = search(preset("llama3-8b"), "h200:1x8", batch_size=64, seq_len=4096)
+    assert found.meshes > 1 and re.search(r"is \d+\.\d% slower: ", found.why)
+    turned = found._replace(best=found.runner_up, runner_up=found.best)  # as a compiler may order them
+    assert re.search(r"is \d+\.\d% faster by the estimate alone: ", turned.why)
 
 
 @pytest.fixture(scope="module")

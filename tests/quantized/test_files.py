@@ -246,6 +246,8 @@ def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
     command("convert", "--model", run, *awq, "--out", tmp_path / "awq")
     capsys.readouterr()
     new = ("--out", tmp_path / "new")
+    assert main(["train", str(small)]) == 2
+    assert "are quantized; go on from the model that it was made from" in capsys.readouterr().err
     for args, message in [
         (("--model", small, *awq, *new), "are quantized; go on from the model"),
         (("--model", run, *awq, "--out", small), "is not empty"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -370,3 +372,6 @@ def test_a_run_in_fp8_resumes_with_its_scales(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[..., 1:3], b[..., :2]), after, before)
     loaded = load_run(cfg.out, make_mesh(devices=jax.devices()[:1]))
     assert loaded.step == 3 and loaded.train.precision == "fp8"
+    config = Path(cfg.out, "config.json")  # as one leaves it that goes on without fp8 and dies before its first save
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"precision": "", "precision_skip": ""}))
+    assert load_run(cfg.out, make_mesh(devices=jax.devices()[:1])).step == 3
