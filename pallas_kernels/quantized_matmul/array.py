@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _dispatch
+
 Format = Literal["int4", "uint4", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
 Activations = Literal["int8", "int4", "float8_e4m3fn"]
 
@@ -282,15 +284,16 @@ def check_activations(format: str, activations: str | None) -> None:
 
 def largest(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     """float32 largest |x| over axes, which are kept, or over all, over all devices that hold a part of it; nan where
-    there is one, 0 of no numbers.
-
-    Their bits are compared: those of numbers without a sign are in order, and nan is past infinity. XLA's maximum of
-    floats drops nan on CPUs (xla_cpu_enable_fast_min_max).
-    """
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
+    there is one, 0 of no numbers."""
+    x = jnp.abs(x).astype(jnp.float32)
     axes, keepdims = (None, False) if axes is None else (tuple(axes), True)
-    top = bits.max(axis=axes, keepdims=keepdims, initial=None if x.size else 0)
-    return jax.lax.bitcast_convert_type(top, jnp.float32)
+    largest = functools.partial(jnp.max, axis=axes, keepdims=keepdims, initial=None if x.size else 0)
+    if _dispatch.device_kind() != "cpu":
+        return largest(x)
+    # XLA's maximum of floats drops nan on CPUs (xla_cpu_enable_fast_min_max). The bits of numbers without a sign are in
+    # order, and nan is past infinity.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type(largest(bits), jnp.float32)
 
 
 def group_scales(
