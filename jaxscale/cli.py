@@ -232,15 +232,18 @@ class ConvertOptions:
 
 def _convert(args: list[str]) -> int:
     options = _parse(ConvertOptions, args, "jaxscale convert")
+    from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import require_new, save_model
-    from jaxscale.quantize.apply import summary
+    from jaxscale.quantize.apply import require_quantizable, summary
     from jaxscale.quantize.recipe import parse_recipe
+    from jaxscale.run import load_outline
 
     recipe = options.quantize
     require_new(options.out)  # before the work
     if recipe != "stored" and parse_recipe(recipe).method != "rtn":
         if not Path(options.text).is_file():  # before the model is read
             raise ValueError(f"{recipe} needs a calibration set: --text FILE, a text file; {options.text!r} is none")
+        require_quantizable(parse_recipe(recipe), param_specs(load_outline(options.model)[0]))
         model = _calibrated(_load(options.model, None), recipe, options)
     else:
         model = _load(options.model, None, recipe)
@@ -279,19 +282,22 @@ def _load(name: str, mesh: Any, quantize: str = "") -> Any:
     """A published model, a file or directory of one, or what a training run left behind."""
     import jax
 
-    from jaxscale.checkpoint.gguf import chatml
-    from jaxscale.data.chats import END, control_token
+    from jaxscale.chatml import END, chatml
+    from jaxscale.data.chats import control_token
     from jaxscale.mesh import make_mesh
     from jaxscale.models.decoder import param_specs
     from jaxscale.pretrained import LoadedModel, load_model
     from jaxscale.quantize.apply import quantize as round_to_nearest
+    from jaxscale.quantize.apply import require_quantizable
     from jaxscale.quantize.recipe import to_nearest
-    from jaxscale.run import load_run
+    from jaxscale.run import load_outline, load_run
 
     if (Path(name) / "checkpoints").is_dir():
         if quantize == "stored":
             raise ValueError(f"{name} is no .gguf file to keep packed; name a recipe, as in w8a16")
         recipe = to_nearest(quantize) if quantize else None
+        if recipe is not None:  # before the model is read
+            require_quantizable(recipe, param_specs(load_outline(name)[0]), mesh)
         first = jax.devices()[0]
         run = load_run(name, mesh or make_mesh(devices=[first]))
         # On a device alone: put on `first` itself, arrays would keep the mesh in their types.

@@ -8,6 +8,7 @@ answers = generate(model.params, model.cfg, [ids], max_new_tokens=50, stop_token
 import dataclasses
 import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from jaxscale.checkpoint.gguf import chatml
+from jaxscale.chatml import START, chatml
 from jaxscale.checkpoint.huggingface_config import config_from_hf
 from jaxscale.config import ModelConfig, from_dict
 from jaxscale.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
@@ -24,8 +25,9 @@ from jaxscale.models.cache import CacheFormat
 from jaxscale.models.decoder import param_specs
 from jaxscale.params import fallback_notes, param_shardings
 from jaxscale.quantize.apply import quantize as round_to_nearest
+from jaxscale.quantize.apply import require_quantizable
 from jaxscale.quantize.files import load_quantized, save_quantized
-from jaxscale.quantize.recipe import to_nearest
+from jaxscale.quantize.recipe import Recipe, to_nearest
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 QUANTIZED = "quantized.safetensors"  # of a directory that `save_model` writes
@@ -84,7 +86,7 @@ def load_model(
 
     Raises:
       ValueError: no such model, or one that the decoder cannot run; no such recipe, or one that needs a
-        calibration set.
+        calibration set, or whose groups do not divide.
       ConnectionError: a named model is not cached and cannot be fetched.
     """
     recipe = None if quantize in (None, "stored") else to_nearest(quantize)  # before the model is read
@@ -93,7 +95,7 @@ def load_model(
     if quantize == "stored" and path.suffix != ".gguf":
         raise ValueError(f"{path} is no .gguf file to keep packed; name a recipe, as in quantize='w8a16'")
     if path.suffix == ".gguf" and path.is_file():
-        model = _load_gguf(path, mesh, rules, dtype, packed=quantize == "stored")
+        model = _load_gguf(path, mesh, rules, dtype, recipe, packed=quantize == "stored")
     elif (path / QUANTIZED).is_file():
         if quantize is not None:
             raise ValueError(
@@ -102,7 +104,7 @@ def load_model(
         model = _load_quantized(path, mesh, rules)
         model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, dtype=asked or model.cfg.dtype))
     elif (path / "config.json").is_file():
-        model = _load_hf(path, mesh, rules, dtype)
+        model = _load_hf(path, mesh, rules, dtype, recipe)
     else:
         raise _unknown(path)
     if recipe is not None:
@@ -139,6 +141,7 @@ def save_model(model: LoadedModel, path: str | Path) -> None:
 
     Raises:
       ValueError: the directory is not empty.
+      OSError: it cannot be written.
     """
     path = require_new(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -155,14 +158,23 @@ def save_model(model: LoadedModel, path: str | Path) -> None:
 
 
 def require_new(path: str | Path) -> Path:
-    """The path, which must be free or an empty directory.
+    """The path, which must be free or an empty directory, where files can be written.
 
     Raises:
-      ValueError: it is not.
+      ValueError: it is not free.
+      OSError: it cannot be made, or not written to.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is not empty; name a new directory to write to")
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:  # permissions do not tell: of root, of file systems that are read-only, full or no disks
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    finally:
+        for made in filter(Path.is_dir, missing):
+            made.rmdir()
     return path
 
 
@@ -199,20 +211,26 @@ def _load_quantized(path: Path, mesh: Mesh | None, rules: Rules) -> LoadedModel:
     )
 
 
-def _load_gguf(path: Path, mesh: Mesh | None, rules: Rules, dtype: str, packed: bool) -> LoadedModel:
+def _load_gguf(
+    path: Path, mesh: Mesh | None, rules: Rules, dtype: str, recipe: Recipe | None, packed: bool
+) -> LoadedModel:
     from jaxscale.checkpoint import gguf
 
     reader = gguf.open_gguf(path)
+    if recipe is not None:
+        require_quantizable(recipe, param_specs(gguf.config_from_gguf(reader)), mesh, rules)
     params, cfg, backend = gguf.import_gguf(reader, mesh=mesh, rules=rules, dtype=dtype, packed=packed)
     chat, stop_tokens = gguf.chat_from_gguf(reader)
     tokenizer = HFTokenizer(backend, bos_token=gguf.bos_from_gguf(reader))
     return LoadedModel(cfg=cfg, params=params, tokenizer=tokenizer, stop_tokens=stop_tokens, chat=chat)
 
 
-def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedModel:
+def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any, recipe: Recipe | None) -> LoadedModel:
     from jaxscale.checkpoint.huggingface import import_hf, load_config
 
     cfg = dataclasses.replace(load_config(path), dtype=dtype, param_dtype=dtype)
+    if recipe is not None:
+        require_quantizable(recipe, param_specs(cfg), mesh, rules)
     shardings = None if mesh is None else param_shardings(param_specs(cfg), mesh, rules)
     params, cfg = import_hf(path, shardings, cfg)
     settings = _json(path / "config.json") | _json(path / "generation_config.json")
@@ -223,7 +241,7 @@ def _load_hf(path: Path, mesh: Mesh | None, rules: Rules, dtype: Any) -> LoadedM
         params=params,
         tokenizer=load_tokenizer(path),
         stop_tokens=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
-        chat=chatml if "<|im_start|>" in template else None,
+        chat=chatml if START in template else None,
     )
 
 

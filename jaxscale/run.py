@@ -244,9 +244,7 @@ def load_run(out: str | Path, mesh: jax.sharding.Mesh, *, rules: Rules = MEGATRO
     from jaxscale.checkpoint import Checkpointer
 
     out = Path(out)
-    if not (out / "config.json").exists():
-        raise ValueError(f"{out} holds no run: there is no config.json; give the directory that `jaxscale train` wrote")
-    train = from_dict(TrainConfig, _read_config(out / "config.json"))
+    train = _config_of(out)
     step = jax.ShapeDtypeStruct((), np.int32, sharding=jax.NamedSharding(mesh, jax.P()))
     target = {"params": abstract_params(decoder.param_specs(train.model), mesh, rules), "step": step}
     with Checkpointer(out / "checkpoints") as checkpointer:  # moments, twice the parameters, stay where they are
@@ -266,7 +264,13 @@ def load_outline(name_or_path: str) -> tuple[ModelConfig, Any]:
     out = Path(name_or_path)
     if not (out / "checkpoints").is_dir():
         return pretrained.load_outline(name_or_path)
-    return from_dict(TrainConfig, _read_config(out / "config.json")).model, load_tokenizer(out / "tokenizer.json")
+    return _config_of(out).model, load_tokenizer(out / "tokenizer.json")
+
+
+def _config_of(out: Path) -> TrainConfig:
+    if not (out / "config.json").exists():
+        raise ValueError(f"{out} holds no run: there is no config.json; give the directory that `jaxscale train` wrote")
+    return from_dict(TrainConfig, _read_config(out / "config.json"))
 
 
 def _check_outline(cfg: TrainConfig, model: ModelConfig, tokenizer: Any) -> Iterator[str]:

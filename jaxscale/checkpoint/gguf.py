@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxscale.chatml import END, START, chatml
 from jaxscale.checkpoint import layout as lay
 from jaxscale.checkpoint.int4_layouts import unpack_gguf
 from jaxscale.checkpoint.maps import Box, Lazy
@@ -211,24 +212,12 @@ def chat_from_gguf(
     end an answer."""
     stop = _field(reader, "tokenizer.ggml.eos_token_id", None)
     template = _field(reader, "tokenizer.chat_template", "")
-    if "<|im_start|>" not in template:
+    if START not in template:
         return None, () if stop is None else (stop,)
-    default = re.search(r"<\|im_start\|>system\\?\n(.*?)<\|im_end\|>", template, re.DOTALL)
+    default = re.search(rf"{re.escape(START)}system\\?\n(.*?){re.escape(END)}", template, re.DOTALL)
     system = default.group(1) if default and "{" not in default.group(1) else None
-    end = _field(reader, "tokenizer.ggml.tokens").index("<|im_end|>")
+    end = _field(reader, "tokenizer.ggml.tokens").index(END)
     return functools.partial(chatml, system=system), tuple(dict.fromkeys([end] if stop is None else [stop, end]))
-
-
-def chatml(messages: list[dict[str, str]], system: str | None = None) -> str:
-    """Messages {"role", "content"} as ChatML text that asks for the assistant's next one.
-
-    Args:
-      system: said first when the messages do not begin with a system message of their own.
-    """
-    if system is not None and (not messages or messages[0]["role"] != "system"):
-        messages = [{"role": "system", "content": system}, *messages]
-    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
-    return "".join(turns) + "<|im_start|>assistant\n"
 
 
 _REQUIRED = object()

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxscale.chatml import END, START, texts
 from jaxscale.data.tokenizers import Tokenizer
-
-START, END = "<|im_start|>", "<|im_end|>"
 
 
 class Conversation(NamedTuple):
@@ -17,7 +16,7 @@ class Conversation(NamedTuple):
     num_bytes: int  # of the answers, in UTF-8
 
 
-def encode_chats(texts: Sequence[str], tokenizer: Tokenizer) -> list[Conversation]:
+def encode_chats(conversations: Sequence[str], tokenizer: Tokenizer) -> list[Conversation]:
     """Of conversations as `canonical` writes them.
 
     What a message holds is text, also where it spells a control token: it cannot end its turn.
@@ -26,9 +25,9 @@ def encode_chats(texts: Sequence[str], tokenizer: Tokenizer) -> list[Conversatio
       ValueError: the tokenizer has no control tokens of ChatML.
     """
     start, end = (control_token(tokenizer, name) for name in (START, END))
-    chats = [json.loads(text) for text in texts]
+    chats = [json.loads(text) for text in conversations]
     # The pieces of all conversations at once: tokenizers encode them in parallel.
-    pieces = [piece for chat in chats for role, content in chat for piece in (f"{role}\n", content, "\n")]
+    pieces = [piece for chat in chats for role, content in chat for piece in texts(role, content)]
     encoded = iter(tokenizer.encode_batch(pieces))
     out = []
     for chat in chats:

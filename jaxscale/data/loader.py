@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxscale.config import DataConfig
 from jaxscale.data.corpus import Corpus, scan_corpus
-from jaxscale.data.packing import document_order, pack_rows, row_order
+from jaxscale.data.packing import document_order, pack_rows, row_order, whole_offsets
 from jaxscale.data.store import TokenStore, corpus_bpe, open_store
 from jaxscale.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -87,8 +87,9 @@ class Dataset:
 
     @property
     def num_rows(self) -> int:
-        """Rows in an epoch, over all processes; the last is padded."""
-        return -(-self.num_tokens // self.cfg.seq_len)
+        """Rows in an epoch, over all processes; the last is padded, of conversations others too."""
+        length = self.num_tokens if self._conversations is None else int(self._conversations[1][-1])
+        return -(-length // self.cfg.seq_len)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -136,7 +137,8 @@ class Dataset:
     @property
     def _identity(self) -> dict[str, Any]:
         """What the rows depend on, by the names that an error shows."""
-        return {
+        packing = {} if self._conversations is None else {"packing": "whole conversations"}
+        return packing | {
             "split": self.split,
             "seq_len": self.cfg.seq_len,
             "seed": self.cfg.seed,
@@ -174,20 +176,35 @@ class Dataset:
         return guess * (self.store.documents["num_bytes"].sum() / max(1.0, float(counts @ guess)))
 
     def _rows_of_epoch(self, epoch: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        starts, offsets, order = self._epoch(epoch)
+        starts, offsets, sizes, order = self._epoch(epoch)
         inside = rows < self.num_rows
         rows = np.where(inside, order[np.where(inside, rows, 0)], self.num_rows)
-        return pack_rows(self.store.ids, starts, offsets, rows, self.cfg.seq_len, self.store.learnt)
+        return pack_rows(self.store.ids, starts, offsets, rows, self.cfg.seq_len, self.store.learnt, sizes)
 
     @functools.cached_property
     def _epoch(self):
         return functools.lru_cache(maxsize=2)(self._make_epoch)
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """starts [num_docs] and offsets [num_docs + 1] for `pack_rows`, and the order of the rows [num_rows]."""
-        documents = self.store.documents[document_order(self.store.documents["digest"], self.cfg.seed, epoch)]
-        offsets = np.concatenate([[0], np.cumsum(documents["num_tokens"])])
-        return documents["start"].copy(), offsets, row_order(self.num_rows, self.cfg.seed, epoch)
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+        """starts [num_docs], offsets [num_docs + 1] and sizes for `pack_rows`, and the order of the rows [num_rows]."""
+        order = row_order(self.num_rows, self.cfg.seed, epoch)
+        if self._conversations is not None:
+            return *self._conversations, order
+        documents = self._shuffled(epoch)
+        return documents["start"].copy(), np.concatenate([[0], np.cumsum(documents["num_tokens"])]), None, order
+
+    @functools.cached_property
+    def _conversations(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """starts, offsets and sizes of conversations, the same in each epoch: every one has as many rows, of which only
+        the order changes. None: documents that may be cut."""
+        if self.store.learnt is None:
+            return None
+        documents = self._shuffled(0)
+        sizes = documents["num_tokens"].copy()
+        return documents["start"].copy(), whole_offsets(sizes, self.cfg.seq_len), sizes
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return self.store.documents[document_order(self.store.documents["digest"], self.cfg.seed, epoch)]
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):

@@ -2,7 +2,7 @@
 
 An epoch is a permutation of the documents laid end to end, each led by its BOS. Row r covers tokens [r T, (r + 1) T)
 of that stream; a document that crosses the cut goes on in row r + 1 as a new segment. Only the last row of an epoch is
-padded.
+padded. Conversations lie in whole rows (`whole_offsets`): an answer is not learnt without its question.
 """
 
 import numpy as np
@@ -15,6 +15,7 @@ def pack_rows(
     rows: np.ndarray,
     seq_len: int,
     learnt: np.ndarray | None = None,
+    sizes: np.ndarray | None = None,
 ) -> dict:
     """Rows of the stream in which document d is `ids[starts[d] : starts[d] + offsets[d + 1] - offsets[d]]`.
 
@@ -25,6 +26,7 @@ def pack_rows(
       rows: [R] int64 row numbers; a row past the end of the stream is all padding.
       seq_len: T.
       learnt: bool [num_tokens], which of `ids` are labels; None: all.
+      sizes: [num_docs] how long each document is, where the stream has padding between them; None: it has none.
 
     Returns:
       int32 arrays [R, T]. tokens; labels: the next token of the same document, else -1; segment_ids: 1 for the first
@@ -34,7 +36,11 @@ def pack_rows(
     real = at < offsets[-1]
     at = np.minimum(at, offsets[-1] - 1)
     doc = np.searchsorted(offsets, at, side="right") - 1
-    place = starts[doc] + at - offsets[doc]
+    within = at - offsets[doc]
+    if sizes is not None:
+        real &= within < sizes[doc]
+        within = np.minimum(within, sizes[doc] - 1)
+    place = starts[doc] + within
     token = ids[place].astype(np.int32)
     first = np.maximum(offsets[doc], at[:, :1])  # of the piece: the document's start or the row's
     here, labelled = real[:, :-1], real[:, 1:] & (doc[:, 1:] == doc[:, :-1])
@@ -46,6 +52,18 @@ def pack_rows(
         "segment_ids": np.where(here, (doc - doc[:, :1] + 1)[:, :-1], 0).astype(np.int32),
         "positions": np.where(here, (at - first)[:, :-1], 0).astype(np.int32),
     }
+
+
+def whole_offsets(sizes: np.ndarray, seq_len: int) -> np.ndarray:
+    """`offsets` for `pack_rows` of documents that are not cut: one that does not fit into what is left of a row begins
+    the next. So does one longer than a row, which goes on in those after it."""
+    offsets, end = [], 0
+    for size in sizes.tolist():
+        left = -end % seq_len
+        begin = end + left if size > left else end
+        offsets.append(begin)
+        end = begin + size
+    return np.array([*offsets, end], np.int64)
 
 
 def document_order(digests: np.ndarray, seed: int, epoch: int) -> np.ndarray:

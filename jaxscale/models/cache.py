@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxscale.config import ModelConfig
 from jaxscale.sharding import active_mesh, axes_of, compute_spec, constrain, partitions
 from pallas_kernels.decode_attention.api import MAX_QUERIES, decode_attention, decode_attention_implementation
-from pallas_kernels.quantized_matmul.array import FORMATS, round_to
+from pallas_kernels.quantized_matmul.array import FORMATS, largest, round_to
 from sharding_rules.rules import MEGATRON_FSDP, Rules
 
 Cache = dict[str, Array]
@@ -183,5 +183,5 @@ def _rounded(name: str, x: Array, cache: Cache) -> Cache:
     format = jnp.dtype(cache[name].dtype).name
     high = FORMATS[format][2]
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1, keepdims=True) / high
+    scale = largest(x, (3,)) / high
     return {name: round_to(x, scale[..., 0], None, format), _scale(name): scale}  # pyright: ignore

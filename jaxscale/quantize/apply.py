@@ -1,5 +1,6 @@
 """Weights of a model -> QuantizedArrays, on any mesh."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Collection
@@ -37,7 +38,8 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
         divide, shards inside of groups.
     """
     recipe = to_nearest(recipe)
-    chosen = select(params, recipe, specs)
+    chosen = select(recipe, specs)
+    require_dense(params, chosen)
 
     def round_one(path, spec, w):
         name = path_name(path)
@@ -49,16 +51,39 @@ def quantize(params: Any, recipe: Recipe | str, specs: Any, *, rules: Rules = ME
     return jax.tree.map_with_path(round_one, specs, params)
 
 
-def select(params: Any, recipe: Recipe, specs: Any) -> dict[str, Rounding]:
-    """Path -> what the recipe says, for each weight that it rounds."""
-    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(specs)]
-    matrices = list(filter(is_matrix, names))
+def select(recipe: Recipe, specs: Any) -> dict[str, Rounding]:
+    """Path -> what the recipe says, for each weight that it rounds.
+
+    Raises:
+      ValueError: a recipe that no weight obeys, groups that do not divide.
+    """
+    named = {path_name(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
+    matrices = list(filter(is_matrix, named))
     chosen = {name: found for name in matrices if (found := recipe.rounding(name)) is not None}
     if not chosen:
         some = ", ".join(matrices) or "none"
         raise ValueError(f"no rule of the recipe chooses a weight; the weights that can be quantized are {some}")
-    require_dense(params, chosen)
+    grouped = {name: rounding.group for name, rounding in chosen.items() if rounding.group is not None}
+    contracted = {name: math.prod(named[name].shape[d] for d in contraction_of(named[name])) for name in grouped}
+    for name, group in grouped.items():
+        if group < 1 or contracted[name] % group:
+            divisors = [g for g in (16, 32, 64, 128, 256) if math.gcd(*contracted.values()) % g == 0]
+            raise ValueError(
+                f"groups of {group} do not divide the {contracted[name]} numbers that a matmul by {name} contracts; "
+                f"use {f'one of {divisors}, which divide those of every weight, or ' if divisors else ''}"
+                "one scale per channel: no group"
+            )
     return chosen
+
+
+def require_quantizable(
+    recipe: Recipe, specs: Any, mesh: Mesh | AbstractMesh | None = None, rules: Rules = MEGATRON_FSDP
+) -> None:
+    """Before a model is read, which takes long: ValueError where its shapes alone tell that it cannot be rounded."""
+    if mesh is None:
+        select(recipe, specs)
+    else:
+        abstract_quantized(dataclasses.replace(recipe, method="rtn"), specs, mesh, rules)
 
 
 def require_dense(params: Any, names: Collection[str]) -> None:
@@ -139,7 +164,7 @@ def abstract_quantized(
     """
     recipe = to_nearest(recipe)
     params = abstract_params(specs, mesh, rules)
-    chosen = select(params, recipe, specs)
+    chosen = select(recipe, specs)
 
     def round_one(path, spec, w):
         name = path_name(path)

@@ -159,7 +159,8 @@ def quantize_calibrated(
     if recipe.method == "rtn":
         raise ValueError("rounding to the nearest needs no calibration set: jaxscale.quantize(params, recipe, specs)")
     method = {"awq": awq, "gptq": gptq, "smoothquant": smoothquant, "fmpq": nearest}[recipe.method]
-    chosen = select(params, recipe, specs)
+    chosen = select(recipe, specs)
+    require_dense(params, chosen)
     if missing := [name for name in chosen if "/" in name and not is_expert(name) and name not in statistics]:
         raise ValueError(
             f"no statistics of {', '.join(missing)}, which the recipe rounds; gather them, or leave them out"

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jaxscale.quantize.delayed import delayed_top, next_history, used_top
 from jaxscale.quantize.layouts import Gradient, cotangent_spec, gated_gradients, round_both_ways, whole
 from jaxscale.quantize.precision import Precision
-from jaxscale.quantize.rounding import Rounded, from_bits, largest, round_to, scale_for, to_bits
+from jaxscale.quantize.rounding import Rounded, from_bits, round_to, scale_for, to_bits
 from jaxscale.sharding import ROUNDED, Weight, active_mesh, axes_of, partial_sums, partitions
 from pallas_kernels import _dispatch
 from pallas_kernels.float8_grads.api import ACTIVATIONS
+from pallas_kernels.quantized_matmul.array import largest
 
 
 @functools.partial(

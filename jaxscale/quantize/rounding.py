@@ -28,12 +28,13 @@ def round_to(x: jax.Array, top: jax.Array, format: str, stochastic: bool = False
 
 
 def scale_for(top: jax.Array, format: str) -> jax.Array:
-    """What makes `top` the largest number of the format; of floats the next power of two."""
+    """What makes `top` the largest number of the format; of floats the next power of two. Of nan it is nan."""
     scale = top / FORMATS[format][2]
     if "float" in format:
         bits = jax.lax.bitcast_convert_type(scale, jnp.uint32) + jnp.uint32(0x7FFFFF)
-        scale = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFF800000), jnp.float32)
-    return jnp.maximum(scale, 2.0**-100)  # of zeros
+        power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFF800000), jnp.float32)
+        scale = jnp.where(jnp.isnan(top), top, power)
+    return jnp.where(scale < 2.0**-100, 2.0**-100, scale)  # of zeros
 
 
 def round_at_random(q: jax.Array, uniform: jax.Array, format: str) -> jax.Array:
@@ -54,11 +55,6 @@ def _uniform(x: jax.Array) -> jax.Array:
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)  # the finalizer of MurmurHash3
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return ((bits ^ (bits >> 16)) >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
-    """float32 largest |x|, over all devices that hold a part of it."""
-    return jnp.abs(x).max(axis=axes, keepdims=axes is not None).astype(jnp.float32)
 
 
 def to_bits(x: Rounded) -> Rounded:

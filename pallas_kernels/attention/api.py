@@ -79,7 +79,7 @@ def attention(
 
     `logits = soft_cap * tanh(scale * q @ k / soft_cap) + bias`, in float32; keys that a query does not see count as
     -inf; a sink is one more key per head with that logit and a value of zero. A query that sees no key gives zeros,
-    passes zero gradients and has a logsumexp of -inf (with sinks: the sink).
+    passes zero gradients and has a logsumexp of -inf (with sinks: the sink). No queries (B, T or N of 0) give no rows.
 
     Args:
       q: [B, T, N, H], float32, bfloat16 or float16.
@@ -112,6 +112,9 @@ def attention(
     """
     inputs, options = normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, sinks, bias)
     name = choose(inputs, options, implementation)
+    if 0 in q.shape:
+        out, lse = empty(inputs)
+        return (out, lse) if return_lse else out
     if bias is not None:  # one value for all keys: backends take a value for each
         inputs = inputs._replace(bias=jnp.broadcast_to(bias, (*bias.shape[:3], k.shape[1])))
     out, lse = _run(name)(unify_vma(inputs), options)
@@ -159,6 +162,9 @@ def attention_backward(
             f"Got {dout.shape}, {lse.shape}, {delta.shape}"
         )
     module, _ = BACKENDS[choose(inputs, options, implementation)]
+    if 0 in q.shape:
+        q, k, v = map(jnp.zeros_like, unify_vma(inputs)[:3])
+        return q, k, v
     module = importlib.import_module(module)
     if not hasattr(module, "backward"):
         module = importlib.import_module(BACKENDS["xla"][0])
@@ -199,6 +205,12 @@ def choose(inputs: Inputs, options: Options, implementation: str | None, op="att
     return _dispatch.choose(op, implementation, supported)
 
 
+def empty(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The output and the logsumexp of no query."""
+    q = unify_vma(inputs).q
+    return jnp.zeros_like(q, shape=(*q.shape[:3], inputs.v.shape[3])), jnp.zeros_like(q, jnp.float32, q.shape[:3])
+
+
 def _run(name: str):
     module, function = BACKENDS[name]
     return getattr(importlib.import_module(module), function)
@@ -215,8 +227,8 @@ def normalize(q, k, v, causal, segment_ids, positions, window, soft_cap, scale, 
         raise ValueError(f"attention takes q [B,T,N,H], k [B,S,K,H], v [B,S,K,Hv]; the sizes disagree. Got {shapes}")
     if K == 0 or N % K:
         raise ValueError(f"attention: {N} query heads are not divisible by {K} kv heads. Got {shapes}")
-    if S == 0 or H == 0:
-        raise ValueError(f"attention needs at least one key and a head_dim of at least 1. Got {shapes}")
+    if 0 in (S, H, v.shape[3]):
+        raise ValueError(f"attention needs at least one key and head_dims of at least 1. Got {shapes}")
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(
             "attention takes q, k, v of one dtype, float32, bfloat16 or float16; cast them. "

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,7 @@ def round_both(x: jax.Array, scale: jax.Array, dtype: Any, *, implementation: st
     _check("round_both", (x,), (scale,), (dtype,), (*lead, M, N), tuple(lead))
     module = _choose((x,), implementation)
     x, scale = unify_vma((x, scale))
-    values, flipped, top = module.round_both(x.reshape(-1, M, N), scale.reshape(-1), jnp.dtype(dtype))
+    values, flipped, top = module.round_both(x.reshape(math.prod(lead), M, N), scale.reshape(-1), jnp.dtype(dtype))
     return Both(values.reshape(*lead, M, N), flipped.reshape(*lead, N, M), top)
 
 

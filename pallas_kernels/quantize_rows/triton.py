@@ -51,7 +51,7 @@ def quantize_rows(
         here = pl.ds(row, height)
         keep = inside((row, height, R), (0, width, group))
         tile = load(x_ref, here, pl.ds(0, width), keep=keep).astype(jnp.float32)
-        values, scales = round_rows(tile, held_as(dtype), FORMATS[dtype][2])
+        values, scales = round_rows(tile, jnp.abs(tile).max(axis=-1), held_as(dtype), FORMATS[dtype][2])
         store(values_ref, values, here, pl.ds(0, width), keep=keep)
         index = row + lax.iota(jnp.int32, height)
         across, down = lax.rem(index, jnp.int32(groups)), lax.div(index, jnp.int32(groups))

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _dispatch
-from pallas_kernels.quantized_matmul.array import FORMATS, Activations
+from pallas_kernels.quantized_matmul.array import FORMATS, Activations, largest
 
 
 def supported(x, groups: int, outliers) -> str | None:
@@ -19,9 +18,7 @@ def quantize_rows(
     if outliers is not None:
         high = jnp.where(outliers, FORMATS["int8"][2], high)[None]
     x_groups = x.reshape(x.shape[0], groups, -1)
-    values, scales = round_rows(x_groups, held_as(dtype), high)
-    if _dispatch.device_kind() == "cpu":  # where XLA's max drops nan
-        scales = jnp.where(jnp.isnan(x_groups).any(axis=-1), jnp.nan, scales)
+    values, scales = round_rows(x_groups, largest(x_groups, (2,))[..., 0], held_as(dtype), high)
     values = values.reshape(x.shape)
     # XLA drops a float that is made narrow and wide again: xla_allow_excess_precision, on by default.
     return values if values.dtype == jnp.int8 else jax.lax.optimization_barrier(values), scales
@@ -31,12 +28,13 @@ def held_as(dtype: Activations):
     return FORMATS["int8" if dtype == "int4" else dtype][0]
 
 
-def round_rows(x: jax.Array, dtype, high: float | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[..., group] -> values in int8 or float8, and float32 scales [...] that make `high` the largest of each row.
+def round_rows(x: jax.Array, top: jax.Array, dtype, high: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., group], the largest |x| [...] of each row -> values in int8 or float8, and float32 scales [...] that make
+    `high` of it.
 
     Also the body of kernels, lest any rounds in its own way: hence operations that all have.
     """
-    scales = jnp.abs(x).max(axis=-1).astype(jnp.float32) * (1.0 / high)
+    scales = top.astype(jnp.float32) * (1.0 / high)
     inverse = jnp.where(scales == 0, 0.0, 1.0 / jnp.maximum(scales, 2.0**-120))
     q = x.astype(jnp.float32) * jax.lax.broadcast_in_dim(inverse, x.shape, range(x.ndim - 1))
     if jnp.issubdtype(dtype, jnp.integer):  # halves away from zero; a sum of floats might be fused with the product

@@ -280,6 +280,19 @@ def check_activations(format: str, activations: str | None) -> None:
         raise ValueError(f"weights in {format} take activations in float8_e4m3fn, or None. Got {activations}")
 
 
+def largest(x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
+    """float32 largest |x| over axes, which are kept, or over all, over all devices that hold a part of it; nan where
+    there is one, 0 of no numbers.
+
+    Their bits are compared: those of numbers without a sign are in order, and nan is past infinity. XLA's maximum of
+    floats drops nan on CPUs (xla_cpu_enable_fast_min_max).
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
+    axes, keepdims = (None, False) if axes is None else (tuple(axes), True)
+    top = bits.max(axis=axes, keepdims=keepdims, initial=None if x.size else 0)
+    return jax.lax.bitcast_convert_type(top, jnp.float32)
+
+
 def group_scales(
     groups: jax.Array, format: Format, symmetric: bool = True, scale_dtype=jnp.bfloat16
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -289,7 +302,7 @@ def group_scales(
     """
     _, low, high = FORMATS[format]
     top, bottom = groups.max(axis=-1), groups.min(axis=-1)
-    lost = jnp.where(jnp.isnan(groups).any(axis=-1), jnp.nan, 0.0)  # by XLA's max on CPUs, which drops nan
+    lost = jnp.where(jnp.isnan(groups).any(axis=-1), jnp.nan, 0.0)  # by XLA's max on CPUs: see `largest`
     if symmetric and format != "uint4":
         return (jnp.maximum(top / high, bottom / low) + lost).astype(scale_dtype), None
     scales = (top - bottom) / (high - low) + lost

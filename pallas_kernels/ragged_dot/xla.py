@@ -32,8 +32,7 @@ def grouped(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype, *, tr
         numbers = lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(([1], [contract]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
         )
-        out = lax.ragged_dot_general(lhs, rhs, _bounded(group_sizes, M), numbers, preferred_element_type=jnp.float32)
-        return out.astype(dtype)
+        return _ragged(lhs, rhs, group_sizes, numbers).astype(dtype)
     block = _block(M, G)
     tiles = make_tiles(group_sizes, M, block)
     lhs = jnp.pad(lhs, ((0, block), (0, 0)))
@@ -57,9 +56,7 @@ def contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype) 
     """[G, K, N]: lhs.T @ grad over the rows of each group."""
     M, G = lhs.shape[0], group_sizes.shape[0]
     if _dense(M, G):
-        sizes = _bounded(group_sizes, M)
-        out = lax.ragged_dot_general(lhs, grad, sizes, _CONTRACTION, preferred_element_type=jnp.float32)
-        return out.astype(dtype)
+        return _ragged(lhs, grad, group_sizes, _CONTRACTION).astype(dtype)
     block = _block(M, G)
     tiles = make_tiles(group_sizes, M, block)
     lhs, grad = (jnp.pad(x, ((0, block), (0, 0))) for x in (lhs, grad))
@@ -78,9 +75,11 @@ def contraction(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype) 
     return lax.scan(step, sums, tiles.table)[0][:G].astype(dtype)
 
 
-def _bounded(group_sizes: jax.Array, M: int) -> jax.Array:
-    begins, ends = bounds(group_sizes, M)
-    return ends - begins
+def _ragged(x: jax.Array, y: jax.Array, group_sizes: jax.Array, numbers: lax.RaggedDotDimensionNumbers) -> jax.Array:
+    """lax.ragged_dot_general, float32; under vmap, whose rule in JAX takes no operand that all share, one by one."""
+    begins, ends = bounds(group_sizes, x.shape[0])
+    dot = lambda x, y, sizes: lax.ragged_dot_general(x, y, sizes, numbers, preferred_element_type=jnp.float32)
+    return jax.custom_batching.sequential_vmap(dot)(x, y, ends - begins)
 
 
 def _dense(M: int, G: int) -> bool:

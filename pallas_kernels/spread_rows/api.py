@@ -40,6 +40,8 @@ def spread_rows(x: jax.Array, token: jax.Array, place: jax.Array, *, implementat
         raise ValueError(f"spread_rows: token and place must be int32. Got {shapes}")
     backend = _choose(x, token, place, implementation)
     x, token, place = unify_vma((x, token, place))
+    if x.size == 0:  # no row has a token
+        return jnp.zeros_like(x, shape=(token.shape[0], x.shape[1]))
     return importlib.import_module(BACKENDS[backend]).spread_rows(x, token, place)
 
 

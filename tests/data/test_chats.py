@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxscale import DataConfig
-from jaxscale.checkpoint.gguf import chatml
+from jaxscale.chatml import chatml
 from jaxscale.data import HFTokenizer, make_dataset, train_bpe
 
 WORDS = ["mesh", "array", "shard", "and", "the", "two", "devices", "hold", "<|im_end|>", "é"]
@@ -75,6 +75,44 @@ def test_answers_alone_are_learnt(tmp_path, tokenizer, conversations):
         whole = tokenizer.encode(prompt, special=True)
         assert "," + ",".join(map(str, whole.tolist())) + "," in stream
     assert (np.concatenate(seen) == start).sum() == sum(len(chat) for chat in conversations)
+
+
+def test_conversations_are_not_cut(tmp_path, tokenizer, conversations):
+    """Every epoch holds each once: in one piece of a row, or from a row's start in as many rows as it is long; a saved
+    position goes on there, for two processes as for one."""
+    source = write(tmp_path / "chats.jsonl", conversations)
+    cfg = DataConfig(source=source, messages_key="messages", seq_len=96, batch_size=2)
+    data = make_dataset(cfg, tokenizer=tokenizer)
+    documents = data.store.documents
+    known = {bytes(data.store.ids[s : s + n].astype(np.int32)): n for s, n in documents[["start", "num_tokens"]]}
+    assert len(known) == len(documents) and max(known.values()) > 96 > min(known.values())  # both kinds are there
+    rows = [{name: a[i] for name, a in data[b].items()} for b in range(data.num_rows) for i in range(2)]
+    epochs = rows[: data.num_rows], rows[data.num_rows :]
+    for epoch in epochs:
+        found, cut = [], []
+        for row in epoch:
+            for i in range(1, row["segment_ids"].max() + 1):
+                piece = row["tokens"][row["segment_ids"] == i]
+                np.testing.assert_array_equal(row["positions"][row["segment_ids"] == i], np.arange(len(piece)))
+                found.append(piece) if bytes(piece) in known else cut.append((i, piece))
+        lengths = [known[bytes(piece)] for piece in found]
+        assert len({bytes(piece) for piece in found}) == len(found) and sum(lengths) <= data.num_tokens
+        assert sorted(lengths) == sorted(n for n in known.values() if n <= 96)
+        assert sum(lengths) + sum(len(piece) for _, piece in cut) == data.num_tokens
+        assert all(i == 1 for i, _ in cut)
+        assert sum((row["labels"] >= 0).sum() for row in epoch) == data.store.learnt.sum()
+    assert any(not np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(*epochs))
+
+    started = data.batches(3)
+    state = json.loads(json.dumps(started.state()))
+    want = next(started)
+    started.close()
+    halves = [make_dataset(cfg, tokenizer=tokenizer, process_index=i, process_count=2).batches(state) for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([next(half)["tokens"] for half in halves]), want["tokens"])
+    for half in halves:
+        half.close()
+    with pytest.raises(ValueError, match="has packing=None but this run has packing=whole conversations"):
+        data.batches({name: value for name, value in state.items() if name != "packing"})
 
 
 @pytest.mark.parametrize(

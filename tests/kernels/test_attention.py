@@ -16,9 +16,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _dispatch, attention, attention_implementation
+from pallas_kernels import (
+    _dispatch,
+    attention,
+    attention_backward,
+    attention_float8,
+    attention_implementation,
+)
 from pallas_kernels.attention.inputs import ATTENTION
-from tests.kernels.attention_oracle import check, close, documents, one, restarting
+from tests.kernels.attention_oracle import check, close, documents, interpreter, one, restarting
 
 # importlib: the package's attribute `attention` is the function.
 xla = importlib.import_module("pallas_kernels.attention.xla")
@@ -220,6 +226,43 @@ def test_memory_is_linear_in_length(layers):
     assert large < 2.1 * small
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu", "xla", "reference"])
+@pytest.mark.parametrize("sizes", [(0, 40), (2, 0)])
+def test_no_queries_are_no_rows_and_have_no_gradients(rng, sizes, name, check_vma):
+    B, T = sizes
+    new = lambda *shape: one(rng, shape, jnp.bfloat16)
+    arrays = new(B, T, 4, 16), new(B, 40, 2, 16), new(B, 40, 2, 8), one(rng, (4,)), one(rng, (1, 4, T, 40))
+    mesh = jax.make_mesh((2,), ("tp",), (AxisType.Auto,), devices=jax.devices()[:2])
+    heads = P(None, None, "tp")
+
+    def local(q, k, v, sinks, bias):
+        more = {"bias": bias} if name != "mosaic_tpu" else {}
+        return attention(q, k, v, causal=True, sinks=sinks, **more, return_lse=True, implementation=name)
+
+    @jax.jit
+    def run(*arrays):
+        specs = (heads, heads, heads, P("tp"), P(None, "tp"))
+        split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=check_vma)
+        out, pull = jax.vjp(split, *arrays)
+        return out, pull(out)
+
+    with interpreter(name):
+        (o, lse), grads = run(*arrays)
+    assert (o.shape, o.dtype) == ((B, T, 4, 8), jnp.bfloat16) and (lse.shape, lse.dtype) == ((B, T, 4), jnp.float32)
+    for x, grad in zip(arrays, grads, strict=True):
+        assert (grad.shape, grad.dtype) == (x.shape, x.dtype) and not np.asarray(grad, np.float32).any()
+
+
+def test_no_rows_of_a_step_of_a_ring_nor_of_float8(rng):
+    q, k, v = one(rng, (2, 0, 2, 8)), one(rng, (2, 5, 1, 8)), one(rng, (2, 5, 1, 4))
+    rows = one(rng, (2, 0, 2, 4)), jnp.zeros((2, 0, 2)), jnp.zeros((2, 0, 2))
+    for x, grad in zip((q, k, v), attention_backward(q, k, v, *rows), strict=True):
+        assert grad.shape == x.shape and not np.asarray(grad).any()
+    out, lse = attention_float8(q, k, v, return_lse=True)
+    assert (out.shape, lse.shape) == ((2, 0, 2, 4), (2, 0, 2))
+
+
 # What ran, and bad input.
 
 
@@ -248,6 +291,8 @@ def test_which_implementation_ran(caplog):
         (ValueError, "3 query heads are not divisible by 2 kv heads", {"q": (1, 8, 3, 8)}),
         (ValueError, "sizes disagree", {"k": (1, 8, 2, 4)}),
         (ValueError, "sizes disagree", {"v": (1, 9, 2, 8)}),
+        (ValueError, "at least one key", {"k": (1, 0, 2, 8), "v": (1, 0, 2, 8)}),
+        (ValueError, "head_dims of at least 1", {"v": (1, 8, 2, 0)}),
         (ValueError, "q \\(8, 2, 8\\)", {"q": (8, 2, 8)}),
         (ValueError, "int32", {"q": jnp.zeros((1, 8, 2, 8), jnp.int32)}),
         (ValueError, "one dtype", {"q": jnp.zeros((1, 8, 2, 8), jnp.bfloat16)}),

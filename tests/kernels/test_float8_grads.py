@@ -97,6 +97,16 @@ def test_gradients_of_a_gated_layer(rng, name):
     np.testing.assert_allclose(got.hidden_top, np.abs(value * u).max(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (2, 0, 8), (0, 4, 8)])
+def test_no_numbers(shape):
+    x, scale = jnp.zeros(shape), jnp.ones(shape[:-2])
+    made = round_both(x, scale, jnp.float8_e4m3fn)
+    assert (made.values.shape, made.flipped.shape) == (x.shape, x.mT.shape) and made.top == 0
+    if len(shape) == 2:
+        made = gated_grads(x, x, x, (scale,) * 3, (jnp.float8_e5m2, jnp.float8_e4m3fn), "silu")
+        assert made.up.values.shape == x.shape and made.hidden.shape == x.mT.shape and made.hidden_top == 0
+
+
 def test_bad_input():
     x, one = jnp.ones((4, 4)), jnp.float32(1)
     for args, message in [

@@ -151,6 +151,24 @@ def test_scan_and_remat(rng, name):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
 
+@pytest.mark.parametrize("own", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+def test_vmap_of_what_each_has_of_its_own(rng, own):
+    sizes = np.asarray([random_sizes(rng, 40, 3) for _ in range(4)], np.int32)
+    arrays = [rng.normal(size=(4, *s)).astype(np.float32) for s in ((40, 8), (3, 8, 6))]
+    lhs, rhs, sizes = (x if mine else x[0] for x, mine in zip((*arrays, sizes), own))
+    grad = rng.normal(size=(4, 40, 6)).astype(np.float32)
+
+    def one(lhs, rhs, sizes, grad):
+        out, pull = jax.vjp(lambda x, y: ragged_dot(x, y, sizes, implementation="xla"), lhs, rhs)
+        return out, *pull(grad)
+
+    got = jax.vmap(one, in_axes=(*(0 if mine else None for mine in own), 0))(lhs, rhs, sizes, grad)
+    for i in range(4):
+        want = oracle(*(x[i] if mine else x for x, mine in zip((lhs, rhs, sizes), own)), grad[i])
+        for x, y in zip(got, want):
+            assert np.abs(np.asarray(x[i]) - y).max() < 1e-5 * max(1, np.abs(y).max())
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", PLAIN)
 def test_shard_map(rng, name, check_vma):

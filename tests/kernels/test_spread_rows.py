@@ -83,3 +83,8 @@ def test_what_is_nobodys_does_not_matter(rng, monkeypatch):
     monkeypatch.setattr(permute, "spread_rows", poisoned)
     for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_no_tokens():
+    rows = spread_rows(jnp.zeros((0, 8)), jnp.zeros(5, jnp.int32), jnp.zeros((0, 2), jnp.int32))
+    assert rows.shape == (5, 8)

@@ -177,7 +177,7 @@ def copies(rng, monkeypatch):
     sharded.cache_clear()
 
 
-REMOTE = ["ep=2", "ep=4", "ep=8", "fsdp=2,ep=2,tp=2", "ep=4,cp=2"]
+REMOTE = ["ep=2", "ep=8", "fsdp=2,ep=2,tp=2", "ep=4,cp=2"]
 
 
 def test_remote_copies_meet_every_routing(copies, rng):
@@ -191,7 +191,8 @@ def test_remote_copies_everywhere(mesh, copies, rng):
     _remote(rng, mesh)
     check(rng, mesh, "remote_copy", "expert_choice", length=2, top_k=E)
     check(rng, mesh, "remote_copy", "one device", length=6, chunks=3)
-    check(rng, "ep=8", "two_level", "random", hosts=2)  # and inside of hosts
+    if mesh == "ep=8":
+        check(rng, mesh, "two_level", "random", hosts=2)  # and inside of hosts
 
 
 def _remote(rng, mesh):

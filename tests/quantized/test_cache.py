@@ -10,7 +10,7 @@ from jaxscale.checkpoint import Checkpointer
 from jaxscale.config import ModelConfig
 from jaxscale.generate import decode_step, generate, prefill
 from jaxscale.mesh import make_mesh
-from jaxscale.models import decoder
+from jaxscale.models import cache, decoder
 from jaxscale.params import init_params
 from sharding_rules.rules import MEGATRON_FSDP
 
@@ -56,6 +56,23 @@ def test_the_cache_holds_keys_and_values_within_a_step(rng, format):
     assert 0 < np.abs(after - want).max() < 8 * STEP[format] * np.abs(want).max()
     assert jax.tree.map(jnp.shape, new)["v_scale"] == (2, 2, 16, 2, 1)
     assert bool((new["k_scale"][:, 1, 5] > 0).all()) and bool((new["k_scale"][:, :, 9:] == 0).all())
+
+
+@pytest.mark.usefixtures("optimized")  # XLA's maximum drops nan on CPUs where it is vectorized
+@pytest.mark.parametrize("format", STEP)
+def test_one_nan_of_a_key_is_nan_in_what_queries_read(rng, format):
+    empty = cache.init_cache(CFG, 4, 64, format=format)
+    key = jnp.asarray(rng.normal(size=(4, 64, 2, 32)), jnp.float32)
+    at = tuple(rng.integers(n) for n in key.shape)
+    positions = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (4, 64))
+
+    @jax.jit
+    def write_and_read(key):
+        held = cache.update(empty, {"k": key, "v": key}, jnp.int32(1), positions, MEGATRON_FSDP)
+        return cache.layer(held, "k", jnp.int32(1), jnp.float32, MEGATRON_FSDP)[0]
+
+    assert np.isnan(write_and_read(key.at[at].set(jnp.nan))[at])
+    assert np.isfinite(write_and_read(key)).all()
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -152,7 +152,7 @@ def test_a_step_of_few_kernels_is_the_same_model(rng, interpreted, monkeypatch):
     """Logits and cache of the layers that XLA puts together; in the interpreter of a GPU's kernels too."""
     cfg = dataclasses.replace(CFG, dtype="bfloat16", qkv_bias=False, window=[None, 20][rng.integers(2)])
     if interpreted:
-        cfg = dataclasses.replace(cfg, embed_dim=512, mlp_dim=1024, num_heads=8, num_kv_heads=8, head_dim=128)
+        cfg = dataclasses.replace(cfg, embed_dim=512, mlp_dim=512, num_heads=4, num_kv_heads=4, head_dim=128)
     specs, recipe = decoder.param_specs(cfg), ["w4a16-g32-sym", "w4a16-g32", "w8a16"][rng.integers(3)]
     print(recipe, cfg.window)
     params = jaxscale.quantize(init_params(jax.random.key(int(rng.integers(1 << 30))), specs), recipe, specs)

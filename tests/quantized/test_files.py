@@ -176,6 +176,48 @@ def test_recipes_that_cannot_be_are_refused_before_the_model_is_read(capsys):
         load_model("there is none", quantize="w4a16-g32-awq")
 
 
+def test_groups_and_places_to_write_are_looked_at_before_a_model_is_read(rng, tmp_path, monkeypatch, capsys):
+    """The run and the Hugging Face directory are without parameters; those of the GGUF file are out of reach."""
+    from jaxscale.checkpoint import gguf
+    from jaxscale.checkpoint.huggingface import export_hf
+    from jaxscale.config import TrainConfig
+    from jaxscale.data.tokenizers import train_bpe
+
+    params = init_params(jax.random.key(int(rng.integers(1 << 30))), SPECS)
+    source = gguf_tests.write(tmp_path / "m.gguf", params)
+    monkeypatch.setattr(gguf, "read_into", lambda *a, **k: pytest.fail("the parameters are read"))
+    export_hf(params, CFG, tmp_path / "hf")
+    for file in (tmp_path / "hf").glob("*.safetensors*"):
+        file.unlink()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    train = TrainConfig(model=dataclasses.replace(CFG, max_seq_len=512))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(train)))
+    for folder in ("hf", "run"):
+        train_bpe(["ab abc cab bac " * 60], 300).save(tmp_path / folder / "tokenizer.json")
+    text = tmp_path / "t.txt"
+    text.write_text("ab abc cab bac " * 60)
+
+    def refused(message, *args):
+        assert main([str(a) for a in args]) == 2
+        err = capsys.readouterr().err
+        assert message in err and len(err.strip().splitlines()) == 1
+
+    # D = 64, N H = 192, F = 96: 64 does not divide the last.
+    groups = "groups of 64 do not divide the 96 numbers that a matmul by layers/mlp/w_down contracts; use one of [16,"
+    for model in (source, tmp_path / "hf", tmp_path / "run"):
+        awq = ("--quantize", "w4a16-g64-awq", "--text", text)
+        refused(groups, "convert", "--model", model, *awq, "--out", tmp_path / "new" / "x")
+        refused(groups, "convert", "--model", model, "--quantize", "w4a16-g64", "--out", tmp_path / "new" / "x")
+        refused(groups, "generate", "--model", model, "--quantize", "w4a16-g64")
+    split = ("generate", "--model", source, "--quantize", "w4a16-g32", "--mesh", "tp=2")
+    refused("layers/mlp/w_down: ", *split)  # 3 groups of 32 on two devices
+
+    for out in (text / "x" / "y", "/proc/nowhere", source):
+        assert main(["convert", "--model", "there is none", "--quantize", "w8a16", "--out", str(out)]) == 2
+        assert str(out) in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
     from jaxscale.checkpoint import Checkpointer
     from jaxscale.config import TrainConfig
@@ -207,7 +249,7 @@ def test_a_run_is_quantized_and_mistakes_are_one_line(tmp_path, capsys):
     assert main(["train", str(small)]) == 2
     assert "are quantized; go on from the model that it was made from" in capsys.readouterr().err
     for args, message in [
-        (("--model", small, *awq, *new), "are quantized already"),
+        (("--model", small, *awq, *new), "are quantized; go on from the model"),
         (("--model", run, *awq, "--out", small), "is not empty"),
         (("--model", run, *awq, "--calibration-tokens", "5", *new), "5 tokens of"),
         (("--model", run, "--quantize", "stored", *new), "is no .gguf file to keep packed"),

@@ -19,7 +19,8 @@ from jaxscale.mesh import make_mesh
 from jaxscale.models import decoder
 from jaxscale.params import init_params, path_name
 from jaxscale.quantize.delayed import HISTORY
-from jaxscale.quantize.recipe import parse_recipe
+from jaxscale.quantize.fake import FakeQuantized
+from jaxscale.quantize.recipe import Rounding, parse_recipe
 from jaxscale.quantize.rounded_weight import RoundedWeight, round_weight
 from jaxscale.quantize.rounding import round_at_random, round_to
 from jaxscale.quantize.training import PRECISIONS, Precision, init_scales, parse_precision, rounded
@@ -71,6 +72,32 @@ def test_a_matmul_and_its_gradients_are_those_of_rounded_operands(rng, name):
         # Ties may fall to either side.
         assert np.abs(np.asarray(got) - want).mean() < 2e-3 * np.abs(want).mean()
         assert np.abs(np.asarray(got) - want).max() < 0.05 * np.abs(want).max()
+
+
+@pytest.mark.usefixtures("optimized")  # XLA's maximum drops nan on CPUs where it is vectorized
+@pytest.mark.parametrize("name", ["fp8", "fp8-current", "int8", "w8a8"])
+def test_one_nan_reaches_what_is_made_of_it(rng, name):
+    p = parse_precision(name)
+    arrays = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 64, 128), (128, 64), (2, 64, 64))]
+
+    @jax.jit
+    def run(x, w, ct):
+        if isinstance(p, Precision):
+            node = lambda w: round_weight(w, (-2,), jnp.full((2, HISTORY), 3.0) if p.delayed else None, p)
+        else:
+            node = lambda w: FakeQuantized(w, Rounding(format="int8", activations="int8"), (-2,))
+        out, pull = jax.vjp(lambda x, w: node(w).matmul("BTD,DF->BTF", x), x, w)
+        return out, *pull(ct)
+
+    def lost(which):
+        at = tuple(rng.integers(n) for n in arrays[which].shape)
+        made = run(*(a.at[at].set(jnp.nan) if i == which else a for i, a in enumerate(arrays)))
+        return [not np.isnan(a).any() for a in made]
+
+    assert lost(0) == [False, True, False]  # x: into the output, not its own gradient, the weight's
+    assert lost(1) == [False, False, True]
+    assert lost(2) == [True, False, False]
+    assert np.isfinite(jnp.concatenate([a.reshape(-1) for a in run(*arrays)])).all()
 
 
 @pytest.mark.parametrize("format", ["int8", "float8_e5m2", "float8_e4m3fn"])
@@ -312,7 +339,9 @@ def test_a_mesh_trains_as_one_device_does(rng):
     there = jax.device_put(params, jaxscale.param_shardings(SPECS, mesh, MEGATRON_FSDP))
     with jax.set_mesh(mesh):
         (got, _), split = both(there, scales, batch)
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    # One activation next to a tie, of 128 tokens, may be a step of 1 / 127 away where sums over tp end in another last
+    # place: up to 5e-5 of the loss in one of eight draws. Rounding as a whole moves it by 2e-5 to 1e-3.
+    np.testing.assert_allclose(got, want, rtol=1e-4 if name == "w8a8" else 1e-5)
     error = lambda a, b: float(np.abs(np.asarray(a) - b).mean() / np.abs(np.asarray(b)).mean())
     # A sum in another order may put a number on the other side of a tie, an eighth of it in e5m2.
     assert max(jax.tree.leaves(jax.tree.map(error, split, grads))) < 0.03
