@@ -289,7 +289,7 @@ def _pad(rows: list[np.ndarray], batch_size: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _mesh_of(params: Any) -> Mesh | None:
-    sharding = jax.tree.leaves(params)[0].sharding
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)  # none of numpy arrays
     return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
 
 

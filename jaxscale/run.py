@@ -24,7 +24,7 @@ from jaxscale.callbacks import (
 )
 from jaxscale.config import ModelConfig, TrainConfig, from_dict
 from jaxscale.data import load_tokenizer, make_dataset
-from jaxscale.data.corpus import scan_corpus
+from jaxscale.data.corpus import require_source, scan_corpus
 from jaxscale.mesh import hosts_along, make_mesh
 from jaxscale.models import decoder
 from jaxscale.optim import make_optimizer
@@ -80,10 +80,13 @@ def run(
     first = jax.process_index() == 0
     saved = out / "tokenizer.json"
     begins = not saved.exists()
+    require_source(cfg.data)
+    known = None
     if begins and cfg.init_from:  # a run that goes on has no more need of it
-        for note in _check_outline(cfg, *load_outline(cfg.init_from)):
+        model, known = load_outline(cfg.init_from)
+        for note in _check_outline(cfg, model, known):
             console.print(note, style="yellow", highlight=False)
-    tokenizer = _tokenizer_of(cfg, saved)
+    tokenizer = _tokenizer_of(cfg, saved, known)
     if first:
         out.mkdir(parents=True, exist_ok=True)  # before the corpus is read: it may not be possible
     parts: dict[str, Any] = {"tokenizer": tokenizer, "corpus": scan_corpus(cfg.data), **where}
@@ -327,9 +330,9 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -
     return sorted(out)
 
 
-def _tokenizer_of(cfg: TrainConfig, saved: Path) -> Any:
+def _tokenizer_of(cfg: TrainConfig, saved: Path, known: Any) -> Any:
     """The tokenizer that the run in `saved`'s directory began with, else the one that cfg names; None where that is to
-    be trained on the corpus.
+    be trained on the corpus. `known` is that of cfg.init_from, where a run begins with it.
 
     Raises:
       ValueError: the run began with another one than cfg names, or the model has fewer tokens than it.
@@ -346,7 +349,7 @@ def _tokenizer_of(cfg: TrainConfig, saved: Path) -> Any:
             )
         tokenizer = load_tokenizer(saved)
     elif kind != "bpe":
-        tokenizer = load_outline(named)[1] if named == cfg.init_from else load_tokenizer(named)
+        tokenizer = known if named == cfg.init_from else load_tokenizer(named)
     ids = int(size) if tokenizer is None else tokenizer.vocab_size
     if ids > cfg.model.vocab_size:
         raise ValueError(

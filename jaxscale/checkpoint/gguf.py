@@ -126,6 +126,7 @@ def open_gguf(path: str | Path) -> "gguf.GGUFReader":
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
+            self.data = np.asarray(self.data)  # of a memmap a vocabulary's 50,000 slices take twice as long
             # What a header says is there may not be: without this a length of 1 << 60 is counted through.
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError(f"it ends after {len(self.data)} bytes, within what its header says it holds")

@@ -56,16 +56,16 @@ class Difference:
 
 
 def list_steps(directory: Path) -> list[StepInfo]:
-    """The complete steps of a directory or a run, in ascending order."""
+    """The complete steps of a directory or a run, in ascending order; of a step, itself."""
     steps = []
     with Checkpointer(_steps_in(directory)) as ckpt:
-        for step in ckpt.steps():
-            commit = reading.read_commit(ckpt.directory / str(step))
+        for path in [ckpt.directory / str(step) for step in ckpt.steps()] or [ckpt.directory]:
+            commit = reading.read_commit(path)
             if commit is not None:
                 records = commit["arrays"].values()
                 saved = datetime.datetime.fromtimestamp(commit["time"], datetime.UTC).isoformat(timespec="seconds")
-                size = sum(map(num_bytes, records))
-                steps.append(StepInfo(step, saved, size, len(records), commit["num_processes"], commit["metadata"]))
+                found = commit["step"], saved, sum(map(num_bytes, records)), len(records)
+                steps.append(StepInfo(*found, commit["num_processes"], commit["metadata"]))
     return steps
 
 

@@ -1,6 +1,7 @@
 """Documents of a corpus, and the split that holds some of them out."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -119,8 +120,18 @@ def _pieces(where: str, text: str, num_pieces: int = 100) -> Iterator[tuple[str,
         yield f"{where}:end", "".join(piece)
 
 
+def require_source(cfg: DataConfig) -> None:
+    """ValueError where there is nothing to read: before a tokenizer is read, which may take longer."""
+    if not (root := _root(cfg)).exists():
+        raise _unreadable(root, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+
+
+def _root(cfg: DataConfig) -> Path:
+    return Path(sysconfig.get_path("stdlib") if cfg.source == "stdlib" else cfg.source).expanduser()
+
+
 def _raw_documents(cfg: DataConfig) -> Iterator[tuple[str, bytes]]:
-    root = Path(sysconfig.get_path("stdlib") if cfg.source == "stdlib" else cfg.source).expanduser()
+    root = _root(cfg)
     if root.suffix == ".jsonl":
         yield from _json_lines(root, cfg)
     elif root.is_dir():

@@ -207,14 +207,11 @@ def pod_devices(pod: Pod) -> list[Any]:
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         name = f"{pod.kind}:{'x'.join(map(str, pod.grid))}"
         return _topology(pod, platform="tpu", topology_name=name)
-    _need(
-        "jax_cuda13_plugin" if importlib.util.find_spec("jax_cuda13_plugin") else "jax_cuda12_plugin",
-        "jax[cuda13]",
-        pod,
-    )
     target = DATA / f"{pod.kind}.txtpb"
-    if not target.exists():
+    if not target.exists():  # before a compiler is asked for that would not help
         raise ValueError(f"{pod.name}: no target file {target.name}; there are {_targets()}; the estimate needs none")
+    plugin = "jax_cuda12_plugin" if importlib.util.find_spec("jax_cuda12_plugin") else "jax_cuda13_plugin"
+    _need(plugin, "jax[cuda13]", pod)
     hosts, local = pod.grid
     return _topology(
         pod,

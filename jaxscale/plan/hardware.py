@@ -90,7 +90,7 @@ def find_pod(name: str, hardware: Hardware | None = None) -> Pod:
     if len(grid) != 2 or grid[1] > rates.node:
         raise ValueError(
             f"--on {name!r}: a host holds up to {rates.node} {kind} devices; "
-            f"write hosts x devices, as in {kind}:{max(1, math.prod(grid) // 8)}x8"
+            f"write hosts x devices, as in {kind}:{max(1, math.prod(grid) // rates.node)}x{rates.node}"
         )
     if math.prod(grid) > MAX_GPUS:
         raise ValueError(

@@ -43,6 +43,7 @@ def test_ls(run):
     assert (second.step, second.num_arrays, second.num_bytes) == (2, 4, 40 * 6 * 4 + 6 * 4 + 8)
     assert first.saved <= second.saved
     assert list_steps(run[0].parent / "nothing") == []
+    assert list_steps(run[0] / str(second.step)) == [second]
 
 
 @pytest.mark.parametrize("block", [16, 1 << 20])

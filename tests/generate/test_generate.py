@@ -194,6 +194,7 @@ def test_stop_tokens_end_a_row(rng):
     params, prompts = model(LLAMA), random_prompts(rng, LLAMA, [4, 6])
     settings = {"temperature": 1.0, "key": jax.random.key(int(rng.integers(1 << 30)))}
     free = gen.generate(params, LLAMA, prompts, max_new_tokens=12, **settings)
+    assert gen.generate(jax.device_get(params), LLAMA, prompts, max_new_tokens=12, **settings) == free  # numpy arrays
     stop = {free[0][5], free[1][2]}
     cut = [next((i for i, t in enumerate(row) if t in stop), len(row)) for row in free]
     heard = []

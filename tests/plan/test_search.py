@@ -160,6 +160,12 @@ def test_the_command_prints_a_plan_and_writes_its_page(capsys, tmp_path):
     assert "llama3-8b on v5p:4x4x4" in said and "Collectives of a step" in said and "there was one mesh" in said
 
 
+def test_a_pod_is_told_of_hosts_as_the_hardware_file_has_them():
+    measured = dataclasses.replace(find_pod("h200:8").hardware, node=2)
+    with pytest.raises(ValueError, match="up to 2 h200 devices; write hosts x devices, as in h200:4x2"):
+        find_pod("h200:1x8", measured)
+
+
 def test_a_runner_up_that_the_estimate_holds_to_be_faster_is_not_called_slower():
     found = search(preset("llama3-8b"), "h200:1x8", batch_size=64, seq_len=4096)
     assert found.meshes > 1 and re.search(r"is \d+\.\d% slower: ", found.why)
