@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
 from pallas_kernels.quantized_matmul.array import QuantizedArray
-from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import fill, rows_layout
 
 UNIT = 64  # rows of a wgmma
 SM_COUNT = 132  # of an H100 or H200 SXM
@@ -129,7 +129,12 @@ def parts(tiles: Tiles, dtype) -> End:
         refs.sums[wg - leaders] = total
 
     def collect(refs, leader, total):
-        return [sum((_given(tiles, refs, d, leader) for d in range(1, c.depth)), start=total)]
+        def given(d, r):
+            return plgpu.load(refs.sums.at[d * c.rows + r - leaders], layout=plgpu.Layout.WGMMA, optimized=False)
+
+        first = sum((given(d, leader) for d in range(1, c.depth)), start=total)
+        others = (sum((given(d, r) for d in range(1, c.depth)), start=given(0, r)) for r in range(1, tiles.halves))
+        return [first, *others]  # of each half
 
     def store(refs, leader, t, stop, sums, _):
         part = lax.axis_index("block") - lax.div(t * tiles.steps, jnp.int32(tiles.share))
@@ -161,21 +166,11 @@ def gate(tiles: Tiles, dtype) -> End:
     """silu(gate) * up [1, M, N/2] where the product, rounded to `dtype`, is [gate, up]; a tile has rows of both."""
     plain = parts(tiles, dtype)
 
-    def collect(refs, leader, total):
-        given = functools.partial(_given, tiles, refs, r=1)
-        up = lambda: sum((given(d) for d in range(1, tiles.c.depth)), start=given(0))
-        return [*plain.collect(refs, leader, total), up()]
-
     def store(refs, leader, t, stop, sums, _):
         out, up = (x.astype(dtype).astype(jnp.float32) for x in sums)
         plain.store(refs, leader, t, stop, [out / (1.0 + jnp.exp(-out)) * up], _)
 
-    return plain._replace(name="quantized_few_gate", collect=collect, store=store, approx_math=True)
-
-
-def _given(tiles: Tiles, refs: Refs, depth: int, r):
-    at = refs.sums.at[depth * tiles.c.rows + r - tiles.leaders]
-    return plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
+    return plain._replace(name="quantized_few_gate", store=store, approx_math=True)
 
 
 def added(tiles: Tiles, dtype, add: Add) -> End:
@@ -232,3 +227,17 @@ def added(tiles: Tiles, dtype, add: Add) -> End:
     operands = fill(add.to, T), add.weight
     out_type = stream, stream, squares
     return End("quantized_few_add", out_type, scratch, give, collect, store, prepare, operands, leaders_give=True)
+
+
+def rows_layout(width: int, split: int) -> Any:
+    """[rows, width, split] in the registers of a warpgroup: a row's numbers in one warp, the last dim in one thread."""
+    lanes = min(width, 32)
+    rows = 32 // lanes
+    tiling = Tiling(((4 * rows, lanes, split), (rows, lanes, split)))
+    form = TiledLayout(tiling, (-6,), (-3, -2), -1, _check_canonical=False).canonicalize()
+    return plgpu.Layout.TILED(form.tiling, form.warp_dims, form.lane_dims, form.vector_dim)
+
+
+def fill(x: jax.Array, rows: int) -> jax.Array:
+    """TMA fills up with zeros, but not where it is interpreted."""
+    return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0))) if _dispatch.interpreted("gpu") else x

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _dispatch
@@ -141,17 +140,3 @@ def tiled(shape: tuple[int, ...], dtype, swizzle: int) -> Any:
     return plgpu.SMEM(
         shape, dtype, transforms=(transforms.TilingTransform((8, columns)), transforms.SwizzleTransform(swizzle))
     )
-
-
-def rows_layout(width: int, split: int) -> Any:
-    """[rows, width, split] in the registers of a warpgroup: a row's numbers in one warp, the last dim in one thread."""
-    lanes = min(width, 32)
-    rows = 32 // lanes
-    tiling = Tiling(((4 * rows, lanes, split), (rows, lanes, split)))
-    form = TiledLayout(tiling, (-6,), (-3, -2), -1, _check_canonical=False).canonicalize()
-    return plgpu.Layout.TILED(form.tiling, form.warp_dims, form.lane_dims, form.vector_dim)
-
-
-def fill(x: jax.Array, rows: int) -> jax.Array:
-    """TMA fills up with zeros, but not where it is interpreted."""
-    return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0))) if _dispatch.interpreted("gpu") else x

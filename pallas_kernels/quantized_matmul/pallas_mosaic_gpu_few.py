@@ -28,15 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.quantized_matmul import mosaic_gpu_few_ends as ends
 from pallas_kernels.quantized_matmul.array import QuantizedArray, order, repeat_to
 from pallas_kernels.quantized_matmul.mosaic_gpu_few_ends import SM_COUNT, UNIT, Add, Config, End, Tiles, filled, step_of
-from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import (
-    fill,
-    mma,
-    rows_layout,
-    tiled,
-    values_layout,
-    varying_as,
-    widen,
-)
+from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import mma, tiled, values_layout, varying_as, widen
 
 _PART = 64  # rows of x at a time
 _MOST = 192  # rows of x: XLA, which dequantizes in memory, takes as long as four or five parts
@@ -175,14 +167,13 @@ def _few(x: jax.Array, w: QuantizedArray, tiles: Tiles, end: End, norm: Norm | N
     last = tiles.count * steps
     x_order = x.astype(jnp.bfloat16)
     pad = lambda x, rows: jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
-    x_order = fill(x_order, T) if w.interleaved else pad(order(x_order, w.values.dtype), T)
+    x_order = ends.fill(x_order, T) if w.interleaved else pad(order(x_order, w.values.dtype), T)
     # One scale (and offset) for each row of all tiles: loads are not clipped.
     by_row = lambda x: repeat_to(x, (tiles.N, G)).reshape(tiles.N if late else tiles.N * split, -1)
     factors_of = [by_row(x) for x in (w.scales, w.offsets) if x is not None]
     padded = [pad(x, -(-x.shape[0] // tiles.rows) * tiles.rows) for x in factors_of]
     Gs = padded[0].shape[1]  # of a row
     ahead = Gs > 1 and Gs <= 256 and Gs * w.scales.dtype.itemsize % 16 == 0
-    eps = norm.eps if norm else 0.0
 
     def kernel(*refs):
         refs = iter(refs)
@@ -281,8 +272,8 @@ def _few(x: jax.Array, w: QuantizedArray, tiles: Tiles, end: End, norm: Norm | N
 
                 @pl.when(wg < leaders)
                 def _():
-                    squares = plgpu.load(squares_refs[0], layout=rows_layout(32, 1).reduce(2), optimized=False)
-                    norm_smem.at[wg][...] = lax.rsqrt(squares.sum(axis=1) * (1 / K) + eps)
+                    squares = plgpu.load(squares_refs[0], layout=ends.rows_layout(32, 1).reduce(2), optimized=False)
+                    norm_smem.at[wg][...] = lax.rsqrt(squares.sum(axis=1) * (1 / K) + norm.eps)
                     plgpu.commit_smem()
 
             lax.fori_loop(tile_of(start), tile_of(stop - 1) + 1, of_tile, () if late else factors(start + d))
@@ -323,11 +314,7 @@ def _few(x: jax.Array, w: QuantizedArray, tiles: Tiles, end: End, norm: Norm | N
         kernel,
         out_type=end.out_type,
         scratch_types=(
-            tiled(
-                (c.depth, c.stages, tiles.rows, step),
-                w.values.dtype,
-                step * bits // 8,
-            ),
+            tiled((c.depth, c.stages, tiles.rows, step), w.values.dtype, step * bits // 8),
             tiled((c.depth, c.stages, columns, step), jnp.bfloat16, min(2 * piece, 128)),
             *end.scratch,
             plgpu.SMEM((leaders, T) if norm else (1, 1), jnp.float32),
