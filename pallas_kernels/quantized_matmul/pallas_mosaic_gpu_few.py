@@ -173,6 +173,7 @@ def _few(x: jax.Array, w: QuantizedArray, tiles: Tiles, end: End, norm: Norm | N
     factors_of = [by_row(x) for x in (w.scales, w.offsets) if x is not None]
     padded = [pad(x, -(-x.shape[0] // tiles.rows) * tiles.rows) for x in factors_of]
     Gs = padded[0].shape[1]  # of a row
+    eps = norm.eps if norm else 0.0
     ahead = Gs > 1 and Gs <= 256 and Gs * w.scales.dtype.itemsize % 16 == 0
 
     def kernel(*refs):
@@ -273,7 +274,7 @@ def _few(x: jax.Array, w: QuantizedArray, tiles: Tiles, end: End, norm: Norm | N
                 @pl.when(wg < leaders)
                 def _():
                     squares = plgpu.load(squares_refs[0], layout=ends.rows_layout(32, 1).reduce(2), optimized=False)
-                    norm_smem.at[wg][...] = lax.rsqrt(squares.sum(axis=1) * (1 / K) + norm.eps)
+                    norm_smem.at[wg][...] = lax.rsqrt(squares.sum(axis=1) * (1 / K) + eps)
                     plgpu.commit_smem()
 
             lax.fori_loop(tile_of(start), tile_of(stop - 1) + 1, of_tile, () if late else factors(start + d))
