@@ -167,7 +167,10 @@ def _few(x: jax.Array, w: QuantizedArray, tiles: Tiles, end: End, norm: Norm | N
     last = tiles.count * steps
     x_order = x.astype(jnp.bfloat16)
     pad = lambda x, rows: jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
-    x_order = ends.fill(x_order, T) if w.interleaved else pad(order(x_order, w.values.dtype), T)
+    # TMA fills up 8 rows, or adds whole 8s to others; it takes no array of more than 8 rows that 8 does not divide.
+    as_it_is = w.interleaved and (tiles.M <= 8 or tiles.M % 8 == 0)
+    x_order = x_order if w.interleaved else order(x_order, w.values.dtype)
+    x_order = ends.fill(x_order, T) if as_it_is else pad(x_order, T)
     # One scale (and offset) for each row of all tiles: loads are not clipped.
     by_row = lambda x: repeat_to(x, (tiles.N, G)).reshape(tiles.N if late else tiles.N * split, -1)
     factors_of = [by_row(x) for x in (w.scales, w.offsets) if x is not None]
