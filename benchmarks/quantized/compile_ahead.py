@@ -37,7 +37,7 @@ TPU_CALLS = {
 }
 
 
-DECODED = {f"decode M={M}": M for M in (1, 16, 32)}
+DECODED = {f"decode M={M}": M for M in (1, 12, 16, 32)}
 
 
 def calls(target: str):
@@ -55,7 +55,7 @@ def calls(target: str):
         yield name, run, (x, w, where)
     for name, M in DECODED.items() if target == "h200" else ():
         x = new(M, 4096, dtype="bfloat16")
-        normed = Rows(x, new(max(8, M), 128, dtype="float32"))
+        normed = Rows(x, new(max(8, 1 << (M - 1).bit_length()), 128, dtype="float32"))
         w = lambda K, N: QuantizedArray(new(N, K, dtype="int4"), new(N, K // 128, dtype="bfloat16"), interleaved=True)
         yield f"{name} parts", functools.partial(matmul_parts, eps=1e-5), (normed, w(4096, 6144))
         yield f"{name} gate", functools.partial(matmul_gate, eps=1e-5), (normed, w(4096, 28672))

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul.array import QuantizedArray, order, repeat_to
+from pallas_kernels.quantized_matmul.mosaic_gpu_few_ends import step_of
 from pallas_kernels.quantized_matmul.mosaic_gpu_pieces import mma, tiled, values_layout, varying_as, widen
-from pallas_kernels.quantized_matmul.pallas_mosaic_gpu_few import step_of
 from pallas_kernels.ragged_dot.mosaic_gpu_pieces import ALIGN, SM_COUNT, UNIT, drain, fill, for_each_tile, slot_of
 from pallas_kernels.ragged_dot.schedule import bounds, sum_where
 
