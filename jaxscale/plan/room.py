@@ -51,7 +51,7 @@ def room_note(
     if need <= have and not full:
         return None
     # What may be planned for is what the runtime says here, and not a share of what the device was sold with.
-    room = max(min(have, 0.9 * need) if full else have, 1e6)
+    room = max(min(have, 0.9 * need) if full else have, 1e6)  # Hardware knows no less
     pod = pod._replace(hardware=dataclasses.replace(pod.hardware, memory=room / HEADROOM[pod.platform]))
     return f"a step is estimated to need {human_bytes(need)} {of}; {_what_fits(cfg, mesh, pod, sizes)}"
 

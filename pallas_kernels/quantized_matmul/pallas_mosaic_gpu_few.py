@@ -52,6 +52,10 @@ def unfit_few(x, w: QuantizedArray) -> str | None:
         return f"takes at most {most} rows of x for values of {bits} bits, {w.scales.shape[1]} scales a row. Got {M}"
     if N % 8 or N < UNIT:
         return f"takes N >= {UNIT}, a multiple of 8. Got {N}"
+    if N % UNIT and (M % 8 == 0 or M >= _PART):  # such rows lie in tiles of 64 columns, which TMA stores whole
+        return (
+            f"takes N that is a multiple of {UNIT} for 8, 16, ... rows of x, or {_PART} and more. Got N {N}, {M} rows"
+        )
     if K % (256 // bits):
         return f"takes K that is a multiple of {256 // bits} for values of {bits} bits. Got {K}"
     step = step_of(K, w.values.dtype)

@@ -34,6 +34,12 @@ def everywhere(clients, call):
         return list(pool.map(call, clients))
 
 
+def pair(addresses):
+    """What makes a host's client, and those of two hosts."""
+    client = lambda host: MemoryCheckpointer(addresses, job="job", lost=1, host=host, devices=jax.devices()[:1])
+    return client, everywhere(range(2), client)
+
+
 @pytest.mark.slow
 def test_two_of_eight_hosts_are_rebuilt(hosts, make_state, meshes, rng):
     """Each device is a host with a keeper process of its own; two keepers are killed, and their memory with them."""
@@ -221,8 +227,7 @@ def test_a_keeper_that_ends_is_replaced(hosts, rng, caplog):
     """Training goes on, the step that was lost counts as not saved, and the next one is whole again on both hosts."""
     addresses = hosts(2)
     states = {step: {"x": jax.numpy.asarray(rng.normal(size=(2, 100)).astype(np.float32))} for step in range(1, 6)}
-    client = lambda host: MemoryCheckpointer(addresses, job="job", lost=1, host=host, devices=jax.devices()[:1])
-    clients = everywhere(range(2), client)
+    client, clients = pair(addresses)
 
     def save(step):
         everywhere(clients, lambda c: c.save(step, states[step]))
@@ -252,8 +257,7 @@ def test_a_step_that_was_dropped_is_saved_again(hosts, rng):
     """A host alone saved a step before the job went back: what became of that one is nothing to the step of now."""
     addresses = hosts(2)
     states = {step: {"x": rng.normal(size=50)} for step in (1, 2, 3)}
-    client = lambda host: MemoryCheckpointer(addresses, job="job", lost=1, host=host, devices=jax.devices()[:1])
-    clients = everywhere(range(2), client)
+    client, clients = pair(addresses)
     everywhere(clients, lambda c: c.save(1, states[1]))
     everywhere(clients, lambda c: c.wait())
     clients[0].save(2, states[2])  # it alone
@@ -275,8 +279,7 @@ def test_a_snapshot_that_cannot_be_protected_leaves_the_one_before(hosts, rng, c
     """The other host is gone for good: a new snapshot takes the place of the one that was not protected."""
     addresses = hosts(2)
     states = {step: {"x": rng.normal(size=50)} for step in (1, 2, 3)}
-    client = lambda host: MemoryCheckpointer(addresses, job="job", lost=1, host=host, devices=jax.devices()[:1])
-    clients = everywhere(range(2), client)
+    _, clients = pair(addresses)
     everywhere(clients, lambda c: c.save(1, states[1]))
     everywhere(clients, lambda c: c.wait())
     clients[1].save(2, states[2])  # it alone: host 0 ends

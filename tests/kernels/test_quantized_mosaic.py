@@ -317,3 +317,13 @@ def test_types_under_shard_map(rng, hardware, M, options, check_vma):
         put = lambda v, *spec: jax.device_put(v, jax.NamedSharding(mesh, P(*spec)))
         grad = jax.eval_shape(jax.grad(loss), put(x, "dp", None), jax.tree.map(lambda v: put(v, "tp", None), w))
     assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "runs"), [(7, 72, True), (8, 72, False), (12, 72, True), (70, 200, False), (16, 192, True)]
+)
+def test_few_rows_refuse_what_does_not_lower(M, N, runs):
+    """As compiled ahead of time for an H200: N that 64 does not divide with 8, 16, ... rows, or 64 and more."""
+    w = QuantizedArray(jnp.zeros((N, 512), jnp.int4), jnp.ones((N, 4), jnp.bfloat16))
+    why = few.unfit_few(jnp.zeros((M, 512), jnp.bfloat16), w)
+    assert why is None if runs else f"a multiple of 64 for 8, 16, ... rows of x, or 64 and more. Got N {N}" in why
